@@ -1,0 +1,1 @@
+"""Benchmarks that say where the time goes: ``python -m benchmarking SCENARIO``."""

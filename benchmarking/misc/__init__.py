@@ -1,0 +1,1 @@
+"""Paths that are documented and stay where they are."""

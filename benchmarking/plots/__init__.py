@@ -1,0 +1,1 @@
+"""One figure a file: reads results, runs nothing."""

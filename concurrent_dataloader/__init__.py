@@ -1,0 +1,68 @@
+"""A drop-in PyTorch DataLoader for data behind latency, and what surrounds it.
+
+The rooms, in the order in which data flows; imports point to the left only:
+
+```text
+errors, ranges  <-  stores, formats, index, labels  <-  datasets  <-  dataloader_mod, prepare
+                                                                      testing (stands alone)
+```
+
+``stores`` give bytes by key, ``formats`` turn bytes into pixels, ``index`` knows which samples exist and
+``labels`` which class each belongs to, ``datasets`` join them to samples by position, ``dataloader_mod``
+makes batches, ``prepare`` holds the commands, ``testing`` an object server with latency and faults.
+Names below are imported when first used, so that the commands start without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from concurrent_dataloader.dataloader_mod.dataloader import DataLoader
+    from concurrent_dataloader.datasets import (
+        IndexedDataset,
+        S3_Dataset,
+        S3Dataset,
+        ScratchDataset,
+        StagedDataset,
+        open_dataset,
+    )
+    from concurrent_dataloader.index import Index
+    from concurrent_dataloader.stores import open_store
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DataLoader",
+    "Index",
+    "IndexedDataset",
+    "S3Dataset",
+    "S3_Dataset",
+    "ScratchDataset",
+    "StagedDataset",
+    "open_dataset",
+    "open_store",
+]
+
+_HOMES = {
+    "DataLoader": "concurrent_dataloader.dataloader_mod.dataloader",
+    "Index": "concurrent_dataloader.index",
+    "IndexedDataset": "concurrent_dataloader.datasets",
+    "S3Dataset": "concurrent_dataloader.datasets",
+    "S3_Dataset": "concurrent_dataloader.datasets",
+    "ScratchDataset": "concurrent_dataloader.datasets",
+    "StagedDataset": "concurrent_dataloader.datasets",
+    "open_dataset": "concurrent_dataloader.datasets",
+    "open_store": "concurrent_dataloader.stores",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

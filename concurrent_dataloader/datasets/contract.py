@@ -1,0 +1,45 @@
+"""What the loader needs of a dataset: I/O, pure work and random work kept apart."""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+from typing import Generic, TypeVar
+
+from torch.utils.data import Dataset
+from typing_extensions import Buffer
+
+D = TypeVar("D")
+S = TypeVar("S", covariant=True)
+
+
+class StagedDataset(Dataset[S], abc.ABC, Generic[D, S]):
+    """A map-style dataset in three stages, so that the loader may overlap the first with the others.
+
+    ``fetch`` waits for bytes; it may run in any order, many at once. ``decode`` is pure: same bytes, same
+    result, in any thread. ``apply_transform`` may draw random numbers; it runs in sampler order, in the
+    worker's main thread, which is why batches are bit-identical to torch's.
+    """
+
+    @abc.abstractmethod
+    def fetch(self, position: int) -> Buffer:
+        """Read the raw bytes of the sample at ``position``. Blocks; called from many threads at once."""
+
+    async def fetch_async(self, position: int) -> Buffer:
+        """Read as `fetch` does, without blocking the event loop.
+
+        Only ``fetch_impl="asyncio"`` calls it. The default runs `fetch` in the event loop's threads.
+        """
+        return await asyncio.to_thread(self.fetch, position)
+
+    @abc.abstractmethod
+    def decode(self, position: int, raw: Buffer) -> D:
+        """Turn raw bytes into a decoded sample. Pure."""
+
+    @abc.abstractmethod
+    def apply_transform(self, decoded: D) -> S:
+        """Turn a decoded sample into the one to train on. May be random."""
+
+    def __getitem__(self, position: int) -> S:
+        """Fetch, decode and transform one sample, as torch's own loader would have it."""
+        return self.apply_transform(self.decode(position, self.fetch(position)))

@@ -1,0 +1,84 @@
+"""Every error of the library.
+
+```text
+LoaderError
+├── CredentialsError (ValueError)           the credentials file cannot be used
+├── StoreError
+│   ├── KeyNotFoundError (FileNotFoundError)    no such object, or no such bucket
+│   ├── AccessDeniedError (PermissionError)     wrong key, wrong secret, expired token, no right
+│   ├── ByteRangeError (ValueError)             the object ends before the range does
+│   └── StoreUnavailableError (ConnectionError) it failed in each allowed attempt
+│       ├── DeadlineError (TimeoutError)            no answer in the time that was allowed
+│       └── BodyMismatchError                       a body that is short, empty or another object's
+├── IndexFormatError (ValueError)           an index file that is not one
+├── ClassesFormatError (ValueError)         a classes file that is not one
+├── UnknownClassError (LookupError)         a sample whose class the classes file does not hold
+├── SampleDecodeError (ValueError)          bytes that are no image
+├── MissingDependencyError (ImportError)    an optional package is not installed
+└── UnsupportedTorchError (RuntimeError)    a torch whose loader works in a way that we do not know
+```
+
+Each also is the built-in that a caller would expect. Each can be built from one string, and none has an
+attribute named ``message``: torch rebuilds a worker's error in the parent like that, and anything else
+arrives there as a bare ``RuntimeError``.
+"""
+
+
+class LoaderError(Exception):
+    """Anything that this library raises on its own account, but for plain ``ValueError`` of arguments."""
+
+
+class CredentialsError(LoaderError, ValueError):
+    """A credentials file that is malformed, incomplete, or holds a key that is not known."""
+
+
+class StoreError(LoaderError):
+    """A store could not do what it was asked to."""
+
+
+class KeyNotFoundError(StoreError, FileNotFoundError):
+    """There is no such object, or no such bucket."""
+
+
+class AccessDeniedError(StoreError, PermissionError):
+    """The store knows who asks, or not, and says no."""
+
+
+class ByteRangeError(StoreError, ValueError):
+    """The object ends before the byte range that was asked for."""
+
+
+class StoreUnavailableError(StoreError, ConnectionError):
+    """The store failed in each allowed attempt."""
+
+
+class DeadlineError(StoreUnavailableError, TimeoutError):
+    """The store gave no whole answer in the time that was allowed."""
+
+
+class BodyMismatchError(StoreUnavailableError):
+    """A body that is not the object: cut short, empty, or of another object."""
+
+
+class IndexFormatError(LoaderError, ValueError):
+    """A file that was to be an index is none."""
+
+
+class ClassesFormatError(LoaderError, ValueError):
+    """A file that was to map classes is none."""
+
+
+class UnknownClassError(LoaderError, LookupError):
+    """A sample belongs to a class that the classes file does not hold."""
+
+
+class SampleDecodeError(LoaderError, ValueError):
+    """The bytes of a sample are not what its format says."""
+
+
+class MissingDependencyError(LoaderError, ImportError):
+    """An optional package is needed and not installed."""
+
+
+class UnsupportedTorchError(LoaderError, RuntimeError):
+    """The installed torch has a data loader that this release does not know."""

@@ -1,0 +1,1 @@
+"""A data set before training: the commands of ``concurrent-dataloader VERB``."""

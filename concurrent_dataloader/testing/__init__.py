@@ -1,0 +1,1 @@
+"""An object server with latency and faults, for tests, demonstrations and benchmarks."""
