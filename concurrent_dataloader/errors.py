@@ -18,9 +18,9 @@ LoaderError
 └── UnsupportedTorchError (RuntimeError)    a torch whose loader works in a way that we do not know
 ```
 
-Each also is the built-in that a caller would expect. Each can be built from one string, and none has an
-attribute named ``message``: torch rebuilds a worker's error in the parent like that, and anything else
-arrives there as a bare ``RuntimeError``.
+Each also is the built-in that a caller would expect. Each can be built from one string, and none
+has an attribute named ``message``: torch rebuilds a worker's error in the parent like that, and
+anything else arrives there as a bare ``RuntimeError``.
 """
 
 

@@ -1,1 +1,1 @@
-"""Batches: torch's DataLoader, whose workers fetch many samples at once and several batches ahead."""
+"""Batches: torch's DataLoader, whose workers fetch many samples at once, batches ahead."""

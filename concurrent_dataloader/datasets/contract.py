@@ -14,11 +14,12 @@ S = TypeVar("S", covariant=True)
 
 
 class StagedDataset(Dataset[S], abc.ABC, Generic[D, S]):
-    """A map-style dataset in three stages, so that the loader may overlap the first with the others.
+    """A map-style dataset in three stages, so that the loader may overlap the first with the
+    others.
 
-    ``fetch`` waits for bytes; it may run in any order, many at once. ``decode`` is pure: same bytes, same
-    result, in any thread. ``apply_transform`` may draw random numbers; it runs in sampler order, in the
-    worker's main thread, which is why batches are bit-identical to torch's.
+    ``fetch`` waits for bytes; it may run in any order, many at once. ``decode`` is pure: same
+    bytes, same result, in any thread. ``apply_transform`` may draw random numbers; it runs in
+    sampler order, in the worker's main thread, which is why batches are bit-identical to torch's.
     """
 
     @abc.abstractmethod
@@ -28,7 +29,8 @@ class StagedDataset(Dataset[S], abc.ABC, Generic[D, S]):
     async def fetch_async(self, position: int) -> Buffer:
         """Read as `fetch` does, without blocking the event loop.
 
-        Only ``fetch_impl="asyncio"`` calls it. The default runs `fetch` in the event loop's threads.
+        Only ``fetch_impl="asyncio"`` calls it. The default runs `fetch` in the event loop's
+        threads.
         """
         return await asyncio.to_thread(self.fetch, position)
 

@@ -1,0 +1,275 @@
+"""The loader: torch's, whose workers fetch many samples at once and several batches ahead."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from multiprocessing.context import BaseContext
+from typing import Any, TypeVar
+
+import torch
+import torch.utils.data
+
+from concurrent_dataloader.dataloader_mod import torch_internals
+from concurrent_dataloader.dataloader_mod.settings import (
+    DEFAULT_NUM_FETCH_WORKERS,
+    FetchImpl,
+    FetchSettings,
+    check_count,
+    check_fetch_impl,
+    choose_batch_pool,
+)
+from concurrent_dataloader.dataloader_mod.worker import (
+    Batch,
+    BatchTaken,
+    FetchedDataset,
+    _worker_loop,
+)
+
+T_co = TypeVar("T_co", covariant=True)
+
+_SAMPLERS_THAT_DRAW_AT_ONCE = (
+    torch.utils.data.SequentialSampler,
+    torch.utils.data.RandomSampler,
+    torch.utils.data.SubsetRandomSampler,
+    torch.utils.data.WeightedRandomSampler,
+    torch.utils.data.DistributedSampler,
+)
+"""Samplers whose draws from the global generators do not lie between two batches."""
+
+
+class DataLoader(torch.utils.data.DataLoader[T_co]):
+    """torch's DataLoader for data behind latency: the same batches, without the waiting.
+
+    Takes all that torch's takes, with the same meaning, and three settings of its own. For a
+    map-style dataset each worker fetches up to ``num_fetch_workers`` samples at once, and begins up
+    to ``batch_pool`` batches beyond the one that it assembles. Batches come in sampler order, each
+    sample once. Of a `StagedDataset` only ``fetch`` runs in the background, so that random
+    transforms draw as under torch's loader and batches are equal to its, bit for bit; of any other
+    dataset all of ``__getitem__`` does. An iterable dataset is read as torch reads it.
+
+    A batch lies in shared memory that is used again once nothing refers to it: no tensor, view,
+    numpy array or saved gradient.
+
+    Args:
+        dataset: As torch's; so are all arguments up to ``in_order``.
+        batch_size: As torch's.
+        shuffle: As torch's.
+        sampler: As torch's, but asked for ``batch_pool`` batches more in advance.
+        batch_sampler: As torch's, but asked likewise.
+        num_workers: As torch's. With 0, threads of the main process fetch ahead.
+        collate_fn: As torch's.
+        pin_memory: As torch's.
+        drop_last: As torch's.
+        timeout: As torch's, seconds.
+        worker_init_fn: As torch's.
+        multiprocessing_context: As torch's: fork, spawn and forkserver.
+        generator: As torch's.
+        prefetch_factor: As torch's: finished batches that wait for the training loop, per worker.
+        persistent_workers: As torch's.
+        pin_memory_device: As torch's.
+        in_order: As torch's.
+        fetch_impl: ``"threaded"``; ``"asyncio"`` awaits the dataset's ``fetch_async`` (or
+            ``getitem_async`` of a plain dataset) on an event loop, and falls back to threads for a
+            dataset that has none; ``"vanilla"`` is torch's own loader.
+        num_fetch_workers: Samples in flight per worker; None: 128.
+        batch_pool: Batches begun beyond the one being assembled, per worker; 0 is off; None: so
+            many that twice ``num_fetch_workers`` samples are begun, and at least two.
+
+    Raises:
+        ValueError: As torch's; ``fetch_impl`` is unknown; a count is below its minimum.
+        TypeError: A count is not a whole number.
+    """
+
+    def __init__(
+        self,
+        dataset: torch.utils.data.Dataset[T_co],
+        batch_size: int | None = 1,
+        shuffle: bool | None = None,
+        sampler: torch.utils.data.Sampler[Any] | Iterable[Any] | None = None,
+        batch_sampler: torch.utils.data.Sampler[list[Any]] | Iterable[list[Any]] | None = None,
+        num_workers: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        pin_memory: bool = False,
+        drop_last: bool = False,
+        timeout: float = 0,
+        worker_init_fn: Callable[[int], None] | None = None,
+        multiprocessing_context: BaseContext | str | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        prefetch_factor: int | None = None,
+        persistent_workers: bool = False,
+        pin_memory_device: str = "",
+        in_order: bool = True,
+        fetch_impl: FetchImpl = "threaded",
+        num_fetch_workers: int | None = None,
+        batch_pool: int | None = None,
+    ) -> None:
+        self.fetch_impl: FetchImpl = check_fetch_impl(fetch_impl)
+        if num_fetch_workers is not None:
+            check_count(num_fetch_workers, 1, "num_fetch_workers")
+        if batch_pool is not None:
+            check_count(batch_pool, 0, "batch_pool")
+        self.num_fetch_workers = num_fetch_workers
+        self.batch_pool = batch_pool
+        super().__init__(
+            dataset,
+            batch_size,
+            shuffle,
+            sampler,
+            batch_sampler,
+            num_workers,
+            collate_fn,
+            pin_memory,
+            drop_last,
+            timeout,
+            worker_init_fn,
+            multiprocessing_context,
+            generator,
+            prefetch_factor=prefetch_factor,
+            persistent_workers=persistent_workers,
+            pin_memory_device=pin_memory_device,
+            in_order=in_order,
+        )
+
+    def _get_iterator(self) -> Any:
+        if self.fetch_impl == "vanilla":
+            return super()._get_iterator()
+        if self.num_workers == 0:
+            if self._dataset_kind != torch_internals.DatasetKind.Map:
+                return super()._get_iterator()
+            return _MainProcessIter(self, self._choose_settings())
+        self.check_worker_number_rationality()
+        return _WorkersIter(self, self._choose_settings())
+
+    def _choose_settings(self) -> FetchSettings:
+        num_fetch_workers = self.num_fetch_workers or DEFAULT_NUM_FETCH_WORKERS
+        batch_pool = self.batch_pool
+        if self._dataset_kind != torch_internals.DatasetKind.Map:
+            batch_pool = 0
+        elif batch_pool is None:
+            batch_pool = self._choose_batch_pool(num_fetch_workers)
+        return FetchSettings(
+            fetch_impl=self.fetch_impl,
+            num_fetch_workers=num_fetch_workers,
+            batch_pool=batch_pool,
+            prefetch_factor=self.prefetch_factor or 0,
+            takes_counted=self._dataset_kind == torch_internals.DatasetKind.Map,
+        )
+
+    def _choose_batch_pool(self, num_fetch_workers: int) -> int:
+        if self.batch_sampler is None:
+            batch_size, sampler = 1, self.sampler
+        else:
+            batch_size = getattr(self.batch_sampler, "batch_size", None)
+            batch_size = batch_size if isinstance(batch_size, int) else None
+            sampler = self.batch_sampler
+            if type(sampler) is torch.utils.data.BatchSampler:
+                sampler = sampler.sampler
+        if self.num_workers == 0 and type(sampler) not in _SAMPLERS_THAT_DRAW_AT_ONCE:
+            # It may draw from the same global generators as the transforms, and then has to draw
+            # between two batches, as with torch.
+            return 0
+        return choose_batch_pool(num_fetch_workers, batch_size)
+
+
+class _WorkersIter(torch_internals.MultiProcessingIter):
+    """torch's iterator over workers, with our loop in them and more index lists sent ahead."""
+
+    def __init__(self, loader: DataLoader[Any], settings: FetchSettings) -> None:
+        # torch counts by these numbers in its constructor already.
+        self._settings = settings
+        self._worker_of_task: dict[int, int] = {}
+        self._received_task = -1
+        super().__init__(_LoaderView(loader, settings))
+
+    def _try_put_index(self) -> None:
+        task = self._send_idx
+        super()._try_put_index()
+        if self._send_idx > task:
+            self._worker_of_task[task] = self._task_info[task][0]
+
+    def _get_data(self) -> Any:
+        received = super()._get_data()
+        self._received_task = received[0]
+        return received
+
+    def _process_data(self, data: Any, *worker: Any) -> Any:
+        # In order, torch has just counted this task; out of order it is the one received last.
+        task = self._rcvd_idx - 1 if self._in_order else self._received_task
+        worker_id = self._worker_of_task.pop(task)
+        if self._settings.takes_counted:
+            self._index_queues[worker_id].put(BatchTaken)
+        return super()._process_data(data, *worker)
+
+    def _reset(self, loader: Any, first_iter: bool = False) -> None:
+        self._worker_of_task.clear()
+        super()._reset(loader, first_iter)
+
+
+class _LoaderView:
+    """A loader as torch's iterator over workers is to see it; the user's own stays as it is."""
+
+    def __init__(self, loader: DataLoader[Any], settings: FetchSettings) -> None:
+        self._loader = loader
+        context = loader.multiprocessing_context
+        self.multiprocessing_context = _WorkerContext(
+            torch.multiprocessing if context is None else context, settings
+        )
+        self.prefetch_factor = loader.prefetch_factor
+        if self.prefetch_factor:  # 0 is an error, and torch's to raise
+            self.prefetch_factor += settings.batch_pool
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+
+class _WorkerContext:
+    """A multiprocessing context whose processes run our loop in place of torch's."""
+
+    def __init__(self, context: Any, settings: FetchSettings) -> None:
+        self._context = context
+        self._settings = settings
+
+    def Process(self, *, target: Any, args: tuple[Any, ...]) -> Any:  # noqa: N802 - its name there
+        del target
+        return self._context.Process(
+            target=functools.partial(_worker_loop, settings=self._settings), args=args
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+
+class _MainProcessIter(torch_internals.SingleProcessIter):
+    """torch's iterator without workers, over samples that were fetched ahead in this process."""
+
+    def __init__(self, loader: DataLoader[Any], settings: FetchSettings) -> None:
+        super().__init__(loader)
+        self._batch_pool = settings.batch_pool
+        self._ahead: list[Batch] = []
+        self._fetched = FetchedDataset(self._dataset, settings, self._auto_collation)
+        self._dataset_fetcher = torch_internals.DatasetKind.create_fetcher(
+            self._dataset_kind,
+            self._fetched,
+            self._auto_collation,
+            self._collate_fn,
+            self._drop_last,
+        )
+
+    def _next_index(self) -> Batch:
+        while len(self._ahead) <= self._batch_pool:
+            try:
+                batch = Batch(super()._next_index())
+            except StopIteration:
+                break
+            self._ahead.append(batch)
+            self._fetched.begin(batch)
+        if not self._ahead:
+            self._fetched.close()
+            raise StopIteration
+        return self._ahead.pop(0)
+
+    def __del__(self) -> None:
+        if "_fetched" in self.__dict__:
+            self._fetched.close()

@@ -1,0 +1,190 @@
+"""Begin the fetch of one sample now, have it later."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import concurrent.futures
+import queue
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+_CLOSE_TIMEOUT_S = 1.0
+"""How long `Fetcher.close` waits for what is under way; what hangs is left to the process's end."""
+
+
+class Fetcher(Protocol):
+    """Fetches in the background, at most ``num_fetch_workers`` at once, first come first served."""
+
+    def submit(self, position: Any) -> Future[Any]:
+        """Begin a sample; its future holds what was fetched, or the error that ended it.
+
+        Called in one thread only. Samples may complete in any order.
+        """
+        ...
+
+    def close(self) -> None:
+        """Cancel what has not begun, and wait a moment for what has. May be called twice."""
+        ...
+
+
+class ThreadedFetcher:
+    """Calls a blocking function in threads of its own, which are started as they are needed.
+
+    The threads are daemons: one that hangs in a client must not keep a worker from exiting.
+    """
+
+    def __init__(self, fetch: Callable[[Any], Any], num_fetch_workers: int) -> None:
+        self._fetch = fetch
+        self._num_fetch_workers = num_fetch_workers
+        self._waiting: queue.SimpleQueue[tuple[Any, Future[Any]] | None] = queue.SimpleQueue()
+        # Touched by the submitting thread only.
+        self._threads: list[threading.Thread] = []
+        self._closed = False
+        # Samples submitted and not yet done; guarded by `_lock`.
+        self._num_outstanding = 0
+        self._lock = threading.Lock()
+
+    def submit(self, position: Any) -> Future[Any]:
+        """Begin a sample in a free thread, or in a new one while there are fewer than allowed."""
+        if self._closed:
+            raise RuntimeError("submit: the fetcher is closed")
+        future: Future[Any] = Future()
+        with self._lock:
+            self._num_outstanding += 1
+            is_short_of_threads = self._num_outstanding > len(self._threads)
+        self._waiting.put((position, future))
+        if is_short_of_threads and len(self._threads) < self._num_fetch_workers:
+            thread = threading.Thread(
+                target=self._run, name=f"fetch-{len(self._threads)}", daemon=True
+            )
+            self._threads.append(thread)
+            thread.start()
+        return future
+
+    def _run(self) -> None:
+        while True:
+            work = self._waiting.get()
+            if work is None:
+                return
+            self._fetch_one(*work)
+            del work  # or the thread would hold on to a sample until the next one comes
+            with self._lock:
+                self._num_outstanding -= 1
+
+    def _fetch_one(self, position: Any, future: Future[Any]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            fetched = self._fetch(position)
+        except BaseException as error:  # noqa: BLE001 - goes to the future, so to the worker
+            future.set_exception(error)
+        else:
+            future.set_result(fetched)
+
+    def close(self) -> None:
+        """Cancel what waits, end the threads."""
+        if self._closed:
+            return
+        self._closed = True
+        while True:
+            try:
+                work = self._waiting.get_nowait()
+            except queue.Empty:
+                break
+            if work is not None:
+                work[1].cancel()
+        for _ in self._threads:
+            self._waiting.put(None)
+        for thread in self._threads:
+            thread.join(timeout=_CLOSE_TIMEOUT_S / len(self._threads))
+
+
+class AsyncioFetcher:
+    """Awaits a coroutine function on an event loop in a thread of its own."""
+
+    def __init__(
+        self, fetch_async: Callable[[Any], Awaitable[Any]], num_fetch_workers: int
+    ) -> None:
+        self._fetch_async = fetch_async
+        self._num_fetch_workers = num_fetch_workers
+        # Appended to by the submitting thread, taken from in the loop's thread; a deque needs no
+        # lock.
+        self._waiting: collections.deque[tuple[Any, Future[Any]]] = collections.deque()
+        # Touched in the loop's thread only.
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.new_event_loop()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def submit(self, position: Any) -> Future[Any]:
+        """Begin a sample as soon as fewer than ``num_fetch_workers`` are in flight."""
+        if self._closed:
+            raise RuntimeError("submit: the fetcher is closed")
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="fetch-loop", daemon=True)
+            self._thread.start()
+        future: Future[Any] = Future()
+        self._waiting.append((position, future))
+        if (
+            len(self._waiting) == 1
+        ):  # else the loop has not yet come to the one before, and sees both
+            self._loop.call_soon_threadsafe(self._begin_waiting)
+        return future
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        # For datasets whose `fetch_async` runs a blocking `fetch` in threads.
+        self._loop.set_default_executor(
+            concurrent.futures.ThreadPoolExecutor(self._num_fetch_workers, "fetch")
+        )
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.close()
+
+    def _begin_waiting(self) -> None:
+        while self._waiting and len(self._tasks) < self._num_fetch_workers:
+            position, future = self._waiting.popleft()
+            task = self._loop.create_task(self._fetch_one(position, future))
+            self._tasks.add(task)
+            task.add_done_callback(self._end_task)
+
+    def _end_task(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._begin_waiting()
+
+    async def _fetch_one(self, position: Any, future: Future[Any]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            fetched = await self._fetch_async(position)
+        except asyncio.CancelledError:
+            future.set_exception(concurrent.futures.CancelledError())
+            raise
+        except BaseException as error:  # noqa: BLE001 - goes to the future, so to the worker
+            future.set_exception(error)
+        else:
+            future.set_result(fetched)
+
+    def close(self) -> None:
+        """Cancel what waits and what is under way, end the loop and its thread."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._thread is None:
+            self._loop.close()
+            return
+        asyncio.run_coroutine_threadsafe(self._cancel_all(), self._loop)
+        self._thread.join(timeout=_CLOSE_TIMEOUT_S)
+
+    async def _cancel_all(self) -> None:
+        while self._waiting:
+            self._waiting.popleft()[1].cancel()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._loop.stop()

@@ -1,0 +1,153 @@
+"""Which part of a sample may run in the background, and which must wait for its turn."""
+
+from __future__ import annotations
+
+import bisect
+import inspect
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+from torch.utils.data import ConcatDataset, Subset
+
+from concurrent_dataloader.datasets.contract import StagedDataset
+
+
+class Stages(Protocol):
+    """A sample in two stages: ``fetch`` in any order and thread, ``finish`` in sampler order."""
+
+    has_fetch_async: bool
+    """Whether `fetch_async` may be awaited; else ``fetch`` runs in threads in any case."""
+
+    takes_batches: bool
+    """Whether a position stands for a whole batch, since the dataset has ``__getitems__``."""
+
+    def fetch(self, position: Any, /) -> Any:
+        """Do what takes time and draws no random number."""
+        ...
+
+    def fetch_async(self, position: Any, /) -> Awaitable[Any]:
+        """Do as `fetch` does, without blocking the event loop."""
+        ...
+
+    def finish(self, position: Any, fetched: Any, /) -> Any:
+        """Make the sample of what was fetched."""
+        ...
+
+
+class _StagedStages:
+    """A staged dataset: only its bytes are fetched in the background."""
+
+    takes_batches = False
+
+    def __init__(self, dataset: StagedDataset[Any, Any]) -> None:
+        self.fetch = dataset.fetch
+        self.fetch_async = dataset.fetch_async
+        self.has_fetch_async = type(dataset).fetch_async is not StagedDataset.fetch_async
+        self._decode = dataset.decode
+        self._apply_transform = dataset.apply_transform
+
+    def finish(self, position: Any, fetched: Any) -> Any:
+        return self._apply_transform(self._decode(position, fetched))
+
+
+class _PlainStages:
+    """Any other dataset: all of ``__getitem__`` runs in the background, its transform included."""
+
+    def __init__(self, dataset: Any, takes_batches: bool) -> None:
+        self._dataset = dataset
+        self.takes_batches = takes_batches
+        self.has_fetch_async = not takes_batches and inspect.iscoroutinefunction(
+            getattr(dataset, "getitem_async", None)
+        )
+        self.fetch: Callable[[Any], Any] = (
+            dataset.__getitems__ if takes_batches else dataset.__getitem__
+        )
+
+    def fetch_async(self, position: Any) -> Awaitable[Any]:
+        return self._dataset.getitem_async(position)
+
+    def finish(self, position: Any, fetched: Any) -> Any:
+        return fetched
+
+
+class _SubsetStages:
+    """torch's Subset: the stages of what it is a subset of, at other positions."""
+
+    def __init__(self, subset: Subset[Any], stages: Stages) -> None:
+        self._indices = subset.indices
+        self._stages = stages
+        self.takes_batches = stages.takes_batches
+        self.has_fetch_async = stages.has_fetch_async
+
+    def _translate(self, position: Any) -> Any:
+        if isinstance(position, list):
+            return [self._indices[each] for each in position]
+        return self._indices[position]
+
+    def fetch(self, position: Any) -> Any:
+        return self._stages.fetch(self._translate(position))
+
+    def fetch_async(self, position: Any) -> Awaitable[Any]:
+        return self._stages.fetch_async(self._translate(position))
+
+    def finish(self, position: Any, fetched: Any) -> Any:
+        return self._stages.finish(self._translate(position), fetched)
+
+
+class _ConcatStages:
+    """torch's ConcatDataset: the stages of its part that holds the position."""
+
+    takes_batches = False
+
+    def __init__(self, concat: ConcatDataset[Any], parts: list[Stages]) -> None:
+        self._stops = concat.cumulative_sizes
+        self._parts = parts
+        self.has_fetch_async = all(part.has_fetch_async for part in parts)
+
+    def _translate(self, position: Any) -> tuple[Stages, int]:
+        length = self._stops[-1]
+        if position < -length:  # torch's own words for it are these, and its type of error
+            raise ValueError("absolute value of index should not exceed dataset length")
+        if position < 0:
+            position += length
+        part = bisect.bisect_right(self._stops, position)
+        start = self._stops[part - 1] if part else 0
+        return self._parts[part], position - start
+
+    def fetch(self, position: Any) -> Any:
+        part, position = self._translate(position)
+        return part.fetch(position)
+
+    def fetch_async(self, position: Any) -> Awaitable[Any]:
+        part, position = self._translate(position)
+        return part.fetch_async(position)
+
+    def finish(self, position: Any, fetched: Any) -> Any:
+        part, position = self._translate(position)
+        return part.finish(position, fetched)
+
+
+def find_stages(dataset: Any, auto_collation: bool = True) -> Stages:
+    """Find the stages of a map-style dataset, through torch's ``Subset`` and ``ConcatDataset``.
+
+    A class of the user's own that overrides ``__getitem__`` is taken as it is: what its method adds
+    would be left out otherwise.
+
+    Args:
+        dataset: Any map-style dataset.
+        auto_collation: Whether samples are asked for by the batch; ``__getitems__`` is used only
+            then, as torch does.
+    """
+    if (
+        isinstance(dataset, StagedDataset)
+        and type(dataset).__getitem__ is StagedDataset.__getitem__
+    ):
+        return _StagedStages(dataset)
+    if type(dataset) is Subset:
+        return _SubsetStages(dataset, find_stages(dataset.dataset, auto_collation))
+    if type(dataset) is ConcatDataset:
+        return _ConcatStages(
+            dataset, [find_stages(part, auto_collation=False) for part in dataset.datasets]
+        )
+    takes_batches = auto_collation and bool(getattr(dataset, "__getitems__", None))
+    return _PlainStages(dataset, takes_batches)

@@ -1,0 +1,293 @@
+"""The worker process: torch's own loop, over a queue that looks ahead.
+
+```text
+index queue -> Lookahead -submit-> Fetcher -future-> FetchedDataset -> torch's loop -> data queue
+```
+
+Seeding, resuming, error transport and shutdown stay torch's, whatever its release. torch's loop
+asks `Lookahead` for the next list of positions, and gets one whose samples are on their way; it
+asks the dataset for these samples, and `FetchedDataset` finishes them in order, in the same thread,
+so that the global random generators are drawn from as ever.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import os
+import queue
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+from concurrent_dataloader.dataloader_mod import torch_internals
+from concurrent_dataloader.dataloader_mod.fetch import AsyncioFetcher, Fetcher, ThreadedFetcher
+from concurrent_dataloader.dataloader_mod.recycle import RecyclingQueue, SlotPool, collate_into
+from concurrent_dataloader.dataloader_mod.settings import FetchSettings, read_environment
+from concurrent_dataloader.dataloader_mod.stages import Stages, find_stages
+
+_CHECK_INTERVAL_S = 1.0
+"""How often a worker that waits for a sample looks whether it is still wanted."""
+
+_MAX_BATCHES_HELD = 3
+"""Slots for batches that are neither being assembled nor waiting: those that the user holds."""
+
+
+class BatchTaken:
+    """Sent on the index queue, as the class itself: the parent handed out a batch from here."""
+
+
+class Batch:
+    """What torch's loop takes for a list of positions: one whose samples may be under way."""
+
+    def __init__(self, positions: Any) -> None:
+        self.positions = positions
+        self.futures: collections.deque[Future[Any]] | None = None
+
+    def cancel(self) -> None:
+        """Give up what has not begun."""
+        for future in self.futures or ():
+            future.cancel()
+
+
+class FetchedDataset:
+    """What torch's loop takes for the dataset: samples are begun before they are asked for."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        settings: FetchSettings,
+        auto_collation: bool,
+        is_abandoned: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._dataset = dataset
+        self._settings = settings
+        self._auto_collation = auto_collation
+        self._is_abandoned = is_abandoned
+        self.refill: Callable[[], None] = lambda: None
+        """Called before each wait: there may be more to begin."""
+
+    @functools.cached_property
+    def _stages(self) -> Stages:
+        # Not before the user's worker_init_fn, which may change the dataset.
+        return find_stages(self._dataset, self._auto_collation)
+
+    @functools.cached_property
+    def _fetcher(self) -> Fetcher:
+        stages, settings = self._stages, self._settings
+        if settings.fetch_impl == "asyncio" and stages.has_fetch_async:
+            return AsyncioFetcher(stages.fetch_async, settings.num_fetch_workers)
+        return ThreadedFetcher(stages.fetch, settings.num_fetch_workers)
+
+    def begin(self, batch: Batch) -> None:
+        """Send a batch's samples on their way."""
+        if batch.futures is None:
+            batch.futures = collections.deque(
+                self._fetcher.submit(position) for position in self._positions_of(batch)
+            )
+
+    def _positions_of(self, batch: Batch) -> Any:
+        is_one = not self._auto_collation or self._stages.takes_batches
+        return [batch.positions] if is_one else batch.positions
+
+    def __getitems__(self, batch: Batch) -> Any:
+        """Finish a batch's samples, in order; called by torch's loop with automatic batching."""
+        finished = list(self._finish(batch))
+        return finished[0] if self._stages.takes_batches else finished
+
+    def __getitem__(self, batch: Batch) -> Any:
+        """Finish one sample; called by torch's loop without automatic batching."""
+        return next(self._finish(batch))
+
+    def _finish(self, batch: Batch) -> Iterator[Any]:
+        self.begin(batch)
+        assert batch.futures is not None
+        try:
+            for position in self._positions_of(batch):
+                future = batch.futures.popleft()  # not kept: its bytes would be kept with it
+                try:
+                    yield self._stages.finish(position, self._wait(future))
+                except Exception as error:
+                    error.add_note(f"asked for by position {position!r} of the data set")
+                    raise
+        finally:
+            batch.cancel()
+
+    def _wait(self, future: Future[Any]) -> Any:
+        if not future.done():
+            self.refill()
+        while True:
+            # A deadline of the store's ends each fetch; this ends the wait when nobody waits for
+            # it.
+            with contextlib.suppress(concurrent.futures.TimeoutError):
+                return future.result(timeout=None if future.done() else _CHECK_INTERVAL_S)
+            if future.done():
+                return future.result()  # the fetch itself timed out
+            if self._is_abandoned():
+                raise RuntimeError("the loader was shut down while this sample was being fetched")
+
+    def close(self) -> None:
+        """End the fetcher, if there is one."""
+        if "_fetcher" in self.__dict__:
+            self._fetcher.close()
+
+
+class Lookahead:
+    """The index queue as torch's loop sees it: begins batches before it hands them out.
+
+    Up to ``batch_pool + 1`` batches are begun and not handed out. When the parent says which
+    batches it took, no more than ``prefetch_factor`` are handed out beyond those. Used in one
+    thread only.
+    """
+
+    def __init__(self, source: Any, dataset: FetchedDataset, settings: FetchSettings) -> None:
+        self._source = source
+        self._dataset = dataset
+        self._settings = settings
+        # Batches as (number, Batch), and signals of torch's, in the order in which they came.
+        self._ahead: collections.deque[Any] = collections.deque()
+        self._num_allowed = settings.prefetch_factor
+
+    def get(self, timeout: float) -> Any:
+        """Take the next batch or signal.
+
+        Raises:
+            queue.Empty: There was none for ``timeout`` seconds.
+        """
+        self.refill()
+        while not self._may_hand_out():
+            self._accept(self._source.get(timeout=timeout))
+            self.refill()
+        item = self._ahead.popleft()
+        if isinstance(item, tuple):
+            self._num_allowed -= 1
+        elif item is not None:  # a new epoch of persistent workers: nothing is outstanding
+            self._num_allowed = self._settings.prefetch_factor
+        self._begin(self._settings.batch_pool)
+        return item
+
+    def refill(self) -> None:
+        """Accept what has come, and begin what may begin. Does not wait."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._accept(self._source.get(block=False))
+        self._begin(self._settings.batch_pool)
+
+    def _may_hand_out(self) -> bool:
+        if not self._ahead:
+            return False
+        is_batch = isinstance(self._ahead[0], tuple)
+        return not is_batch or not self._settings.takes_counted or self._num_allowed > 0
+
+    def _begin(self, num_batches: int) -> None:
+        for item in list(self._ahead)[:num_batches]:
+            if not isinstance(item, tuple):
+                break
+            self._dataset.begin(item[1])
+
+    def _accept(self, item: Any) -> None:
+        if item is BatchTaken:
+            self._num_allowed += 1
+        elif isinstance(item, tuple):
+            number, positions = item
+            self._ahead.append((number, Batch(positions)))
+        else:
+            # The end of the loader, or of an epoch that the user left in the middle. What torch
+            # would have sent by now is still made, as its transforms draw random numbers; the rest
+            # is not.
+            keep = 0 if item is None else self._num_allowed
+            while self._settings.takes_counted and len(self._ahead) > keep:
+                self._ahead.pop()[1].cancel()
+            self._ahead.append(item)
+
+
+def _worker_loop(
+    dataset_kind: Any,
+    dataset: Any,
+    index_queue: Any,
+    data_queue: Any,
+    done_event: Any,
+    auto_collation: bool,
+    collate_fn: Any,
+    drop_last: bool,
+    base_seed: int,
+    init_fn: Any,
+    worker_id: int,
+    num_workers: int,
+    persistent_workers: bool,
+    shared_seed: int | None,
+    *,
+    settings: FetchSettings | None = None,
+) -> None:
+    """Run a worker of a data loader, ours or torch's own.
+
+    May be assigned over ``torch.utils.data._utils.worker._worker_loop``, whose arguments it takes;
+    plain torch loaders then fetch many samples at once, with the same batches as before. Settings
+    that no loader of ours gives come from the environment (`read_environment`).
+
+    Raises:
+        ValueError: A variable of the environment cannot be used; reaches the training loop.
+    """
+    user_dataset = torch_internals.take_dataset(dataset)
+    prepare: list[Callable[[], None]] = []
+    if settings is None:
+        try:
+            settings = read_environment()
+        except ValueError as error:
+            settings = FetchSettings(fetch_impl="vanilla")
+            prepare.append(functools.partial(_raise, error))
+    seen_dataset, seen_queue = user_dataset, index_queue
+    fetched: FetchedDataset | None = None
+    parent_pid = os.getppid()
+    if settings.fetch_impl != "vanilla":
+        pool = SlotPool(max_batches=settings.prefetch_factor + 1 + _MAX_BATCHES_HELD)
+        data_queue = RecyclingQueue(data_queue, pool, worker_id)
+        if collate_fn is torch_internals.default_collate:
+            collate_fn = collate_into(pool)
+        if dataset_kind == torch_internals.DatasetKind.Map:
+            fetched = FetchedDataset(
+                user_dataset,
+                settings,
+                auto_collation,
+                lambda: done_event.is_set() or os.getppid() != parent_pid,
+            )
+            seen_queue = Lookahead(index_queue, fetched, settings)
+            fetched.refill = seen_queue.refill
+            seen_dataset = fetched
+            prepare.append(functools.partial(torch_internals.show_dataset, user_dataset))
+    try:
+        torch_internals.torch_worker_loop(
+            dataset_kind,
+            torch_internals.give_dataset(seen_dataset),
+            seen_queue,
+            data_queue,
+            done_event,
+            auto_collation,
+            collate_fn,
+            drop_last,
+            base_seed,
+            functools.partial(_initialise, prepare, init_fn),
+            worker_id,
+            num_workers,
+            persistent_workers,
+            shared_seed,
+        )
+    finally:
+        if fetched is not None:
+            fetched.close()
+        if os.getppid() != parent_pid:
+            # Nobody reads the queue any more, and the process would wait for ever to have it empty.
+            data_queue.cancel_join_thread()
+
+
+def _initialise(prepare: list[Callable[[], None]], init_fn: Any, worker_id: int) -> None:
+    for step in prepare:
+        step()
+    if init_fn is not None:
+        init_fn(worker_id)
+
+
+def _raise(error: Exception) -> None:
+    raise error
