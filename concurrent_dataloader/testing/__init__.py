@@ -1,1 +1,36 @@
-"""An object server with latency and faults, for tests, demonstrations and benchmarks."""
+"""An S3 object server with latency, faults and counters, for tests, demonstrations and benchmarks.
+
+It listens on loopback only, keeps its objects in RAM, and is no production server.
+
+```python
+from concurrent_dataloader.testing import Fault, ObjectServer
+
+with ObjectServer() as server:
+    server.put_objects("photos", {"train/cat/1.jpg": raw})
+    server.set_latency(median_s=0.1, sigma=0.3)
+    server.set_faults([Fault("slow_down", rate=0.05)])
+    ...  # any S3 client: server.endpoint_url, server.access_key, server.secret_key, server.region
+    print(server.counters().num_by_status)
+```
+
+``pytest_plugin`` has the fixtures ``object_server`` and ``make_object_server``; ``python -m
+concurrent_dataloader.testing --help`` serves by hand. How a request goes through the files here:
+
+```text
+object_server  the handle: starts the process, tells it what to do
+_process       listens, and ends with its parent
+_connection    bytes in, bytes out; latency, bandwidth, and faults as behaviour has them
+_server        who may do what; hears _control; counters say what was done
+_request       HTTP/1.1 requests and their bodies; _streaming: aws-chunked ones
+_signature     who asks: Signature V4
+_operations    what S3 does with it; _listing: pages of keys
+_answer        what it says; _refusals: what it says no with
+_objects       buckets, objects, uploads
+```
+"""
+
+from concurrent_dataloader.testing.behaviour import Fault, FaultKind, Latency
+from concurrent_dataloader.testing.counters import Counters
+from concurrent_dataloader.testing.object_server import ObjectServer
+
+__all__ = ["Counters", "Fault", "FaultKind", "Latency", "ObjectServer"]
