@@ -1,9 +1,9 @@
-"""Bytes by key: what a store can do, and the bridge between clients that block and clients that do not.
+"""Bytes by key: what a store can do, and the bridge between blocking and awaiting clients.
 
-A client has one colour: it blocks (boto3, files), or it awaits (aiohttp, aiobotocore). A store has both.
-`BlockingStore` gives the awaiting twin by threads, `AwaitingStore` the blocking one by an event loop in a
-thread of its own. Whatever a client needs, connections, threads, a loop, belongs to one process
-(`PerProcess`): a forked child opens its own and leaves its parent's alone.
+A client has one colour: it blocks (boto3, files), or it awaits (aiohttp, aiobotocore). A store has
+both. `BlockingStore` gives the awaiting twin by threads, `AwaitingStore` the blocking one by an
+event loop in a thread of its own. Whatever a client needs, connections, threads, a loop, belongs to
+one process (`PerProcess`): a forked child opens its own and leaves its parent's alone.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
-from typing_extensions import Buffer, Self, override
+from typing_extensions import Buffer, override
 
 from concurrent_dataloader.ranges import ByteRange
 
@@ -37,12 +37,13 @@ class ObjectInfo(NamedTuple):
 class Store(Protocol):
     """A flat namespace of objects, read by key.
 
-    A store is a value: it pickles, compares by its settings, and opens its client on first use in each
-    process, so that nothing of a parent's client lives on after a fork. `close` gives back the client of
-    the calling process; a store that was closed opens a new one when it is used again. A store that is
-    garbage is closed.
+    A store is a value: it pickles, compares by its settings, and opens its client on first use in
+    each process, so that nothing of a parent's client lives on after a fork. `close` gives back the
+    client of the calling process; a store that was closed opens a new one when it is used again. A
+    store that is garbage is closed.
 
-    These four methods are all that a storage of the user's own has to have; the data sets take it as it is.
+    These four methods are all that a storage of the user's own has to have; the data sets take it
+    as it is.
     """
 
     def get(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
@@ -59,8 +60,8 @@ class Store(Protocol):
             KeyNotFoundError: There is no such object.
             AccessDeniedError: The store refuses these credentials.
             ByteRangeError: The object ends before ``byte_range.stop``.
-            StoreUnavailableError: It failed; asking again may help. A store from `open_store` has then
-                asked as often as its `RetryPolicy` allows.
+            StoreUnavailableError: It failed; asking again may help. A store from `open_store` has
+                then asked as often as its `RetryPolicy` allows.
             StoreError: It failed, and asking again does not help.
             ValueError: ``byte_range`` begins below 0, or ends before it begins.
         """
@@ -100,7 +101,8 @@ class WritableStore(SizedStore, Protocol):
             start_after: Leave out this key and those that sort before it.
 
         Yields:
-            Each object as the store names it, "directory markers" (empty, ending in ``/``) included.
+            Each object as the store names it, "directory markers" (empty, ending in ``/``)
+            included.
         """
         ...
 
@@ -117,13 +119,13 @@ class WritableStore(SizedStore, Protocol):
 # child gets a new one.
 _opening = threading.RLock()
 
-# What a parent opened and its forked child inherited. Kept for good: to free it would close, through
-# descriptors that both processes share, what the parent still works with.
+# What a parent opened and its forked child inherited. Kept for good: to free it would close,
+# through descriptors that both processes share, what the parent still works with.
 _inherited: list[object] = []
 
 
 def _renew_lock() -> None:
-    global _opening  # noqa: PLW0603: the one place that may replace it, right after a fork
+    global _opening
     _opening = threading.RLock()
 
 
@@ -143,7 +145,7 @@ class PerProcess(Generic[T]):
     """A value for each process, opened at first use and closed with its owner."""
 
     def __init__(self, open_value: Callable[[], T], close_value: Callable[[T], None]) -> None:
-        """Remember how to open and close; neither may refer to the owner, or it is never garbage."""
+        """Remember how to open and close; neither may refer to the owner, else it stays."""
         self._open_value = open_value
         self._slot: _Slot[T] = _Slot()
         self._finalizer = weakref.finalize(self, _close_slot, self._slot, close_value)
@@ -296,8 +298,8 @@ class PerLoop(Generic[T]):
     """A value for each event loop, opened in it at first use and closed when the loop shuts down.
 
     A client's connections belong to the loop in which they were made. Closing rides on
-    ``loop.shutdown_asyncgens``, which ``asyncio.run`` and `LoopThread` call. Touched only inside the
-    loops; each has its own entry, and dictionary operations are atomic.
+    ``loop.shutdown_asyncgens``, which ``asyncio.run`` and `LoopThread` call. Touched only inside
+    the loops; each has its own entry, and dictionary operations are atomic.
     """
 
     def __init__(self, open_value: Callable[[], contextlib.AbstractAsyncContextManager[T]]) -> None:
@@ -307,7 +309,7 @@ class PerLoop(Generic[T]):
         )
 
     async def get(self) -> T:
-        """Give the running loop's value; opens it if need be, once, whatever the number of tasks."""
+        """Give the running loop's value; opens it if need be, once for all its tasks."""
         loop = asyncio.get_running_loop()
         task = self._opening.get(loop)
         if task is not None and task.done() and (task.cancelled() or task.exception() is not None):
@@ -327,7 +329,7 @@ class PerLoop(Generic[T]):
         ]
         return value
 
-    async def _keep(self) -> Any:
+    async def _keep(self) -> AsyncGenerator[T, None]:
         async with self._open_value() as value:
             yield value
 

@@ -1,0 +1,99 @@
+"""Objects of an S3-compatible store, by aiobotocore."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from typing import Any
+
+import aiohttp
+import botocore.exceptions
+from aiobotocore.config import AioConfig
+from aiobotocore.session import AioSession
+from typing_extensions import Buffer, override
+
+from concurrent_dataloader.errors import BodyMismatchError, DeadlineError, StoreUnavailableError
+from concurrent_dataloader.ranges import ByteRange
+from concurrent_dataloader.stores._answers import check_body
+from concurrent_dataloader.stores._boto3 import client_arguments, client_settings, translate
+from concurrent_dataloader.stores._http import HttpStore
+from concurrent_dataloader.stores.address import ClientOptions, S3Address, check_byte_range
+from concurrent_dataloader.stores.base import AwaitingStore, ObjectInfo, PerLoop
+from concurrent_dataloader.stores.credentials import CredentialsChain
+
+
+class AiobotocoreStore(AwaitingStore):
+    """One aiobotocore client for each event loop."""
+
+    def __init__(self, address: S3Address, options: ClientOptions) -> None:
+        super().__init__()
+        self._address = address
+        self._options = options
+        self._plain = HttpStore(address, options)
+        self._clients = PerLoop(partial(_open_client, address, options))
+
+    @override
+    def _arguments(self) -> tuple[S3Address, ClientOptions]:
+        return self._address, self._options
+
+    def describe(self, key: str) -> str:
+        """Name the object for a person."""
+        return self._address.describe(key)
+
+    def head(self, key: str) -> ObjectInfo:
+        """Ask for an object's size; blocks, so by the standard library's client."""
+        return self._plain.head(key)
+
+    @override
+    def close(self) -> None:
+        """Give back what this process has opened, but for the clients of event loops of others."""
+        super().close()
+        self._plain.close()
+
+    @override
+    async def get_async(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
+        """Read as `Store.get_async` says."""
+        extra: dict[str, str] = {}
+        if byte_range is not None:
+            if check_byte_range(byte_range) == 0:
+                return b""
+            extra["Range"] = f"bytes={byte_range.start}-{byte_range.stop - 1}"
+        object_key = self._address.object_key(key)
+        client = await self._clients.get()
+        where, endpoint = self.describe(key), self._address.endpoint_url
+        try:
+            answer = await client.get_object(Bucket=self._address.bucket, Key=object_key, **extra)
+            async with answer["Body"] as stream:
+                body: bytes = await stream.read()
+        except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
+            raise translate(self._address, key, error) from error
+        except TimeoutError as error:
+            raise DeadlineError(f"{where}: no answer from {endpoint} in time") from error
+        except aiohttp.ClientPayloadError as error:
+            raise BodyMismatchError(
+                f"{where}: the body from {endpoint} was cut short: {error}"
+            ) from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise StoreUnavailableError(
+                f"{where}: the connection to {endpoint} broke: {error}"
+            ) from error
+        headers = {"Content-Length": str(answer["ContentLength"]), "ETag": answer.get("ETag", "")}
+        if "ContentRange" in answer:
+            headers["Content-Range"] = answer["ContentRange"]
+        status = answer["ResponseMetadata"]["HTTPStatusCode"]
+        return check_body(self._address, key, byte_range, status, headers.get, body)
+
+
+def _open_client(address: S3Address, options: ClientOptions) -> AbstractAsyncContextManager[Any]:
+    arguments = client_arguments(address, options)
+    arguments["config"] = AioConfig(**client_settings(address, options))
+    source = address.credentials
+    if isinstance(source, CredentialsChain):
+        source.resolve()  # says in our words that there are none
+        return AioSession(profile=source.profile).create_client(**arguments)
+    if source is not None:
+        credentials = source.resolve()
+        arguments["aws_access_key_id"] = credentials.access_key_id
+        arguments["aws_secret_access_key"] = credentials.secret_access_key
+        arguments["aws_session_token"] = credentials.session_token
+    return AioSession().create_client(**arguments)

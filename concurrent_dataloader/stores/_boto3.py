@@ -1,0 +1,206 @@
+"""Objects of an S3-compatible store, by boto3: reads, lists, writes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, TypeVar
+
+import boto3.exceptions
+import boto3.session
+import botocore.config
+import botocore.exceptions
+from boto3.s3.transfer import TransferConfig
+from botocore import UNSIGNED
+from typing_extensions import Buffer, override
+
+from concurrent_dataloader.errors import DeadlineError, StoreError, StoreUnavailableError
+from concurrent_dataloader.ranges import ByteRange
+from concurrent_dataloader.stores._answers import check_body, error_for_status
+from concurrent_dataloader.stores.address import ClientOptions, S3Address, check_byte_range
+from concurrent_dataloader.stores.base import BlockingStore, ObjectInfo, PerProcess
+from concurrent_dataloader.stores.credentials import CredentialsChain
+
+T = TypeVar("T")
+
+_MULTIPART_BYTES = 16 * 1024 * 1024
+"""From this size on, and in parts of this size, an object is uploaded in parts; S3 allows 5 MiB or
+more."""
+
+
+class Boto3Store(BlockingStore):
+    """One boto3 client for each process, made under a lock; clients may be shared by threads."""
+
+    def __init__(self, address: S3Address, options: ClientOptions) -> None:
+        super().__init__(options.max_connections)
+        self._address = address
+        self._options = options
+        self._client = PerProcess(partial(_open_client, address, options), _close_client)
+
+    @override
+    def _arguments(self) -> tuple[S3Address, ClientOptions]:
+        return self._address, self._options
+
+    def describe(self, key: str) -> str:
+        """Name the object for a person."""
+        return self._address.describe(key)
+
+    @override
+    def close(self) -> None:
+        """Close this process's client."""
+        super().close()
+        self._client.close()
+
+    @override
+    def get(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
+        """Read as `Store.get` says."""
+        extra: dict[str, str] = {}
+        if byte_range is not None:
+            if check_byte_range(byte_range) == 0:
+                return b""
+            extra["Range"] = f"bytes={byte_range.start}-{byte_range.stop - 1}"
+        status, headers, body = self._call(key, partial(self._get_object, key, extra))
+        return check_body(self._address, key, byte_range, status, headers.get, body)
+
+    def _get_object(self, key: str, extra: dict[str, str]) -> tuple[int, dict[str, str], bytes]:
+        answer = self._client.get().get_object(
+            Bucket=self._address.bucket, Key=self._address.object_key(key), **extra
+        )
+        with answer["Body"] as stream:
+            body: bytes = stream.read()
+        headers = {"Content-Length": str(answer["ContentLength"]), "ETag": answer.get("ETag", "")}
+        if "ContentRange" in answer:
+            headers["Content-Range"] = answer["ContentRange"]
+        return answer["ResponseMetadata"]["HTTPStatusCode"], headers, body
+
+    def head(self, key: str) -> ObjectInfo:
+        """Ask for an object's size."""
+        answer = self._call(
+            key,
+            lambda: self._client.get().head_object(
+                Bucket=self._address.bucket, Key=self._address.object_key(key)
+            ),
+        )
+        return ObjectInfo(key, answer["ContentLength"])
+
+    def list(self, prefix: str = "", *, start_after: str = "") -> Iterator[ObjectInfo]:
+        """List as `WritableStore.list` says; 1,000 keys a request."""
+        skip = len(self._address.prefix)
+        arguments = {"Bucket": self._address.bucket, "Prefix": self._address.prefix + prefix}
+        if start_after:
+            arguments["StartAfter"] = self._address.prefix + start_after
+        while True:
+            page = self._call("", partial(self._client.get().list_objects_v2, **arguments))
+            for entry in page.get("Contents", ()):
+                if len(entry["Key"]) > skip:  # the marker of our own prefix has no name here
+                    yield ObjectInfo(entry["Key"][skip:], entry["Size"])
+            if not page.get("IsTruncated"):
+                return
+            arguments["ContinuationToken"] = page["NextContinuationToken"]
+
+    def put(self, key: str, body: Buffer) -> None:
+        """Write an object whole; a large one in parts, which become one object at the end."""
+        with memoryview(body) as view:
+            target = {"Bucket": self._address.bucket, "Key": self._address.object_key(key)}
+            if view.nbytes < _MULTIPART_BYTES:
+                self._call(key, lambda: self._client.get().put_object(Body=bytes(view), **target))
+                return
+            config = TransferConfig(
+                multipart_threshold=_MULTIPART_BYTES, multipart_chunksize=_MULTIPART_BYTES
+            )
+            self._call(
+                key,
+                lambda: self._client.get().upload_fileobj(
+                    io.BytesIO(view), Config=config, **target
+                ),
+            )
+
+    def delete(self, key: str) -> None:
+        """Remove an object."""
+        self._call(
+            key,
+            lambda: self._client.get().delete_object(
+                Bucket=self._address.bucket, Key=self._address.object_key(key)
+            ),
+        )
+
+    def _call(self, key: str, request: Callable[[], T]) -> T:
+        try:
+            return request()
+        except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
+            raise translate(self._address, key, error) from error
+        except boto3.exceptions.Boto3Error as error:
+            cause = error.__context__
+            raise translate(self._address, key, cause if cause is not None else error) from error
+
+
+def translate(address: S3Address, key: str, error: BaseException) -> StoreError:
+    """Translate an error of botocore's; `StoreUnavailableError` may be repeated."""
+    where, endpoint = address.describe(key), address.endpoint_url
+    if isinstance(error, botocore.exceptions.ClientError):
+        answer: Any = error.response
+        status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        code = str(answer.get("Error", {}).get("Code", ""))
+        if code.isdigit():  # HEAD has no body, and botocore makes the status the code
+            code = ""
+        return error_for_status(
+            address, key, status, code, str(answer.get("Error", {}).get("Message", ""))
+        )
+    if isinstance(
+        error,
+        (botocore.exceptions.ConnectTimeoutError, botocore.exceptions.ReadTimeoutError),
+    ):
+        return DeadlineError(f"{where}: no answer from {endpoint} in time")
+    if isinstance(
+        error, (botocore.exceptions.HTTPClientError, botocore.exceptions.IncompleteReadError)
+    ):
+        return StoreUnavailableError(f"{where}: the connection to {endpoint} broke: {error}")
+    return StoreError(f"{where}: boto3 could not ask {endpoint}: {error}")
+
+
+def client_arguments(address: S3Address, options: ClientOptions) -> dict[str, Any]:
+    """Give what a client of boto3's or aiobotocore's is made with; credentials apart."""
+    return {
+        "service_name": "s3",
+        "endpoint_url": address.endpoint_url,
+        "region_name": address.region,
+        "verify": options.ca_file,
+    }
+
+
+def client_settings(address: S3Address, options: ClientOptions) -> dict[str, Any]:
+    """Give the settings of a client of boto3's or aiobotocore's; its own retries are off."""
+    settings: dict[str, Any] = {
+        "max_pool_connections": options.max_connections,
+        "connect_timeout": options.connect_timeout_s,
+        "read_timeout": options.stall_timeout_s,
+        "retries": {"total_max_attempts": 1, "mode": "standard"},
+        "s3": {"addressing_style": "path" if address.path_style else "virtual"},
+        # Checksums that only AWS knows would make writes fail at many stores that speak S3.
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
+        "tcp_keepalive": True,
+    }
+    settings["signature_version"] = UNSIGNED if address.credentials is None else "s3v4"
+    return settings
+
+
+def _open_client(address: S3Address, options: ClientOptions) -> Any:
+    arguments = client_arguments(address, options)
+    arguments["config"] = botocore.config.Config(**client_settings(address, options))
+    source = address.credentials
+    if isinstance(source, CredentialsChain):
+        source.resolve()  # says in our words that there are none
+        # The session walks the same chain, and refreshes what it found.
+        return boto3.session.Session(profile_name=source.profile).client(**arguments)
+    if source is not None:
+        credentials = source.resolve()
+        arguments["aws_access_key_id"] = credentials.access_key_id
+        arguments["aws_secret_access_key"] = credentials.secret_access_key
+        arguments["aws_session_token"] = credentials.session_token
+    return boto3.session.Session().client(**arguments)
+
+
+def _close_client(client: Any) -> None:
+    client.close()

@@ -1,0 +1,225 @@
+"""Objects of an S3-compatible store, by obstore, with a guard: its runtime does not survive a fork.
+
+obstore runs on native threads that start with the first request. A child forked after that has the
+runtime's state but not its threads, and its first request waits for ever, whatever store object it
+uses. So:
+
+- a process that inherited a runtime in use never calls it, but the standard library's client;
+- the main process uses that client from the start, so that a sample read there (``dataset[0]``)
+  leaves obstore to the workers forked afterwards. ``fork_safe=False`` lifts this for programs that
+  never fork.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import obstore
+import obstore.store
+from obstore.exceptions import BaseError
+from typing_extensions import Buffer, override
+
+from concurrent_dataloader.errors import (
+    BodyMismatchError,
+    StoreError,
+    StoreUnavailableError,
+)
+from concurrent_dataloader.ranges import ByteRange
+from concurrent_dataloader.stores._answers import (
+    check_whole_body,
+    error_for_status,
+    parse_s3_error,
+    range_error,
+    short_body_error,
+    timeout_error,
+)
+from concurrent_dataloader.stores._http import HttpStore
+from concurrent_dataloader.stores.address import ClientOptions, S3Address, check_byte_range
+from concurrent_dataloader.stores.base import ObjectInfo, PerProcess, ValueObject
+from concurrent_dataloader.stores.credentials import CredentialsChain, CredentialsSource
+
+if TYPE_CHECKING:
+    from obstore import GetResult
+    from obstore.store import S3Credential, S3Store
+
+_CHAIN_CREDENTIALS_LAST = timedelta(minutes=5)
+"""Until obstore asks again for credentials that may change; botocore refreshes them 10 minutes
+before."""
+
+_STATUS = re.compile(r"non-2xx status code: (\d{3})")
+
+# obstore refuses these, or sends another key than it was given.
+_ODD_KEY = re.compile(r"^/|/$|//|(^|/)\.\.?(/|$)|[\x00-\x1f\x7f]")
+
+_used_by_pid: int | None = None
+
+
+def is_usable(fork_safe: bool) -> bool:
+    """Decide whether this process may call obstore.
+
+    Args:
+        fork_safe: Whether the main process leaves it to its workers.
+    """
+    if _used_by_pid is not None and _used_by_pid != os.getpid():
+        return False
+    return not (fork_safe and multiprocessing.parent_process() is None)
+
+
+class ObstoreStore(ValueObject):
+    """Reads by obstore where that is safe, and by the standard library where it is not."""
+
+    def __init__(self, address: S3Address, options: ClientOptions, fork_safe: bool = True) -> None:
+        self._address = address
+        self._options = options
+        self._fork_safe = fork_safe
+        self._client = PerProcess(partial(_open_client, address, options, fork_safe), _drop)
+        self._plain = HttpStore(address, options)
+
+    @override
+    def _arguments(self) -> tuple[S3Address, ClientOptions, bool]:
+        return self._address, self._options, self._fork_safe
+
+    def describe(self, key: str) -> str:
+        """Name the object for a person."""
+        return self._address.describe(key)
+
+    def head(self, key: str) -> ObjectInfo:
+        """Ask for an object's size; rare, so always by the standard library's client."""
+        return self._plain.head(key)
+
+    def close(self) -> None:
+        """Give back what this process has opened."""
+        self._client.close()
+        self._plain.close()
+
+    def get(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
+        """Read as `Store.get` says."""
+        client = self._client.get()
+        if client is None or _ODD_KEY.search(key):
+            return self._plain.get(key, byte_range)
+        object_key = self._address.object_key(key)
+        try:
+            if byte_range is None:
+                result = obstore.get(client, object_key)
+            elif check_byte_range(byte_range) == 0:
+                return b""
+            else:
+                result = obstore.get(client, object_key, options={"range": byte_range})
+            body = result.buffer()
+        except (BaseError, OSError) as error:
+            raise self._translate(error, key) from error
+        return self._check(key, byte_range, result, body)
+
+    async def get_async(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
+        """Read as `get` does, without blocking the event loop."""
+        client = self._client.get()
+        if client is None or _ODD_KEY.search(key):
+            return await self._plain.get_async(key, byte_range)
+        object_key = self._address.object_key(key)
+        try:
+            if byte_range is None:
+                result = await obstore.get_async(client, object_key)
+            elif check_byte_range(byte_range) == 0:
+                return b""
+            else:
+                result = await obstore.get_async(client, object_key, options={"range": byte_range})
+            body = await result.buffer_async()
+        except (BaseError, OSError) as error:
+            raise self._translate(error, key) from error
+        return self._check(key, byte_range, result, body)
+
+    def _check(
+        self, key: str, byte_range: ByteRange | None, result: GetResult, body: Any
+    ) -> Buffer:
+        got_bytes = len(body)
+        if byte_range is None:
+            start, stop = result.range
+            if stop - start != got_bytes:
+                raise short_body_error(self._address, key, got_bytes, stop - start)
+            if got_bytes == 0:
+                check_whole_body(self._address, key, 0, None, result.meta["e_tag"])
+        elif got_bytes != byte_range.stop - byte_range.start:
+            size_bytes = result.meta["size"]
+            if size_bytes < byte_range.stop:
+                raise range_error(self._address, key, byte_range, size_bytes)
+            raise short_body_error(
+                self._address, key, got_bytes, byte_range.stop - byte_range.start
+            )
+        return body
+
+    def _translate(self, error: Exception, key: str) -> StoreError:
+        where, endpoint = self.describe(key), self._address.endpoint_url
+        text = str(error)
+        status = _STATUS.search(text)
+        if status is not None:
+            code, message = parse_s3_error(text)
+            return error_for_status(self._address, key, int(status[1]), code, message)
+        if "kind: Timeout" in text:
+            return timeout_error(self._address, key, self._options)
+        reason = text.partition("\n")[0]
+        if "IncompleteBody" in text:
+            return BodyMismatchError(f"{where}: the body from {endpoint} was cut short: {reason}")
+        if "kind: " in text or isinstance(error, OSError):
+            return StoreUnavailableError(f"{where}: the connection to {endpoint} broke: {reason}")
+        return StoreError(f"{where}: obstore could not ask {endpoint}: {reason}")
+
+
+def _open_client(address: S3Address, options: ClientOptions, fork_safe: bool) -> S3Store | None:
+    """Make this process's client, or None where obstore must not be called."""
+    global _used_by_pid
+    if not is_usable(fork_safe):
+        return None
+    source = address.credentials
+    if source is not None:
+        source.resolve()  # says in our words, here, that there are none
+    client_options: dict[str, Any] = {
+        "allow_http": address.origin.scheme == "http",
+        "connect_timeout": timedelta(seconds=options.connect_timeout_s),
+        "read_timeout": timedelta(seconds=options.stall_timeout_s),
+        "timeout": timedelta(seconds=options.total_timeout_s),
+        "pool_max_idle_per_host": str(options.max_connections),
+        "http1_only": True,
+    }
+    if options.ca_file is not None:
+        client_options["root_certificate"] = Path(options.ca_file).read_bytes()
+    # obstore takes whatever the environment sets and its caller does not; so all is set here.
+    base_url = f"{address.origin}{address.base_path}"
+    endpoint = base_url if not address.path_style else base_url.rpartition("/")[0]
+    client = obstore.store.S3Store(
+        address.bucket,
+        config={
+            "endpoint": endpoint,
+            "aws_endpoint_url_s3": endpoint,
+            "region": address.region,
+            "virtual_hosted_style_request": not address.path_style,
+            "skip_signature": source is None,
+            "s3_express": False,
+            "request_payer": False,
+        },
+        client_options=client_options,  # pyright: ignore[reportArgumentType]: a dict built in two steps
+        retry_config={"max_retries": 0},
+        credential_provider=None if source is None else partial(_provide, source),
+    )
+    _used_by_pid = os.getpid()
+    return client
+
+
+def _provide(source: CredentialsSource) -> S3Credential:
+    credentials = source.resolve()
+    changes = isinstance(source, CredentialsChain)
+    return {
+        "access_key_id": credentials.access_key_id,
+        "secret_access_key": credentials.secret_access_key,
+        "token": credentials.session_token,
+        "expires_at": datetime.now(UTC) + _CHAIN_CREDENTIALS_LAST if changes else None,
+    }
+
+
+def _drop(client: S3Store | None) -> None:
+    del client  # dropping the last reference closes its connections
