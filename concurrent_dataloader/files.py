@@ -1,0 +1,72 @@
+"""Files on this machine that are there whole, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+from typing_extensions import Buffer
+
+
+class ReadableStore(Protocol):
+    """The part of a store that a download needs."""
+
+    def get(self, key: str) -> Buffer:
+        """Read an object whole."""
+        ...
+
+
+def write_whole(path: Path, pieces: Iterable[Buffer]) -> None:
+    """Write ``pieces``, one after the other, so that readers see the old file, the new one or none.
+
+    Several processes may write the same path at once: the last one wins. If a piece cannot be made
+    or written, the path stays as it was and nothing is left beside it.
+
+    Args:
+        path: File to write; its folder is made if it is not there.
+        pieces: Content, in order.
+
+    Raises:
+        OSError: The folder cannot be written to, or the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    # Not tempfile: its files are closed to everybody but the owner, and data sets are shared.
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        with open(descriptor, "wb") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)
+        raise
+
+
+def fetch_file_if_missing(path: str | os.PathLike[str], store: ReadableStore, key: str) -> Path:
+    """Read ``path`` from a store, unless it is already there.
+
+    A file that is there is never looked at again: remove it to have a newer one.
+
+    Args:
+        path: Where the file is to be.
+        store: Where it comes from, asked only if the file is missing.
+        key: Its name there; a leading slash is no part of it.
+
+    Returns:
+        The path, which now exists.
+
+    Raises:
+        StoreError: The store does not give it; nothing is written then.
+        OSError: It cannot be written.
+    """
+    path = Path(path)
+    if not path.exists():
+        write_whole(path, [store.get(key.lstrip("/"))])
+    return path
