@@ -10,6 +10,7 @@ import datetime
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -267,11 +268,16 @@ def read_rows(path: pathlib.Path) -> list[Row]:
 
 
 def format_estimate(figure: Estimate) -> str:
-    """Write ``median [low, high]``, or the bare value if there is but one."""
+    """Write ``median [low, high]``, or the bare value if there is but one; three digits that count."""
+    shown = _format(figure.median, figure.median)
     if len(figure.values) == 1:
-        return f"{figure.median:.3g}" if figure.median < 1000 else f"{figure.median:.0f}"
-    digits = 0 if figure.median >= 100 else 1 if figure.median >= 10 else 3
-    return f"{figure.median:.{digits}f} [{figure.low:.{digits}f}, {figure.high:.{digits}f}]"
+        return shown
+    return f"{shown} [{_format(figure.low, figure.median)}, {_format(figure.high, figure.median)}]"
+
+
+def _format(value: float, scale: float) -> str:
+    digits = 2 if scale == 0 else min(6, max(0, 2 - math.floor(math.log10(abs(scale)))))
+    return f"{value:.{digits}f}"
 
 
 def markdown_table(rows: Sequence[Row]) -> str:

@@ -91,12 +91,19 @@ def test_a_bar_can_be_an_upper_bound() -> None:
 def test_the_table_shows_median_interval_bar_and_verdict() -> None:
     table = markdown_table([make_example([1.02, 1.05, 1.04])])
 
-    assert "| ratio 1.040 [1.020, 1.050] | ≥ 1 | reached |" in table
+    assert "| ratio 1.04 [1.02, 1.05] | ≥ 1 | reached |" in table
     assert "ours_images_per_s 610 [600, 620]" in table
 
 
 def test_a_value_that_was_measured_once_shows_no_interval() -> None:
     assert format_estimate(estimate(0.1234)) == "0.123"
+
+
+def test_small_and_large_figures_show_three_digits_that_count() -> None:
+    assert format_estimate(estimate([0.000123, 0.000125, 0.0001])) == (
+        "0.000123 [0.000100, 0.000125]"
+    )
+    assert format_estimate(estimate([9740.4, 6071.2, 10131.0])) == "9740 [6071, 10131]"
 
 
 def test_a_line_that_is_no_row_is_named() -> None:
