@@ -1,4 +1,4 @@
-"""The data sets of the benchmarks and of the trainer, by name: the documented path of `get_dataset`."""
+"""The data sets of the benchmarks and the trainer, by name."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def get_dataset(
         index_file: JSON index, with keys from the root of all splits. Without one, the images below
             the folder of the split, ``train/``, ``val/`` or ``test/``, are listed.
         classes_file: JSON classes; as in `S3Dataset` when None.
-        s3_credential_file: JSON credentials; the standard AWS chain when None. If it names a URL for
-            an index or a classes file of the split, the file is downloaded where it is missing.
+        s3_credential_file: JSON credentials; the standard AWS chain when None. If it names a URL
+            for the split's index or classes file, that is downloaded where it is missing.
         endpoint_url: Of an S3-compatible store.
         bucket_name: That of the credentials file when None, or "imagenet".
         prefix: Folder of the bucket that holds all splits.

@@ -14,8 +14,7 @@ S = TypeVar("S", covariant=True)
 
 
 class StagedDataset(Dataset[S], abc.ABC, Generic[D, S]):
-    """A map-style dataset in three stages, so that the loader may overlap the first with the
-    others.
+    """A map-style dataset in three stages, the first of which the loader overlaps with the others.
 
     ``fetch`` waits for bytes; it may run in any order, many at once. ``decode`` is pure: same
     bytes, same result, in any thread. ``apply_transform`` may draw random numbers; it runs in
@@ -24,7 +23,10 @@ class StagedDataset(Dataset[S], abc.ABC, Generic[D, S]):
 
     @abc.abstractmethod
     def fetch(self, position: int) -> Buffer:
-        """Read the raw bytes of the sample at ``position``. Blocks; called from many threads at once."""
+        """Read the raw bytes of the sample at ``position``.
+
+        Blocks; called from many threads at once.
+        """
 
     async def fetch_async(self, position: int) -> Buffer:
         """Read as `fetch` does, without blocking the event loop.

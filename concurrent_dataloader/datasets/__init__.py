@@ -1,0 +1,20 @@
+"""Data sets: a sample by its position."""
+
+from concurrent_dataloader.datasets.contract import StagedDataset
+from concurrent_dataloader.datasets.indexed import IndexedDataset, SampleMetadata
+from concurrent_dataloader.datasets.opening import (
+    S3_Dataset,
+    S3Dataset,
+    ScratchDataset,
+    open_dataset,
+)
+
+__all__ = [
+    "IndexedDataset",
+    "S3Dataset",
+    "S3_Dataset",
+    "SampleMetadata",
+    "ScratchDataset",
+    "StagedDataset",
+    "open_dataset",
+]
