@@ -1,0 +1,50 @@
+"""Packing an index ahead of time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from concurrent_dataloader.errors import IndexFormatError
+from concurrent_dataloader.index import packed_path
+from concurrent_dataloader.prepare.pack import pack_index
+
+
+@pytest.fixture
+def json_path(tmp_path: Path) -> Path:
+    path = tmp_path / "index.json"
+    path.write_text(json.dumps(["a.jpg", "b.jpg"]))
+    return path
+
+
+def test_a_small_index_is_packed_too(json_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(json_path.parent)
+
+    index = pack_index("index.json")
+
+    assert index.packed_file == packed_path(json_path)
+    assert list(index.keys()) == ["a.jpg", "b.jpg"]
+
+
+def test_packed_keys_that_are_damaged_are_packed_again(json_path: Path) -> None:
+    pack_index(json_path)
+    packed = packed_path(json_path)
+    packed.write_bytes(packed.read_bytes().replace(b"b.jpg", b"c.jpg"))
+
+    assert list(pack_index(json_path).keys()) == ["a.jpg", "b.jpg"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_error(json_path: Path) -> None:
+    packed_path(json_path).mkdir()
+
+    with pytest.raises(PermissionError, match=r"index\.json\.packed: cannot be written"):
+        pack_index(json_path)
+
+
+def test_a_packed_index_is_not_packed_again(json_path: Path) -> None:
+    pack_index(json_path)
+
+    with pytest.raises(IndexFormatError, match="is packed already"):
+        pack_index(packed_path(json_path))

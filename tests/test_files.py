@@ -1,0 +1,77 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from concurrent_dataloader.errors import KeyNotFoundError
+from concurrent_dataloader.files import fetch_file_if_missing, write_whole
+
+
+class CountingStore:
+    """Holds objects by key and counts what it was asked."""
+
+    def __init__(self, objects: dict[str, bytes]) -> None:
+        self.objects = objects
+        self.asked: list[str] = []
+
+    def get(self, key: str) -> bytes:
+        self.asked.append(key)
+        if key not in self.objects:
+            raise KeyNotFoundError(f"memory://b/{key}: no such object")
+        return self.objects[key]
+
+
+def test_pieces_follow_one_another(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "file"
+
+    write_whole(path, [b"one ", memoryview(b"two"), bytearray(b"!")])
+
+    assert path.read_bytes() == b"one two!"
+
+
+def test_a_piece_that_cannot_be_made_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def pieces() -> Iterator[bytes]:
+        yield b"half of the new"
+        raise RuntimeError("the source ended")
+
+    with pytest.raises(RuntimeError, match="the source ended"):
+        write_whole(path, pieces())
+
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_missing_file_is_fetched_once(tmp_path: Path) -> None:
+    store = CountingStore({"indexes/train.json": b"[]"})
+    path = tmp_path / "cache" / "train.json"
+
+    for _ in range(3):
+        assert fetch_file_if_missing(str(path), store, "/indexes/train.json") == path
+
+    assert path.read_bytes() == b"[]"
+    assert store.asked == ["indexes/train.json"]
+
+
+def test_a_file_that_is_there_is_not_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "train.json"
+    path.write_text("mine")
+    store = CountingStore({"train.json": b"theirs"})
+
+    fetch_file_if_missing(path, store, "train.json")
+
+    assert path.read_text() == "mine"
+    assert store.asked == []
+
+
+def test_a_download_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyNotFoundError, match="no such object"):
+        fetch_file_if_missing(tmp_path / "train.json", CountingStore({}), "train.json")
+
+    assert list(tmp_path.iterdir()) == []
