@@ -189,9 +189,13 @@ class Index:
     def size_bytes(self, position: int) -> int | None:
         """Give the size of an object when the index was made, or None if it is not known."""
         row = self._row(position)
-        if self._keys.sizes is None:
+        _, _, sizes, file = self._keys
+        if sizes is None:
             return None
-        return int(self._keys.sizes[row])
+        size_bytes = int(sizes[row])
+        if file is not None:
+            file.count_look_up()
+        return size_bytes
 
     def checksum(self) -> str:
         """Name the content in 32 hexadecimal digits: the same for the same keys in this order."""
@@ -208,14 +212,7 @@ class Index:
         Raises:
             IndexFormatError: It is damaged.
         """
-        keys = self._keys
-        if keys.file is not None:
-            whole = digest_keys(keys.blob, keys.offsets) == keys.file.checksum
-            keys.release()
-            if not whole:
-                raise IndexFormatError(
-                    f"{keys.file.path}: the keys do not match the checksum in the file; remove it"
-                )
+        self._keys.verify()
 
     @property
     def packed_file(self) -> Path | None:

@@ -12,7 +12,9 @@ byte 0    8s   magic "CDLINDEX"
      40   i64  modification time of that file, in ns
      48   16s  BLAKE2b-128 of that file
      64   16s  BLAKE2b-128 of the offsets and the keys
-     80   u32  CRC-32 of bytes 0 to 80
+     80   u32  CRC-32 of the object sizes
+     84        zeros
+     124  u32  CRC-32 of bytes 0 to 124
      128       offsets, i64 each, count + 1 of them; key i is at [offset[i], offset[i + 1])
                object sizes in bytes, i64 each, count of them, if the flag says so
                the keys, UTF-8, one after the other
@@ -41,8 +43,8 @@ MAGIC = b"CDLINDEX"
 
 _VERSION = 1
 _HAS_SIZES = 1
-_HEADER = struct.Struct("<8sIIQQQq16s16s")
-_HEADER_BYTES = 128
+_HEADER = struct.Struct("<8sIIQQQq16s16sI40x")
+_HEADER_BYTES = 128  # with its own CRC
 # Each look-up maps up to 2 x 64 KiB (the kernel maps a page's neighbours), so 32 of them 4 MiB.
 _LOOK_UPS_HELD = 32
 
@@ -58,6 +60,21 @@ class PackedSource(NamedTuple):
 NO_SOURCE = PackedSource(0, 0, bytes(16))
 
 
+class _Header(NamedTuple):
+    """What the head of a packed file says, in its order; `_HEADER` lays it out."""
+
+    magic: bytes
+    version: int
+    flags: int
+    num_keys: int
+    blob_bytes: int
+    source_bytes: int
+    source_mtime_ns: int
+    source_digest: bytes
+    checksum: bytes
+    sizes_crc: int
+
+
 class MappedFile:
     """A packed file that is mapped; pages that were read are given back as look-ups go on.
 
@@ -65,12 +82,13 @@ class MappedFile:
     mapped. ``_look_ups`` is not guarded: a lost count only moves the next release.
     """
 
-    def __init__(
-        self, path: Path, mapped: mmap.mmap, checksum: bytes, source: PackedSource, mtime_ns: int
-    ) -> None:
+    def __init__(self, path: Path, mapped: mmap.mmap, header: _Header, mtime_ns: int) -> None:
         self.path = path
-        self.checksum = checksum
-        self.source = source
+        self.checksum = header.checksum
+        self.sizes_crc = header.sizes_crc
+        self.source = PackedSource(
+            header.source_bytes, header.source_mtime_ns, header.source_digest
+        )
         self.mtime_ns = mtime_ns
         self._mapped = mapped
         self._look_ups = 0
@@ -99,6 +117,23 @@ class PackedKeys(NamedTuple):
         """Give back what of a mapped file is held in memory."""
         if self.file is not None:
             self.file.release()
+
+    def verify(self) -> None:
+        """Compare all of a mapped file with its checksums; keys in memory are right.
+
+        Raises:
+            IndexFormatError: It is damaged.
+        """
+        if self.file is None:
+            return
+        same_keys = digest_keys(self.blob, self.offsets) == self.file.checksum
+        same_sizes = _sizes_crc(self.sizes) == self.file.sizes_crc
+        self.release()
+        if not same_keys or not same_sizes:
+            what = "object sizes" if same_keys else "keys"
+            raise IndexFormatError(
+                f"{self.file.path}: the {what} do not match the checksum in the file; remove it"
+            )
 
 
 def pack(keys: list[str], sizes: list[int] | None, where: object) -> PackedKeys:
@@ -171,6 +206,10 @@ def digest_keys(blob: Buffer, offsets: NDArray[np.int64]) -> bytes:
     return digest.digest()
 
 
+def _sizes_crc(sizes: NDArray[np.int64] | None) -> int:
+    return 0 if sizes is None else zlib.crc32(np.ascontiguousarray(sizes, "<i8").data)
+
+
 def packed_pieces(
     blob: memoryview,
     offsets: NDArray[np.int64],
@@ -178,19 +217,20 @@ def packed_pieces(
     source: PackedSource,
 ) -> Iterator[Buffer]:
     """Yield the packed file, piece by piece."""
-    header = _HEADER.pack(
-        MAGIC,
-        _VERSION,
-        0 if sizes is None else _HAS_SIZES,
-        len(offsets) - 1,
-        len(blob),
-        source.size_bytes,
-        source.mtime_ns,
-        source.digest,
-        digest_keys(blob, offsets),
+    fields = _Header(
+        magic=MAGIC,
+        version=_VERSION,
+        flags=0 if sizes is None else _HAS_SIZES,
+        num_keys=len(offsets) - 1,
+        blob_bytes=len(blob),
+        source_bytes=source.size_bytes,
+        source_mtime_ns=source.mtime_ns,
+        source_digest=source.digest,
+        checksum=digest_keys(blob, offsets),
+        sizes_crc=_sizes_crc(sizes),
     )
-    header += struct.pack("<I", zlib.crc32(header))
-    yield header.ljust(_HEADER_BYTES, b"\0")
+    header = _HEADER.pack(*fields)
+    yield header + struct.pack("<I", zlib.crc32(header))
     yield np.ascontiguousarray(offsets, "<i8").data
     if sizes is not None:
         yield np.ascontiguousarray(sizes, "<i8").data
@@ -206,43 +246,40 @@ def map_packed(path: Path) -> PackedKeys:
     """
     with path.open("rb") as file:
         status = os.fstat(file.fileno())
-        header = file.read(_HEADER_BYTES)
-        count, blob_bytes, flags, source, checksum = _parse_header(path, header)
-        sizes_bytes = 8 * count if flags & _HAS_SIZES else 0
-        blob_at = _HEADER_BYTES + 8 * (count + 1) + sizes_bytes
-        if status.st_size != blob_at + blob_bytes:
+        header = _parse_header(path, file.read(_HEADER_BYTES))
+        sizes_at = _HEADER_BYTES + 8 * (header.num_keys + 1)
+        has_sizes = bool(header.flags & _HAS_SIZES)
+        blob_at = sizes_at + (8 * header.num_keys if has_sizes else 0)
+        if status.st_size != blob_at + header.blob_bytes:
             raise IndexFormatError(
-                f"{path}: got {status.st_size} bytes, expected {blob_at + blob_bytes};"
+                f"{path}: got {status.st_size} bytes, expected {blob_at + header.blob_bytes};"
                 " the packed index was cut short, remove it"
             )
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    offsets = np.frombuffer(mapped, "<i8", count + 1, _HEADER_BYTES)
-    sizes = None
-    if sizes_bytes:
-        sizes = np.frombuffer(mapped, "<i8", count, _HEADER_BYTES + 8 * (count + 1))
-    if offsets[0] != 0 or offsets[-1] != blob_bytes or bool(np.any(offsets[1:] < offsets[:-1])):
+    offsets = np.frombuffer(mapped, "<i8", header.num_keys + 1, _HEADER_BYTES)
+    sizes = np.frombuffer(mapped, "<i8", header.num_keys, sizes_at) if has_sizes else None
+    in_order = not np.any(offsets[1:] < offsets[:-1])
+    if offsets[0] != 0 or offsets[-1] != header.blob_bytes or not in_order:
         raise IndexFormatError(f"{path}: the offsets are damaged; remove it")
-    handle = MappedFile(Path(os.path.abspath(path)), mapped, checksum, source, status.st_mtime_ns)
+    handle = MappedFile(Path(os.path.abspath(path)), mapped, header, status.st_mtime_ns)
     handle.release()
     return PackedKeys(memoryview(mapped)[blob_at:], offsets, sizes, handle)
 
 
-def _parse_header(path: Path, header: bytes) -> tuple[int, int, int, PackedSource, bytes]:
-    if len(header) < _HEADER_BYTES:
+def _parse_header(path: Path, raw: bytes) -> _Header:
+    if len(raw) < _HEADER_BYTES:
         raise IndexFormatError(
-            f"{path}: got {len(header)} bytes, expected {_HEADER_BYTES} or more;"
+            f"{path}: got {len(raw)} bytes, expected {_HEADER_BYTES} or more;"
             " the packed index was cut short, remove it"
         )
-    fields = header[: _HEADER.size]
-    magic, version, flags, count, blob_bytes, size, mtime_ns, digest, checksum = _HEADER.unpack(
-        fields
-    )
-    if magic != MAGIC:
-        raise IndexFormatError(f"{path}: got {magic!r} at its start, expected {MAGIC!r}")
-    if version != _VERSION:
+    header = _Header(*_HEADER.unpack(raw[: _HEADER.size]))
+    if header.magic != MAGIC:
+        raise IndexFormatError(f"{path}: got {header.magic!r} at its start, expected {MAGIC!r}")
+    if header.version != _VERSION:
         raise IndexFormatError(
-            f"{path}: got version {version} of the packed form, expected {_VERSION}; remove it"
+            f"{path}: got version {header.version} of the packed form, expected {_VERSION};"
+            " remove it"
         )
-    if header[_HEADER.size : _HEADER.size + 4] != struct.pack("<I", zlib.crc32(fields)):
+    if raw[_HEADER.size :] != struct.pack("<I", zlib.crc32(raw[: _HEADER.size])):
         raise IndexFormatError(f"{path}: the header is damaged; remove it")
-    return count, blob_bytes, flags, PackedSource(size, mtime_ns, digest), checksum
+    return header

@@ -160,12 +160,22 @@ class TestBadFiles:
         with pytest.raises(IndexFormatError, match=r"index\.packed: got \d+ bytes, expected"):
             Index.load(packed)
 
-    @pytest.mark.parametrize("place", [16, 24, 40, 64, 80])
+    @pytest.mark.parametrize("place", [16, 24, 40, 64, 80, 90, 124])
     def test_a_damaged_header_is_refused(self, packed: Path, place: int) -> None:
         damage(packed, place)
 
         with pytest.raises(IndexFormatError, match=r"index\.packed: "):
             Index.load(packed)
+
+    def test_no_damaged_byte_goes_unnoticed(self, packed: Path) -> None:
+        whole = packed.read_bytes()
+        for place in range(len(whole)):
+            damage(packed, place)
+            with pytest.raises(IndexFormatError):
+                Index.load(packed).verify()
+            packed.write_bytes(whole)
+
+        Index.load(packed).verify()
 
     def test_damaged_offsets_are_refused(self, packed: Path) -> None:
         damage(packed, 128 + 8 + 5)

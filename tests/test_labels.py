@@ -444,3 +444,14 @@ class TestConvertedClasses:
     def test_own_classes_cannot_be_converted(self) -> None:
         with pytest.raises(ValueError, match="got 'custom'"):
             Classes.from_keys(["a/1", "b/1"]).converted(LabelSpace.SORTED_WNID)
+
+
+def test_the_file_in_indexes_holds_the_table() -> None:
+    path = Path(__file__).parents[1] / "indexes" / "imagenet-train-classes.json"
+
+    classes = Classes.load(path)
+
+    assert classes.label_space is LabelSpace.ILSVRC2012_ID
+    keys = [f"{entry.wnid}/x.JPEG" for entry in imagenet_classes()]
+    assert classes.labels_of(keys).tolist() == list(range(1000))
+    assert [classes.name(label) for label in range(1000)] == [e.name for e in imagenet_classes()]
