@@ -14,6 +14,7 @@ Everything runs in the loop's thread. A request has one timer at most, and no ta
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import socket
 import struct
@@ -63,7 +64,7 @@ class Host(Protocol):
         """Count a request as answered, or as given up."""
         ...
 
-    def answer(self, request: Request) -> tuple[Answer | None, Fault | None]:
+    def answer(self, request: Request, *, after_stall: bool) -> tuple[Answer | None, Fault | None]:
         """Answer a request, and say how to spoil the answer; no answer at all for a stalled one."""
         ...
 
@@ -183,15 +184,16 @@ class Connection(asyncio.BufferedProtocol):
         else:
             self._answer()
 
-    def _answer(self) -> None:
+    def _answer(self, *, after_stall: bool = False) -> None:
         self._timer = None
         request = self._request
         if request is None or self._fd < 0:
             return
-        answer, fault = self._host.answer(request)
+        answer, fault = self._host.answer(request, after_stall=after_stall)
         if answer is None:
             if fault is not None and fault.stall_s is not None:
-                self._timer = self._host.loop.call_later(fault.stall_s, self._answer)
+                go_on = functools.partial(self._answer, after_stall=True)
+                self._timer = self._host.loop.call_later(fault.stall_s, go_on)
         elif fault is not None:
             self._send_spoilt(answer, fault)
         else:

@@ -19,6 +19,7 @@ from concurrent_dataloader.testing.behaviour import Fault, Latency, Pacer
 if TYPE_CHECKING:
     from concurrent_dataloader.testing._server import Server
 
+_NO_BODIES: Final = memoryview(b"")
 CONTROL_TOKEN: Final = b"x-control-token"
 _LOGGER = logging.getLogger(__name__)
 
@@ -47,16 +48,20 @@ class Control:
             "drop_connections": self._drop_connections,
         }
 
+    def tell(self, verb: str, arguments: dict[str, Any], bodies: memoryview = _NO_BODIES) -> Any:
+        """Do one thing; arguments are as `ObjectServer` sends them."""
+        return self._verbs[verb](arguments, bodies)
+
     def answer(self, request: Request) -> Answer:
         """Do what is told; the body is a line of JSON, then bytes that belong to it."""
         token = request.headers.get(CONTROL_TOKEN, b"")
         if not self._token or not hmac.compare_digest(token, self._token):
             return answer_with_error(S3Error("AccessDenied"), request.plain_path)
         verb = request.plain_path[len(CONTROL_PREFIX) :]
-        line, _, _ = request.body.partition(b"\n")
-        rest = memoryview(request.body)[len(line) + 1 :]
+        end = request.body.find(b"\n")
         try:
-            result = self._verbs[verb](json.loads(line), rest)
+            arguments = json.loads(request.body[:end])
+            result = self.tell(verb, arguments, memoryview(request.body)[end + 1 :])
         except Exception as error:
             # It goes to the caller, who raises it.
             _LOGGER.debug("control %s", verb, exc_info=True)

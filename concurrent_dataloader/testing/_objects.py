@@ -7,6 +7,7 @@ import bisect
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import os
 import pathlib
 import secrets
@@ -192,11 +193,10 @@ def compute_checksum(algorithm: str, body: bytes) -> str:
 
 
 def _crc32c(body: bytes) -> bytes:
-    try:
-        import google_crc32c  # pyright: ignore[reportMissingImports]: optional, only for speed
-    except ImportError:
+    if importlib.util.find_spec("google_crc32c") is None:
         return _slow_crc(body, _CRC32C, 4)
-    return google_crc32c.value(body).to_bytes(4, "big")
+    # Not a dependency, and wanted only for its speed.
+    return importlib.import_module("google_crc32c").value(body).to_bytes(4, "big")
 
 
 def _slow_crc(body: bytes, reflected_polynomial: int, num_bytes: int) -> bytes:

@@ -6,16 +6,11 @@ Source: Amazon S3 API reference, each operation by the name of its method here.
 from __future__ import annotations
 
 import base64
-import binascii
-import calendar
 import hashlib
-import hmac
 import re
 import time
 import urllib.parse
-import xml.etree.ElementTree as ET
 from collections.abc import Callable
-from email.utils import parsedate
 from typing import Final
 
 from concurrent_dataloader.testing._answer import (
@@ -27,37 +22,36 @@ from concurrent_dataloader.testing._answer import (
     plain_head,
     status_line,
 )
+from concurrent_dataloader.testing._headers import (
+    KEPT_HEADERS,
+    check_conditions,
+    check_digests,
+    check_length,
+    check_put_conditions,
+    has_range,
+    is_conditional,
+    is_public,
+    kept_headers,
+    read_range,
+)
 from concurrent_dataloader.testing._listing import Page, list_page
 from concurrent_dataloader.testing._objects import (
-    CHECKSUM_ALGORITHMS,
     Buckets,
     FileBody,
     Part,
     StoredObject,
     Upload,
-    compute_checksum,
     make_object,
     start_upload,
 )
 from concurrent_dataloader.testing._refusals import S3Error
 from concurrent_dataloader.testing._request import Request
+from concurrent_dataloader.testing._xml import answer_with_xml, children, parse_xml, text_of
 
 _MIN_PART_BYTES: Final = 5 << 20
 _MAX_PARTS: Final = 10_000
 _MAX_KEY_BYTES: Final = 1024
-_NAMESPACE: Final = "http://s3.amazonaws.com/doc/2006-03-01/"
-_RANGE = re.compile(rb"bytes=(\d*)-(\d*)").fullmatch
 _BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]").fullmatch
-_KEPT_HEADERS: Final = frozenset(
-    {
-        b"cache-control",
-        b"content-disposition",
-        b"content-encoding",
-        b"content-language",
-        b"content-type",
-        b"expires",
-    }
-)
 # Parameters that choose another operation; all others only tune the one that the method names.
 _SUBRESOURCES: Final = frozenset(
     {
@@ -144,7 +138,7 @@ class Operations:
             f"<CreationDate>{iso_date(found.created_s)}</CreationDate></Bucket>"
             for _, found in sorted(self._buckets.by_name.items())
         )
-        return _xml(
+        return answer_with_xml(
             "ListAllMyBucketsResult",
             f"<Owner><ID>owner</ID><DisplayName>owner</DisplayName></Owner>"
             f"<Buckets>{entries}</Buckets>",
@@ -155,7 +149,7 @@ class Operations:
             raise S3Error("InvalidBucketName")
         # In us-east-1 making a bucket again is no error, and changes nothing.
         if bucket not in self._buckets.by_name:
-            self._buckets.create(bucket).is_listed = _is_public(request)
+            self._buckets.create(bucket).is_listed = is_public(request)
         elif self._region != "us-east-1":
             raise S3Error("BucketAlreadyOwnedByYou")
         return answer_with(200, headers={"Location": f"/{bucket}"})
@@ -172,11 +166,13 @@ class Operations:
 
     def _get_bucket_location(self, request: Request, bucket: str, key: str) -> Answer:
         self._buckets.find(bucket)
-        return _xml("LocationConstraint", "" if self._region == "us-east-1" else self._region)
+        return answer_with_xml(
+            "LocationConstraint", "" if self._region == "us-east-1" else self._region
+        )
 
     def _get_bucket_versioning(self, request: Request, bucket: str, key: str) -> Answer:
         self._buckets.find(bucket)
-        return _xml("VersioningConfiguration", "")
+        return answer_with_xml("VersioningConfiguration", "")
 
     def _list_objects(self, request: Request, bucket: str, key: str) -> Answer:
         found = self._buckets.find(bucket)
@@ -209,20 +205,20 @@ class Operations:
             f"<CommonPrefixes><Prefix>{quote(common)}</Prefix></CommonPrefixes>"
             for common in page.prefixes
         ]
-        return _xml("ListBucketResult", "".join(parts))
+        return answer_with_xml("ListBucketResult", "".join(parts))
 
     def _delete_objects(self, request: Request, bucket: str, key: str) -> Answer:
         found = self._buckets.find(bucket)
-        _check_digests(request)
-        root = _parse_xml(request.body)
-        keys = [_text(entry, "Key") for entry in _children(root, "Object")]
+        check_digests(request)
+        root = parse_xml(request.body)
+        keys = [text_of(entry, "Key") for entry in children(root, "Object")]
         if not 1 <= len(keys) <= 1000:
             raise S3Error("MalformedXML")
         for one in keys:
             found.remove(one)
-        is_quiet = any(element.text == "true" for element in _children(root, "Quiet"))
+        is_quiet = any(element.text == "true" for element in children(root, "Quiet"))
         entries = [f"<Deleted><Key>{escape_xml(one)}</Key></Deleted>" for one in keys]
-        return _xml("DeleteResult", "" if is_quiet else "".join(entries))
+        return answer_with_xml("DeleteResult", "" if is_quiet else "".join(entries))
 
     # Objects
 
@@ -230,7 +226,7 @@ class Operations:
         stored = self._buckets.find_object(bucket, key)
         headers = request.headers
         is_head = request.method == b"HEAD"
-        if not request.query and b"range" not in headers and not _wants_more(headers):
+        if not request.query and b"range" not in headers and not is_conditional(headers):
             stop = 0 if is_head else stored.size_bytes
             return Answer(200, plain_head(stored), stored.body, 0, stop)
         refused = check_conditions(headers, stored)
@@ -238,10 +234,10 @@ class Operations:
             return Answer(304, status_line(304) + object_fields(stored))
         if refused:
             raise S3Error("PreconditionFailed")
-        start, stop = _read_range(headers.get(b"range"), stored.size_bytes)
+        start, stop = read_range(headers.get(b"range"), stored.size_bytes)
         head = b"Content-Length: %d\r\n%s" % (stop - start, _fields(request, stored))
         status = 200
-        if b"range" in headers and (stop - start < stored.size_bytes or _has_range(headers)):
+        if b"range" in headers and (stop - start < stored.size_bytes or has_range(headers)):
             status = 206
             head = b"Content-Range: bytes %d-%d/%d\r\n%s" % (
                 start,
@@ -261,17 +257,17 @@ class Operations:
     def _put_object(self, request: Request, bucket: str, key: str) -> Answer:
         found = self._buckets.find(bucket)
         present = found.objects.get(key)
-        _check_put_conditions(request.headers, present)
+        check_put_conditions(request.headers, present)
         if b"x-amz-copy-source" in request.headers:
             return self._copy_object(request, bucket, key)
-        _check_length(request)
-        checksums = _check_digests(request)
+        check_length(request)
+        checksums = check_digests(request)
         stored = make_object(
             key,
             request.body,
-            headers=_kept_headers(request),
+            headers=kept_headers(request),
             checksums=checksums,
-            is_public=_is_public(request),
+            is_public=is_public(request),
         )
         found.add(stored)
         headers = {f"x-amz-checksum-{name}": sum_ for name, sum_ in checksums.items()}
@@ -288,12 +284,12 @@ class Operations:
         stored = make_object(
             key,
             _read_all(source),
-            headers=_kept_headers(request) if replaces else source.headers,
+            headers=kept_headers(request) if replaces else source.headers,
             checksums=source.checksums,
-            is_public=_is_public(request),
+            is_public=is_public(request),
         )
         self._buckets.find(bucket).add(stored)
-        return _xml(
+        return answer_with_xml(
             "CopyObjectResult",
             f"<LastModified>{iso_date(stored.modified_s)}</LastModified>"
             f"<ETag>&quot;{stored.etag}&quot;</ETag>",
@@ -324,8 +320,8 @@ class Operations:
 
     def _create_multipart_upload(self, request: Request, bucket: str, key: str) -> Answer:
         found = self._buckets.find(bucket)
-        upload = start_upload(found, key, _kept_headers(request), _is_public(request))
-        return _xml(
+        upload = start_upload(found, key, kept_headers(request), is_public(request))
+        return answer_with_xml(
             "InitiateMultipartUploadResult",
             f"<Bucket>{bucket}</Bucket><Key>{escape_xml(key)}</Key>"
             f"<UploadId>{upload.upload_id}</UploadId>",
@@ -345,17 +341,17 @@ class Operations:
         if b"x-amz-copy-source" in request.headers:
             source = self._find_source(request)
             byte_range = request.headers.get(b"x-amz-copy-source-range")
-            start, stop = _read_range(byte_range, source.size_bytes)
+            start, stop = read_range(byte_range, source.size_bytes)
             body = _read_all(source)[start:stop]
         else:
-            _check_length(request)
-            _check_digests(request)
+            check_length(request)
+            check_digests(request)
             body = request.body
         etag = hashlib.md5(body, usedforsecurity=False).hexdigest()
         part = Part(body, etag, int(time.time()))
         upload.parts[number] = part
         if b"x-amz-copy-source" in request.headers:
-            return _xml(
+            return answer_with_xml(
                 "CopyPartResult",
                 f"<LastModified>{iso_date(part.modified_s)}</LastModified>"
                 f"<ETag>&quot;{etag}&quot;</ETag>",
@@ -374,7 +370,7 @@ class Operations:
             f"<ETag>&quot;{part.etag}&quot;</ETag><Size>{len(part.body)}</Size></Part>"
             for number, part in ((number, upload.parts[number]) for number in shown)
         )
-        return _xml(
+        return answer_with_xml(
             "ListPartsResult",
             f"<Bucket>{bucket}</Bucket><Key>{escape_xml(key)}</Key>"
             f"<UploadId>{upload.upload_id}</UploadId><PartNumberMarker>{after}</PartNumberMarker>"
@@ -397,7 +393,7 @@ class Operations:
             f"<Initiated>{iso_date(started_s)}</Initiated></Upload>"
             for name, upload_id, started_s in uploads
         )
-        return _xml(
+        return answer_with_xml(
             "ListMultipartUploadsResult",
             f"<Bucket>{bucket}</Bucket><Prefix>{quote(prefix)}</Prefix>"
             f"<MaxUploads>1000</MaxUploads><IsTruncated>false</IsTruncated>{entries}",
@@ -406,7 +402,7 @@ class Operations:
     def _complete_multipart_upload(self, request: Request, bucket: str, key: str) -> Answer:
         found = self._buckets.find(bucket)
         upload = self._find_upload(request, bucket, key)
-        _check_put_conditions(request.headers, found.objects.get(key))
+        check_put_conditions(request.headers, found.objects.get(key))
         parts = _chosen_parts(upload, request.body)
         digests = b"".join(bytes.fromhex(part.etag) for part in parts)
         etag = f"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(parts)}"
@@ -419,7 +415,7 @@ class Operations:
         )
         found.add(stored)
         del found.uploads[upload.upload_id]
-        return _xml(
+        return answer_with_xml(
             "CompleteMultipartUploadResult",
             f"<Location>/{bucket}/{escape_xml(key)}</Location><Bucket>{bucket}</Bucket>"
             f"<Key>{escape_xml(key)}</Key><ETag>&quot;{etag}&quot;</ETag>",
@@ -431,83 +427,12 @@ class Operations:
         return answer_with(204)
 
 
-def check_conditions(headers: dict[bytes, bytes], stored: StoredObject) -> int:
-    """Tell what a GET's conditions say of an object: 0 (send it), 304 or 412.
-
-    Source: RFC 9110, section 13.2.2.
-    """
-    etag = stored.etag.encode()
-    if b"if-match" in headers:
-        if not _matches(headers[b"if-match"], etag):
-            return 412
-    elif b"if-unmodified-since" in headers:
-        since_s = _read_date_s(headers[b"if-unmodified-since"])
-        if since_s is not None and stored.modified_s > since_s:
-            return 412
-    if b"if-none-match" in headers:
-        if _matches(headers[b"if-none-match"], etag):
-            return 304
-    elif b"if-modified-since" in headers:
-        since_s = _read_date_s(headers[b"if-modified-since"])
-        if since_s is not None and stored.modified_s <= since_s:
-            return 304
-    return 0
-
-
-def _wants_more(headers: dict[bytes, bytes]) -> bool:
-    return b"x-amz-checksum-mode" in headers or any(name.startswith(b"if-") for name in headers)
-
-
-def _matches(value: bytes, etag: bytes) -> bool:
-    tags = [tag.strip().removeprefix(b"W/").strip(b'"') for tag in value.split(b",")]
-    return b"*" in tags or etag in tags
-
-
-def _read_date_s(value: bytes) -> int | None:
-    date = parsedate(value.decode("latin-1"))
-    return None if date is None else calendar.timegm(date)
-
-
-def _check_put_conditions(headers: dict[bytes, bytes], present: StoredObject | None) -> None:
-    if b"if-match" in headers:
-        if present is None:
-            raise S3Error("NoSuchKey")
-        if not _matches(headers[b"if-match"], present.etag.encode()):
-            raise S3Error("PreconditionFailed")
-    if present is not None and _matches(headers.get(b"if-none-match", b""), present.etag.encode()):
-        raise S3Error("PreconditionFailed")
-
-
-def _has_range(headers: dict[bytes, bytes]) -> bool:
-    match = _RANGE(headers[b"range"].strip())
-    if match is None or match[0] == b"bytes=-":
-        return False
-    return not (match[1] and match[2] and int(match[2]) < int(match[1]))
-
-
-def _read_range(value: bytes | None, size_bytes: int) -> tuple[int, int]:
-    """Read a Range header; one that says nothing that S3 knows is as good as none."""
-    if value is None or not _has_range({b"range": value}):
-        return 0, size_bytes
-    match = _RANGE(value.strip())
-    assert match is not None, "_has_range has matched it"
-    first, last = match[1], match[2]
-    if not first:
-        start, stop = max(0, size_bytes - int(last)), size_bytes
-    else:
-        start = int(first)
-        stop = min(int(last) + 1, size_bytes) if last else size_bytes
-    if start >= stop:
-        raise S3Error("InvalidRange")
-    return start, stop
-
-
 def _fields(request: Request, stored: StoredObject) -> bytes:
     """Give an object's header lines, with those that the query replaces."""
     replaced = {
         name.removeprefix("response-"): value
         for name, value in request.query.items()
-        if name.startswith("response-") and name.removeprefix("response-").encode() in _KEPT_HEADERS
+        if name.startswith("response-") and name.removeprefix("response-").encode() in KEPT_HEADERS
     }
     fields = object_fields(stored)
     if replaced:
@@ -528,58 +453,13 @@ def _read_all(stored: StoredObject) -> bytes:
     return body.read(0, stored.size_bytes) if isinstance(body, FileBody) else body
 
 
-def _kept_headers(request: Request) -> dict[str, str]:
-    kept: dict[str, str] = {}
-    for name, value in request.headers.items():
-        if name == b"content-encoding":
-            codings = [coding.strip() for coding in value.split(b",")]
-            value = b",".join(coding for coding in codings if coding != b"aws-chunked")
-        if (name in _KEPT_HEADERS or name.startswith(b"x-amz-meta-")) and value:
-            kept[name.decode("latin-1")] = value.decode("latin-1")
-    return kept
-
-
-def _is_public(request: Request) -> bool:
-    acl = request.headers.get(b"x-amz-acl", b"")
-    return acl in (b"public-read", b"public-read-write")
-
-
-def _check_length(request: Request) -> None:
-    if b"content-length" not in request.headers and (
-        b"x-amz-decoded-content-length" not in request.headers
-    ):
-        raise S3Error("MissingContentLength")
-
-
-def _check_digests(request: Request) -> dict[str, str]:
-    """Check the digests that came with a body, and give its S3 checksums by algorithm."""
-    content_md5 = request.headers.get(b"content-md5")
-    if content_md5 is not None:
-        try:
-            digest = base64.b64decode(content_md5, validate=True)
-        except binascii.Error as error:
-            raise S3Error("InvalidDigest") from error
-        if len(digest) != 16:
-            raise S3Error("InvalidDigest")
-        if digest != hashlib.md5(request.body, usedforsecurity=False).digest():
-            raise S3Error("BadDigest")
-    checksums: dict[str, str] = {}
-    for algorithm in CHECKSUM_ALGORITHMS:
-        announced = request.headers.get(f"x-amz-checksum-{algorithm}".encode())
-        if announced is not None:
-            checksums[algorithm] = compute_checksum(algorithm, request.body)
-            if not hmac.compare_digest(checksums[algorithm].encode(), announced):
-                raise S3Error("BadDigest")
-    return checksums
-
-
 def _chosen_parts(upload: Upload, body: bytes) -> list[Part]:
     chosen: list[tuple[int, str]] = []
-    for entry in _children(_parse_xml(body), "Part"):
-        number = _text(entry, "PartNumber")
+    for entry in children(parse_xml(body), "Part"):
+        number = text_of(entry, "PartNumber")
         if not number.isdigit():
             raise S3Error("MalformedXML")
-        chosen.append((int(number), _text(entry, "ETag").strip('"')))
+        chosen.append((int(number), text_of(entry, "ETag").strip('"')))
     if not chosen:
         raise S3Error("MalformedXML")
     numbers = [number for number, _ in chosen]
@@ -634,32 +514,3 @@ def _read_token(token: str) -> str:
         return base64.b64decode(token.encode(), altchars=b"-_", validate=True).decode()
     except ValueError as error:
         raise S3Error("InvalidArgument", "The continuation token is not one of ours") from error
-
-
-def _xml(name: str, content: str) -> Answer:
-    text = (
-        f'<?xml version="1.0" encoding="UTF-8"?>\n<{name} xmlns="{_NAMESPACE}">{content}</{name}>'
-    )
-    return answer_with(200, text.encode())
-
-
-def _parse_xml(body: bytes) -> ET.Element:
-    # Entities could blow up a small document; S3's have none.
-    if b"<!" in body:
-        raise S3Error("MalformedXML")
-    try:
-        return ET.fromstring(body)
-    except ET.ParseError as error:
-        raise S3Error("MalformedXML") from error
-
-
-def _children(element: ET.Element, name: str) -> list[ET.Element]:
-    """Give the children of a name, in S3's namespace or in none; clients send both."""
-    return [child for child in element if child.tag.rpartition("}")[2] == name]
-
-
-def _text(element: ET.Element, name: str) -> str:
-    found = _children(element, name)
-    if len(found) != 1 or found[0].text is None:
-        raise S3Error("MalformedXML")
-    return found[0].text

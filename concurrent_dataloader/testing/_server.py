@@ -51,7 +51,7 @@ class Server:
         self.buckets = Buckets()
         self._operations = Operations(self.buckets, settings.region)
         self.authenticator = Authenticator(settings.region)
-        self._control = Control(self, settings.control_token)
+        self.control = Control(self, settings.control_token)
         self._lines = b""
         self._lines_second = 0
         self._num_answers = 0
@@ -129,14 +129,14 @@ class Server:
         self._num_answers += 1
         return self._lines + b"%016X\r\n\r\n" % self._num_answers
 
-    def answer(self, request: Request) -> tuple[Answer | None, Fault | None]:
-        """Answer a request."""
+    def answer(self, request: Request, *, after_stall: bool) -> tuple[Answer | None, Fault | None]:
+        """Answer a request, and say what fault the connection is to do to the answer."""
         if request.is_control:
-            return self._control.answer(request), None
+            return self.control.answer(request), None
         bucket, key = _split_path(request)
         fault = None
         try:
-            if key:
+            if key and not after_stall:
                 fault = self._count_object(request, bucket, key)
             if fault is not None and fault.kind == "stalled_headers":
                 return None, fault
@@ -150,7 +150,7 @@ class Server:
             _LOGGER.exception("%s %s", request.method.decode(), request.plain_path)
             answer, fault = answer_with_error(S3Error("InternalError"), request.plain_path), None
         self._statuses[answer.status] += 1
-        return answer, fault
+        return answer, None if fault is None or fault.kind in _BODY_FAULTS else fault
 
     def _answer_s3(self, request: Request, bucket: str, key: str, fault: Fault | None) -> Answer:
         if self.rate_limit is not None and not self.rate_limit.try_take(self.loop.time()):
@@ -163,8 +163,8 @@ class Server:
         if request.body:
             decode_streaming_body(request, seed)
         answer = self._operations.answer(request, bucket, key)
-        if fault is not None:
-            return self._spoil(answer, fault, bucket, key)
+        if fault is not None and fault.kind in _BODY_FAULTS:
+            return self._with_other_body(answer, fault, bucket, key)
         return answer
 
     def _count_object(self, request: Request, bucket: str, key: str) -> Fault | None:
@@ -178,21 +178,18 @@ class Server:
             self._faults[fault.kind] += 1
         return fault
 
-    def _spoil(self, answer: Answer, fault: Fault, bucket: str, key: str) -> Answer:
-        """Put another body into an answer; faults of the connection are done by the connection."""
+    def _with_other_body(self, answer: Answer, fault: Fault, bucket: str, key: str) -> Answer:
+        """Give an answer no body, or another object's, or its own inverted if there is none."""
         if fault.kind == "empty_body":
             return _with_body(answer, b"")
-        if fault.kind == "foreign_body":
-            other = self.buckets.find(bucket).other_object(key)
-            body = b"" if other is None else _read_body(other)
-            if other is None:
-                body = bytes(
-                    byte ^ 0xFF for byte in _read_body(self.buckets.find_object(bucket, key))
-                )
-            return _with_body(
-                answer, body[: answer.stop - answer.start] if answer.status == 206 else body
-            )
-        return answer
+        found = self.buckets.find(bucket)
+        other = found.other_object(key)
+        if other is not None:
+            body = _read_body(other)
+        else:
+            body = bytes(byte ^ 0xFF for byte in _read_body(found.objects[key]))
+        num_bytes = answer.stop - answer.start
+        return _with_body(answer, body[:num_bytes] if answer.status == 206 else body)
 
     def _is_open_to_all(self, request: Request, bucket: str, key: str) -> bool:
         if request.method not in (b"GET", b"HEAD"):
@@ -232,6 +229,7 @@ class Server:
         self._cpu_from_s = time.process_time()
 
 
+_BODY_FAULTS: Final = ("empty_body", "foreign_body")
 _ERROR_FAULTS: Final = {
     "internal_error": "InternalError",
     "slow_down": "SlowDown",

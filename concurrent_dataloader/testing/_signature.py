@@ -21,6 +21,9 @@ MAX_SKEW_S: Final = 15 * 60
 EMPTY_SHA256: Final = hashlib.sha256(b"").hexdigest().encode()
 _UNSIGNED: Final = b"UNSIGNED-PAYLOAD"
 _ALGORITHM: Final = b"AWS4-HMAC-SHA256"
+_NOT_VERSION_4: Final = (
+    "The authorization mechanism you have provided is not supported. Please use AWS4-HMAC-SHA256."
+)
 _MAX_CACHED: Final = 1024
 
 
@@ -93,6 +96,8 @@ class Authenticator:
             return self._check_header(request, authorization)
         if "X-Amz-Signature" in request.query:
             return self._check_presigned(request)
+        if "AWSAccessKeyId" in request.query:
+            raise S3Error("InvalidRequest", _NOT_VERSION_4)
         return None
 
     def _check_header(self, request: Request, authorization: bytes) -> Seed:
@@ -148,6 +153,8 @@ class Authenticator:
     def _add_signer(self, prefix: bytes) -> _Signer:
         """Read what stands before a signature, and derive the day's key."""
         algorithm, _, rest = prefix.partition(b" ")
+        if algorithm != _ALGORITHM:
+            raise S3Error("InvalidRequest", _NOT_VERSION_4)
         fields: dict[bytes, bytes] = {}
         for part in rest.split(b","):
             name, _, value = part.strip().partition(b"=")
@@ -158,7 +165,7 @@ class Authenticator:
             signed_names = tuple(fields[b"SignedHeaders"].lower().split(b";"))
         except (KeyError, ValueError) as error:
             raise S3Error("AuthorizationHeaderMalformed") from error
-        if algorithm != _ALGORITHM or service != "s3" or end != "aws4_request":
+        if service != "s3" or end != "aws4_request":
             raise S3Error("AuthorizationHeaderMalformed")
         if b"host" not in signed_names:
             raise S3Error("AccessDenied", "The Host header must be signed.")

@@ -145,7 +145,7 @@ class Pacer:
         self._free_at_s = -math.inf
 
     def reserve(self, amount: float, now_s: float) -> float:
-        """Take ``amount``, and give the time at which it may be used."""
+        """Take ``amount``, and give the time at which it has gone through."""
         start_s = max(self._free_at_s, now_s - self._burst_s)
         self._free_at_s = start_s + amount / self._per_s
         return max(self._free_at_s, now_s)

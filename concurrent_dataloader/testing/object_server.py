@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self, cast
 
+from concurrent_dataloader.testing._objects import CHECKSUM_ALGORITHMS
 from concurrent_dataloader.testing.behaviour import Fault, Latency
 from concurrent_dataloader.testing.counters import Counters
 
@@ -245,7 +246,13 @@ class ObjectServer:
 
         Returns:
             How many were stored.
+
+        Raises:
+            ValueError: The checksum is not known.
         """
+        if checksum is not None and checksum not in CHECKSUM_ALGORITHMS:
+            known = ", ".join(map(repr, CHECKSUM_ALGORITHMS))
+            raise ValueError(f"checksum: got {checksum!r}, expected None or one of {known}")
         pairs = (
             cast(Mapping[str, bytes], objects).items() if isinstance(objects, Mapping) else objects
         )

@@ -1,0 +1,298 @@
+"""S3's answers as Amazon's reference has them, where other servers differ or are behind."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import zlib
+from typing import Any
+
+import pytest
+from botocore.exceptions import ClientError
+
+from concurrent_dataloader.testing import ObjectServer
+from concurrent_dataloader.testing._objects import compute_checksum
+from tests.testing.s3_conformance import PART, make_client, refusal, signed_chunks
+from tests.testing.s3_raw import Endpoint, ask, ask_signed, endpoint_of, sign
+
+
+@pytest.fixture
+def endpoint(object_server: ObjectServer) -> Endpoint:
+    object_server.create_bucket("bucket")
+    return endpoint_of(object_server)
+
+
+@pytest.fixture
+def s3(endpoint: Endpoint) -> Any:
+    client = make_client(endpoint)
+    yield client
+    client.close()
+
+
+def test_a_bucket_of_the_first_region_has_no_location(s3: Any) -> None:
+    assert s3.get_bucket_location(Bucket="bucket")["LocationConstraint"] is None
+
+
+def test_a_bucket_of_another_region_has_one(make_object_server: Any) -> None:
+    server = make_object_server(region="eu-central-1")
+    client = make_client(endpoint_of(server))
+    client.create_bucket(
+        Bucket="bucket", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"}
+    )
+
+    location = client.get_bucket_location(Bucket="bucket")["LocationConstraint"]
+    with pytest.raises(ClientError) as error:
+        client.create_bucket(
+            Bucket="bucket", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"}
+        )
+
+    assert location == "eu-central-1"
+    assert refusal(error) == (409, "BucketAlreadyOwnedByYou")
+    client.close()
+
+
+def test_a_signature_for_another_region_is_refused(endpoint: Endpoint) -> None:
+    answer = ask_signed(endpoint._replace(region="eu-central-1"), "GET", "/bucket")
+
+    assert (answer.status, answer.code) == (400, "AuthorizationHeaderMalformed")
+    assert b"expecting 'us-east-1'" in answer.body
+
+
+def test_parts_out_of_order_are_refused(s3: Any) -> None:
+    started = s3.create_multipart_upload(Bucket="bucket", Key="a")
+    upload = {"Bucket": "bucket", "Key": "a", "UploadId": started["UploadId"]}
+    etags = [s3.upload_part(**upload, PartNumber=n, Body=PART)["ETag"] for n in (1, 2)]
+    parts = [{"PartNumber": 2, "ETag": etags[1]}, {"PartNumber": 1, "ETag": etags[0]}]
+
+    with pytest.raises(ClientError) as error:
+        s3.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
+
+    assert refusal(error) == (400, "InvalidPartOrder")
+
+
+def test_a_part_of_no_upload_is_refused(s3: Any) -> None:
+    with pytest.raises(ClientError) as error:
+        s3.upload_part(Bucket="bucket", Key="a", UploadId="none", PartNumber=1, Body=b"x")
+
+    assert refusal(error) == (404, "NoSuchUpload")
+
+
+def test_aws_chunked_is_no_coding_of_the_object(endpoint: Endpoint) -> None:
+    headers, body = signed_chunks(endpoint, "/bucket/a", [b"x" * 100])
+
+    assert ask(endpoint, "PUT", "/bucket/a", headers, body).status == 200
+    assert "content-encoding" not in ask_signed(endpoint, "GET", "/bucket/a").headers
+
+
+def test_a_changed_chunk_has_a_wrong_signature(endpoint: Endpoint) -> None:
+    headers, body = signed_chunks(endpoint, "/bucket/a", [b"x" * 100])
+
+    answer = ask(endpoint, "PUT", "/bucket/a", headers, body.replace(b"xxx", b"xyx", 1))
+
+    assert (answer.status, answer.code) == (403, "SignatureDoesNotMatch")
+
+
+def unsigned_chunks(endpoint: Endpoint, body: bytes, checksum: str) -> tuple[dict[str, str], bytes]:
+    headers = sign(
+        endpoint,
+        "PUT",
+        "/bucket/a",
+        {
+            "Content-Encoding": "aws-chunked",
+            "x-amz-decoded-content-length": str(len(body)),
+            "x-amz-trailer": "x-amz-checksum-crc32",
+        },
+        content_sha256="STREAMING-UNSIGNED-PAYLOAD-TRAILER",
+    )
+    coded = b"%x\r\n%b\r\n0\r\nx-amz-checksum-crc32:%b\r\n\r\n" % (
+        len(body),
+        body,
+        checksum.encode(),
+    )
+    return headers, coded
+
+
+def test_unsigned_chunks_are_checked_by_their_trailer(endpoint: Endpoint) -> None:
+    right = base64.b64encode(zlib.crc32(b"12345").to_bytes(4, "big")).decode()
+
+    answer = ask(endpoint, "PUT", "/bucket/a", *unsigned_chunks(endpoint, b"12345", right))
+    wrong = ask(endpoint, "PUT", "/bucket/a", *unsigned_chunks(endpoint, b"12346", right))
+
+    assert answer.status == 200
+    assert answer.headers["x-amz-checksum-crc32"] == right
+    assert (wrong.status, wrong.code) == (400, "BadDigest")
+    assert ask_signed(endpoint, "GET", "/bucket/a").body == b"12345"
+
+
+def test_a_streaming_body_of_another_length_is_refused(endpoint: Endpoint) -> None:
+    headers, body = unsigned_chunks(endpoint, b"12345", "")
+
+    answer = ask(endpoint, "PUT", "/bucket/a", headers, body.replace(b"5\r\n12345", b"4\r\n1234"))
+
+    assert (answer.status, answer.code) == (400, "IncompleteBody")
+
+
+def test_a_body_in_http_chunks_is_taken(endpoint: Endpoint) -> None:
+    headers = sign(
+        endpoint,
+        "PUT",
+        "/bucket/a",
+        {"Transfer-Encoding": "chunked", "x-amz-decoded-content-length": "5"},
+        content_sha256="UNSIGNED-PAYLOAD",
+    )
+
+    answer = ask(endpoint, "PUT", "/bucket/a", headers, b"2\r\n12\r\n3\r\n345\r\n0\r\n\r\n")
+
+    assert answer.status == 200
+    assert ask_signed(endpoint, "GET", "/bucket/a").body == b"12345"
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "expected"),
+    [
+        ("crc32", 0xCBF43926.to_bytes(4, "big")),
+        ("crc32c", 0xE3069283.to_bytes(4, "big")),
+        ("crc64nvme", 0xAE8B14860A799888.to_bytes(8, "big")),
+        ("sha1", hashlib.sha1(b"123456789").digest()),
+        ("sha256", hashlib.sha256(b"123456789").digest()),
+    ],
+)
+def test_checksums_are_those_of_the_standards(algorithm: str, expected: bytes) -> None:
+    assert compute_checksum(algorithm, b"123456789") == base64.b64encode(expected).decode()
+
+
+@pytest.mark.parametrize("algorithm", ["CRC32", "SHA1", "SHA256"])
+def test_a_checksum_is_kept_and_given_to_those_who_ask(s3: Any, algorithm: str) -> None:
+    put = s3.put_object(Bucket="bucket", Key="a", Body=b"12345", ChecksumAlgorithm=algorithm)
+    name = f"Checksum{algorithm}"
+
+    asked = s3.get_object(Bucket="bucket", Key="a", ChecksumMode="ENABLED")
+
+    assert asked["Body"].read() == b"12345"
+    assert asked[name] == put[name] == compute_checksum(algorithm.lower(), b"12345")
+    assert name not in s3.get_object(Bucket="bucket", Key="a")
+    assert name not in s3.get_object(
+        Bucket="bucket", Key="a", ChecksumMode="ENABLED", Range="bytes=1-2"
+    )
+
+
+def test_a_wrong_checksum_is_refused(endpoint: Endpoint) -> None:
+    headers = {"x-amz-checksum-crc32c": compute_checksum("crc32c", b"other")}
+
+    answer = ask_signed(endpoint, "PUT", "/bucket/a", headers, b"12345")
+
+    assert (answer.status, answer.code) == (400, "BadDigest")
+
+
+def test_an_object_is_not_put_over_another_if_there_must_be_none(s3: Any) -> None:
+    s3.put_object(Bucket="bucket", Key="a", Body=b"1", IfNoneMatch="*")
+
+    with pytest.raises(ClientError) as error:
+        s3.put_object(Bucket="bucket", Key="a", Body=b"2", IfNoneMatch="*")
+
+    assert refusal(error) == (412, "PreconditionFailed")
+    assert s3.get_object(Bucket="bucket", Key="a")["Body"].read() == b"1"
+
+
+def test_a_bucket_may_be_the_name_of_the_host(endpoint: Endpoint, s3: Any) -> None:
+    s3.put_object(Bucket="bucket", Key="a/b", Body=b"12345")
+    host = f"bucket.localhost:{endpoint.url.rpartition(':')[2]}"
+
+    answer = ask_signed(endpoint, "GET", "/a/b", {"Host": host})
+
+    assert (answer.status, answer.body) == (200, b"12345")
+
+
+def test_a_range_that_makes_no_sense_is_no_range(endpoint: Endpoint, s3: Any) -> None:
+    s3.put_object(Bucket="bucket", Key="a", Body=b"12345")
+
+    for header in ("bytes=3-1", "bytes=-", "bytes=0-1,3-4", "lines=1-2", "bytes=a-b"):
+        answer = ask_signed(endpoint, "GET", "/bucket/a", {"Range": header})
+        assert (answer.status, answer.body) == (200, b"12345"), header
+
+
+def test_a_key_of_more_than_1024_bytes_is_refused(endpoint: Endpoint) -> None:
+    assert ask_signed(endpoint, "PUT", f"/bucket/{'k' * 1024}", body=b"x").status == 200
+    answer = ask_signed(endpoint, "PUT", f"/bucket/{'k' * 1025}", body=b"x")
+
+    assert (answer.status, answer.code) == (400, "KeyTooLongError")
+
+
+@pytest.mark.parametrize("body", [b"", b"<Delete>", b'<!DOCTYPE a [<!ENTITY b "c">]><a/>', b"<a/>"])
+def test_what_is_no_xml_of_s3_is_refused(endpoint: Endpoint, body: bytes) -> None:
+    answer = ask_signed(endpoint, "POST", "/bucket?delete", body=body)
+
+    assert (answer.status, answer.code) == (400, "MalformedXML")
+
+
+def test_what_is_not_implemented_is_said_so(endpoint: Endpoint) -> None:
+    answer = ask_signed(endpoint, "GET", "/bucket?policy")
+
+    assert (answer.status, answer.code) == (501, "NotImplemented")
+
+
+def test_the_second_version_of_signatures_is_refused(endpoint: Endpoint) -> None:
+    target = f"/bucket/a?AWSAccessKeyId={endpoint.access_key}&Signature=c2ln&Expires=4102444800"
+    header = {"Authorization": f"AWS {endpoint.access_key}:c2ln"}
+
+    answers = [ask(endpoint, "GET", target), ask(endpoint, "GET", "/bucket/a", header)]
+
+    assert [(answer.status, answer.code) for answer in answers] == [(400, "InvalidRequest")] * 2
+
+
+def test_a_header_that_is_not_signed_is_refused(endpoint: Endpoint) -> None:
+    headers = sign(endpoint, "GET", "/bucket/a") | {"x-amz-meta-a": "1"}
+
+    answer = ask(endpoint, "GET", "/bucket/a", headers)
+
+    assert (answer.status, answer.code) == (403, "AccessDenied")
+
+
+def test_a_malformed_request_ends_its_connection(endpoint: Endpoint) -> None:
+    answer = ask(endpoint, "GET", "/bucket/a", {"Content-Length": "many"})
+
+    assert answer.status == 400
+    assert answer.headers["connection"] == "close"
+
+
+def test_a_session_token_is_required_where_there_is_one(
+    object_server: ObjectServer, endpoint: Endpoint
+) -> None:
+    object_server.add_credential("temporary", "secret", session_token="token")
+    user = endpoint._replace(access_key="temporary", secret_key="secret")
+
+    right = ask_signed(user, "GET", "/bucket", token="token")
+    none = ask_signed(user, "GET", "/bucket")
+    wrong = ask_signed(user, "GET", "/bucket", token="other")
+
+    assert right.status == 200
+    assert (none.status, none.code) == (400, "InvalidToken")
+    assert (wrong.status, wrong.code) == (400, "InvalidToken")
+
+
+def test_an_expired_token_is_refused_until_it_is_renewed(
+    object_server: ObjectServer, endpoint: Endpoint
+) -> None:
+    object_server.add_credential("temporary", "secret", session_token="token")
+    user = endpoint._replace(access_key="temporary", secret_key="secret")
+
+    object_server.expire_session_tokens()
+    expired = ask_signed(user, "GET", "/bucket", token="token")
+    object_server.add_credential("temporary", "secret", session_token="token 2")
+    renewed = ask_signed(user, "GET", "/bucket", token="token 2")
+
+    assert (expired.status, expired.code) == (400, "ExpiredToken")
+    assert renewed.status == 200
+    assert ask_signed(endpoint, "GET", "/bucket").status == 200
+
+
+def test_a_public_bucket_is_read_by_anybody_and_written_by_none(
+    object_server: ObjectServer,
+) -> None:
+    object_server.create_bucket("open", public=True)
+    object_server.put_objects("open", {"a": b"12345"})
+    nobody = endpoint_of(object_server)
+
+    assert ask(nobody, "GET", "/open/a").body == b"12345"
+    assert b"<Key>a</Key>" in ask(nobody, "GET", "/open?list-type=2").body
+    assert ask(nobody, "PUT", "/open/a", body=b"x").status == 403
