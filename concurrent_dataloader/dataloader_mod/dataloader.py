@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterable
 from multiprocessing.context import BaseContext
 from typing import Any, TypeVar
@@ -181,6 +182,7 @@ class _WorkersIter(torch_internals.MultiProcessingIter):
         self._settings = settings
         self._worker_of_task: dict[int, int] = {}
         self._received_task = -1
+        self._pid = os.getpid()
         super().__init__(_LoaderView(loader, settings))
 
     def _try_put_index(self) -> None:
@@ -200,11 +202,23 @@ class _WorkersIter(torch_internals.MultiProcessingIter):
         worker_id = self._worker_of_task.pop(task)
         if self._settings.takes_counted:
             self._index_queues[worker_id].put(BatchTaken)
-        return super()._process_data(data, *worker)
+        if not isinstance(data, torch_internals.ExceptionWrapper):
+            return super()._process_data(data, *worker)
+        super()._process_data(None, *worker)
+        error = torch_internals.unwrap_error(data)
+        try:
+            raise error
+        finally:
+            del error  # else error and frame hold each other, and with them the workers
 
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
         self._worker_of_task.clear()
         super()._reset(loader, first_iter)
+
+    def _shutdown_workers(self) -> None:
+        # A child that was forked meanwhile has a copy of this, and must leave the workers alone.
+        if self.__dict__.get("_pid") == os.getpid():
+            super()._shutdown_workers()
 
 
 class _LoaderView:

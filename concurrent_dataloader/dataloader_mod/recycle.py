@@ -174,7 +174,8 @@ class _Packer(ForkingPickler):
     def __init__(self, buffer: io.BytesIO, pool: SlotPool) -> None:
         super().__init__(buffer, pickle.HIGHEST_PROTOCOL)
         self._pool = pool
-        self._homes: dict[int, _Slot | _Inline] = {}
+        # By storage; each is kept, so that no other can be taken for it.
+        self._homes: dict[int, tuple[_Slot | _Inline, torch.UntypedStorage]] = {}
         self.sent: dict[int, _Slot] = {}
 
     def reducer_override(self, obj: Any) -> Any:
@@ -216,7 +217,7 @@ class _Packer(ForkingPickler):
         # A tensor that is a part of something larger keeps its neighbours with torch; so does ours.
         if storage.is_shared() or num_bytes == 0 or num_bytes != tensor.numel() * tensor.itemsize:
             return None
-        home = self._homes.get(storage.data_ptr())
+        home, _ = self._homes.get(storage._cdata, (None, None))
         if home is None:
             raw = torch.empty(0, dtype=torch.uint8).set_(storage)
             if num_bytes <= _MAX_INLINE_BYTES:
@@ -226,7 +227,7 @@ class _Packer(ForkingPickler):
                 if home is None:
                     return None
                 home.view(torch.uint8, (num_bytes,)).copy_(raw)
-            self._homes[storage.data_ptr()] = home
+            self._homes[storage._cdata] = home, storage
         return home
 
 

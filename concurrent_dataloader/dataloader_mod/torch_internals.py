@@ -116,3 +116,12 @@ def show_dataset(dataset: Any) -> None:
     info = torch_utils.worker._worker_info
     # Neither the frozen dataclass nor the older class may be assigned to in the usual way.
     object.__setattr__(info, "dataset", dataset)
+
+
+def unwrap_error(wrapper: Any) -> BaseException:
+    """Make the error that a worker sent, as torch would raise it, but without torch's frames."""
+    try:
+        wrapper.reraise()
+    except BaseException as error:  # noqa: BLE001 - it is what is asked for
+        return error.with_traceback(None)
+    raise AssertionError("torch did not raise what it had wrapped")

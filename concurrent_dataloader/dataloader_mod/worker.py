@@ -28,8 +28,8 @@ from concurrent_dataloader.dataloader_mod.recycle import RecyclingQueue, SlotPoo
 from concurrent_dataloader.dataloader_mod.settings import FetchSettings, read_environment
 from concurrent_dataloader.dataloader_mod.stages import Stages, find_stages
 
-_CHECK_INTERVAL_S = 1.0
-"""How often a worker that waits for a sample looks whether it is still wanted."""
+_CHECK_INTERVAL_S = 0.5
+"""How often a worker that waits, for positions or a sample, looks whether it is still wanted."""
 
 _MAX_BATCHES_HELD = 3
 """Slots for batches that are neither being assembled nor waiting: those that the user holds."""
@@ -60,12 +60,12 @@ class FetchedDataset:
         dataset: Any,
         settings: FetchSettings,
         auto_collation: bool,
-        is_abandoned: Callable[[], bool] = lambda: False,
+        is_over: Callable[[], bool] = lambda: False,
     ) -> None:
         self._dataset = dataset
         self._settings = settings
         self._auto_collation = auto_collation
-        self._is_abandoned = is_abandoned
+        self._is_over = is_over
         self.refill: Callable[[], None] = lambda: None
         """Called before each wait: there may be more to begin."""
 
@@ -125,7 +125,7 @@ class FetchedDataset:
                 return future.result(timeout=None if future.done() else _CHECK_INTERVAL_S)
             if future.done():
                 return future.result()  # the fetch itself timed out
-            if self._is_abandoned():
+            if self._is_over():
                 raise RuntimeError("the loader was shut down while this sample was being fetched")
 
     def close(self) -> None:
@@ -142,10 +142,17 @@ class Lookahead:
     thread only.
     """
 
-    def __init__(self, source: Any, dataset: FetchedDataset, settings: FetchSettings) -> None:
+    def __init__(
+        self,
+        source: Any,
+        dataset: FetchedDataset,
+        settings: FetchSettings,
+        is_over: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._source = source
         self._dataset = dataset
         self._settings = settings
+        self._is_over = is_over
         # Batches as (number, Batch), and signals of torch's, in the order in which they came.
         self._ahead: collections.deque[Any] = collections.deque()
         self._num_allowed = settings.prefetch_factor
@@ -158,7 +165,7 @@ class Lookahead:
         """
         self.refill()
         while not self._may_hand_out():
-            self._accept(self._source.get(timeout=timeout))
+            self._wait(timeout)
             self.refill()
         item = self._ahead.popleft()
         if isinstance(item, tuple):
@@ -174,6 +181,22 @@ class Lookahead:
             while True:
                 self._accept(self._source.get(block=False))
         self._begin(self._settings.batch_pool)
+
+    def _wait(self, timeout: float) -> None:
+        """Accept the next item, or the end if the loader is shut down and its signal does not come.
+
+        A loader that the garbage collector finds sends none: its queues are closed before it is.
+        """
+        waited_s = 0.0
+        while True:
+            try:
+                return self._accept(self._source.get(timeout=min(timeout, _CHECK_INTERVAL_S)))
+            except queue.Empty:
+                if self._is_over():
+                    return self._accept(None)
+                waited_s += _CHECK_INTERVAL_S
+                if waited_s >= timeout:
+                    raise
 
     def _may_hand_out(self) -> bool:
         if not self._ahead:
@@ -253,7 +276,7 @@ def _worker_loop(
                 auto_collation,
                 lambda: done_event.is_set() or os.getppid() != parent_pid,
             )
-            seen_queue = Lookahead(index_queue, fetched, settings)
+            seen_queue = Lookahead(index_queue, fetched, settings, done_event.is_set)
             fetched.refill = seen_queue.refill
             seen_dataset = fetched
             prepare.append(functools.partial(torch_internals.show_dataset, user_dataset))

@@ -1,0 +1,411 @@
+"""What users meet: arguments, errors, shutdown, and torch's loader beside ours."""
+
+import gc
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+import torch.utils.data
+
+from concurrent_dataloader.dataloader_mod.dataloader import DataLoader
+from concurrent_dataloader.errors import KeyNotFoundError, LoaderError
+from tests.dataloader_mod import doubles
+from tests.dataloader_mod.conftest import is_same, read_epochs, seed_all
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"fetch_impl": "async"}, ValueError, "fetch_impl: got 'async', expected 'threaded'"),
+        ({"num_fetch_workers": 0}, ValueError, "num_fetch_workers: got 0, expected 1 or more"),
+        ({"num_fetch_workers": 2.5}, TypeError, "num_fetch_workers: got 2.5, expected None or a"),
+        ({"num_fetch_workers": True}, TypeError, "num_fetch_workers: got True"),
+        ({"batch_pool": -1}, ValueError, "batch_pool: got -1, expected 0 or more"),
+        ({"num_workers": -1}, ValueError, "num_workers option should be non-negative"),
+        ({"prefetch_factor": 2}, ValueError, "prefetch_factor option could only be specified"),
+    ],
+)
+def test_a_wrong_argument_is_an_error_of_the_constructor(settings, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        DataLoader(doubles.PlainSquares(3), **settings)
+
+
+def test_each_argument_is_stored_under_its_own_name_and_nothing_else_is_public():
+    ours = DataLoader(
+        doubles.PlainSquares(3), fetch_impl="asyncio", num_fetch_workers=5, batch_pool=2
+    )
+    theirs = torch.utils.data.DataLoader(doubles.PlainSquares(3))
+
+    extra = {name for name in vars(ours) if not name.startswith("_")} - set(vars(theirs))
+
+    assert {name: getattr(ours, name) for name in extra} == {
+        "fetch_impl": "asyncio",
+        "num_fetch_workers": 5,
+        "batch_pool": 2,
+    }
+
+
+def test_the_class_can_be_subscripted_and_is_a_loader_of_torch():
+    assert isinstance(DataLoader[int](doubles.PlainSquares(3)), torch.utils.data.DataLoader)
+
+
+def test_torch_loaders_work_beside_ours():
+    dataset = doubles.StagedSquares(30)
+    expected = read_epochs(torch.utils.data.DataLoader, dataset, num_workers=2, batch_size=4)
+    ours = iter(DataLoader(dataset, num_workers=2, batch_size=4))
+    next(ours)
+
+    during = read_epochs(torch.utils.data.DataLoader, dataset, num_workers=2, batch_size=4)
+    list(ours)
+    after = read_epochs(torch.utils.data.DataLoader, dataset, num_workers=2, batch_size=4)
+
+    assert is_same(during, expected)
+    assert is_same(after, expected)
+
+
+def test_samples_are_fetched_at_the_same_time():
+    for num_workers in (0, 1):
+        dataset = CountsFetches(64)
+        loader = DataLoader(
+            dataset, batch_size=8, num_workers=num_workers, num_fetch_workers=16, batch_pool=3
+        )
+        peak = max(int(batch.max()) for batch in loader)
+        assert peak == 16, f"{num_workers} workers"
+
+
+class CountsFetches(torch.utils.data.Dataset):
+    """Gives the number of samples that were being fetched when this one was."""
+
+    def __init__(self, num_samples):
+        self.num_samples = num_samples
+        self.num_now = 0
+
+    def __len__(self):
+        return self.num_samples
+
+    def __getitem__(self, position):
+        with _count_lock:
+            self.num_now += 1
+        time.sleep(0.02)
+        seen = self.num_now
+        with _count_lock:
+            self.num_now -= 1
+        return seen
+
+
+_count_lock = threading.Lock()
+
+
+class Recording(doubles.StagedSquares):
+    """Writes a line for each sample that was begun, and for each that was finished."""
+
+    def __init__(self, num_samples, folder):
+        super().__init__(num_samples)
+        self.folder = folder
+
+    def fetch(self, position):
+        (self.folder / f"begun-{position}").touch()
+        return super().fetch(position)
+
+    def apply_transform(self, decoded):
+        (self.folder / f"finished-{decoded}").touch()
+        return super().apply_transform(decoded)
+
+
+def wait_until(condition, timeout_s=20.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.01)
+
+
+def test_no_more_batches_are_finished_than_prefetch_factor_and_begun_than_batch_pool(tmp_path):
+    loader = DataLoader(
+        Recording(400, tmp_path),
+        batch_size=5,
+        num_workers=2,
+        prefetch_factor=3,
+        batch_pool=4,
+    )
+    iterator = iter(loader)
+    next(iterator)
+
+    def count(prefix):
+        return len(list(tmp_path.glob(f"{prefix}-*")))
+
+    # One taken, and three finished of each worker; beyond those, four begun of each.
+    wait_until(lambda: count("finished") == 5 * (1 + 2 * 3))
+    wait_until(lambda: count("begun") == 5 * (1 + 2 * (3 + 4)))
+    time.sleep(0.3)  # a bound that is passed later would be none
+
+    assert count("finished") == 35
+    assert count("begun") == 75
+    del iterator
+
+
+def test_worker_info_holds_the_dataset_of_the_user():
+    loader = DataLoader(ShowsInfo(), batch_size=None, num_workers=2)
+
+    assert list(loader) == ["ShowsInfo of 2 True"] * 4
+
+
+class ShowsInfo(doubles.PlainSquares):
+    def __init__(self):
+        super().__init__(4)
+
+    def __getitem__(self, position):
+        info = torch.utils.data.get_worker_info()
+        return f"{type(info.dataset).__name__} of {info.num_workers} {info.dataset is self}"
+
+
+def change_dataset(worker_id):
+    torch.utils.data.get_worker_info().dataset.num_floats = 5 + worker_id
+
+
+def test_worker_init_fn_may_change_the_dataset():
+    loader = DataLoader(
+        doubles.StagedSquares(8), batch_size=4, num_workers=2, worker_init_fn=change_dataset
+    )
+
+    assert [images.shape[1] for images, _ in loader] == [5, 6]
+
+
+def fail_to_begin(worker_id):
+    raise OSError(f"no disk for worker {worker_id}")
+
+
+def test_an_error_of_worker_init_fn_reaches_the_training_loop():
+    loader = DataLoader(doubles.StagedSquares(8), num_workers=1, worker_init_fn=fail_to_begin)
+
+    with pytest.raises(OSError, match="no disk for worker 0"):
+        next(iter(loader))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("fetch_impl", ["threaded", "asyncio"])
+@pytest.mark.parametrize("stage", ["fetch", "decode", "transform"])
+def test_an_error_keeps_its_type_and_names_the_position(stage, fetch_impl, num_workers):
+    error = KeyNotFoundError("s3://bucket/key: no such object")
+    dataset = doubles.Failing(40, stage, 13, error)
+    loader = DataLoader(dataset, batch_size=4, num_workers=num_workers, fetch_impl=fetch_impl)
+    iterator = iter(loader)
+    before = [next(iterator) for _ in range(3)]
+
+    with pytest.raises(KeyNotFoundError) as caught:
+        next(iterator)
+
+    shown = str(caught.value) + "".join(getattr(caught.value, "__notes__", []))
+    assert "s3://bucket/key: no such object" in shown
+    assert "position 13" in shown
+    assert [label for _, labels in before for label in labels.tolist()] == list(range(12))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_after_a_failed_one_can_still_be_had(num_workers):
+    dataset = doubles.Failing(20, "fetch", 5, LoaderError("gone"))
+    iterator = iter(DataLoader(dataset, batch_size=4, num_workers=num_workers))
+
+    labels = []
+    for _ in range(5):
+        try:
+            labels.append(next(iterator)[1].tolist())
+        except LoaderError:
+            labels.append([])
+
+    assert labels == [[0, 1, 2, 3], [], [8, 9, 10, 11], [12, 13, 14, 15], [16, 17, 18, 19]]
+
+
+class Unpicklable:
+    def __reduce__(self):
+        raise TypeError("a socket cannot be sent")
+
+
+def collate_to_unpicklable(samples):
+    return Unpicklable()
+
+
+def test_a_batch_that_cannot_be_sent_is_an_error_of_the_training_loop():
+    loader = DataLoader(doubles.StagedSquares(4), num_workers=1, collate_fn=collate_to_unpicklable)
+
+    with pytest.raises(TypeError, match="a socket cannot be sent"):
+        next(iter(loader))
+
+
+def test_a_killed_worker_is_named_within_seconds():
+    loader = DataLoader(doubles.Stalling(40, 9), batch_size=4, num_workers=2)
+    iterator = iter(loader)
+    next(iterator)
+    killed = iterator._workers[0].pid
+    begun = time.monotonic()
+    os.kill(killed, signal.SIGKILL)
+
+    with pytest.raises(RuntimeError, match=rf"worker \(pid\(?s?\)? ?{killed}\)"):
+        list(iterator)
+
+    assert time.monotonic() - begun < 8
+
+
+@pytest.mark.parametrize("fetch_impl", ["threaded", "asyncio"])
+def test_leaving_early_ends_all_workers_though_a_fetch_stalls(fetch_impl):
+    loader = DataLoader(
+        doubles.Stalling(80, 11), batch_size=4, num_workers=2, fetch_impl=fetch_impl
+    )
+    begun = time.monotonic()
+    for _ in loader:
+        break
+    gc.collect()
+
+    assert time.monotonic() - begun < 8
+    assert psutil.Process().children(recursive=True) == []
+
+
+def test_a_timeout_is_an_error_and_not_a_hang():
+    loader = DataLoader(doubles.Stalling(8, 1), batch_size=4, num_workers=1, timeout=1)
+
+    with pytest.raises(RuntimeError, match="timed out after 1 seconds"):
+        next(iter(loader))
+
+
+def count_of_shared_memory():
+    return len(os.listdir("/dev/shm"))
+
+
+@pytest.mark.parametrize("is_persistent", [False, True])
+@pytest.mark.parametrize("fetch_impl", ["threaded", "asyncio"])
+def test_nothing_is_left_of_a_loader(fetch_impl, is_persistent):
+    process = psutil.Process()
+    list(DataLoader(doubles.StagedSquares(8, 30_000), num_workers=1))  # what is made only once
+    gc.collect()
+    before = (process.num_fds(), threading.active_count(), count_of_shared_memory())
+
+    for num_workers in (0, 2):
+        loader = DataLoader(
+            doubles.StagedSquares(40, 30_000),
+            batch_size=4,
+            num_workers=num_workers,
+            fetch_impl=fetch_impl,
+            persistent_workers=is_persistent and num_workers > 0,
+        )
+        for _ in range(3):
+            for number, _batch in enumerate(loader):
+                if number == 2:
+                    break
+    del loader, _batch
+    gc.collect()
+
+    after = (process.num_fds(), threading.active_count(), count_of_shared_memory())
+    assert process.children(recursive=True) == []
+    assert after == before
+
+
+ORPHAN_SCRIPT = """
+import os, signal, sys
+from tests.dataloader_mod.doubles import StagedSquares
+from concurrent_dataloader.dataloader_mod.dataloader import DataLoader
+
+loader = DataLoader(StagedSquares(4000, 30_000), batch_size=4, num_workers=2)
+iterator = iter(loader)
+next(iterator)
+print(*[worker.pid for worker in iterator._workers], flush=True)
+if sys.argv[1] == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+elif sys.argv[1] == "interrupt":
+    os.kill(os.getpid(), signal.SIGINT)
+    for _ in iterator:
+        pass
+"""
+
+
+@pytest.mark.parametrize("ending", ["kill", "interrupt", "return"])
+def test_workers_end_with_their_parent(ending):
+    finished = subprocess.run(
+        [sys.executable, "-c", ORPHAN_SCRIPT, ending],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    pids = [int(pid) for pid in finished.stdout.split()]
+
+    assert len(pids) == 2, finished.stderr
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+
+
+PATCH_SCRIPT = """
+import time
+import torch.utils.data
+from concurrent_dataloader.dataloader_mod.dataloader import DataLoader
+from concurrent_dataloader.dataloader_mod.worker import _worker_loop
+from tests.dataloader_mod.conftest import is_same, read_epochs
+from tests.dataloader_mod.doubles import StagedSquares
+from tests.dataloader_mod.test_dataloader import CountsFetches
+
+settings = dict(batch_size=8, shuffle=True, num_workers=2)
+before = read_epochs(torch.utils.data.DataLoader, StagedSquares(80, 9000), **settings)
+
+torch.utils.data._utils.worker._worker_loop = _worker_loop
+
+theirs = read_epochs(torch.utils.data.DataLoader, StagedSquares(80, 9000), **settings)
+assert is_same(theirs, before)
+assert is_same(read_epochs(DataLoader, StagedSquares(80, 9000), **settings), before)
+peak = max(int(b.max()) for b in torch.utils.data.DataLoader(CountsFetches(64), **settings))
+print("peak", peak)
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, "peak 16"),  # two batches of eight: torch sends no more than prefetch_factor ahead
+        ({"CONCURRENT_DATALOADER_NUM_FETCH_WORKERS": "3"}, "peak 3"),
+        ({"CONCURRENT_DATALOADER_BATCH_POOL": "0"}, "peak 8"),
+        ({"CONCURRENT_DATALOADER_FETCH_IMPL": "vanilla"}, "peak 1"),
+        ({"CONCURRENT_DATALOADER_FETCH_IMPL": "asyncio"}, "peak 16"),
+        ({"CONCURRENT_DATALOADER_FETCH_IMPL": "async"}, "FETCH_IMPL: got 'async', expected"),
+        ({"CONCURRENT_DATALOADER_BATCH_POOL": "-1"}, "BATCH_POOL: got '-1', expected a whole"),
+    ],
+)
+def test_our_worker_loop_may_stand_in_for_that_of_torch(environment, expected):
+    finished = subprocess.run(
+        [sys.executable, "-c", PATCH_SCRIPT],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+    assert expected in finished.stdout + finished.stderr
+
+
+def test_constructing_and_beginning_wait_for_nothing():
+    loader = DataLoader(doubles.Stalling(40, 0), batch_size=4, num_workers=1)
+
+    begun = time.monotonic()
+    iterator = iter(loader)
+
+    assert time.monotonic() - begun < 2
+    del iterator
+
+
+def test_an_empty_dataset_without_sampler_draws_gives_no_batch():
+    assert list(DataLoader(doubles.StagedSquares(0), batch_size=4, num_workers=2)) == []
+
+
+def test_the_parent_may_read_before_its_workers_start():
+    dataset = doubles.StagedSquares(12)
+    seed_all(1)
+    dataset[3]
+
+    labels = [
+        label for _, batch in DataLoader(dataset, batch_size=4, num_workers=2) for label in batch
+    ]
+
+    assert labels == list(range(12))
