@@ -9,7 +9,7 @@ Two sets:
 - `make_benchmark_set`: JPEGs of 110 kB in the mean, 512 x 384, which is what ImageNet's are like
   (110 kB in the mean, most of them 500 x 375). Quality 96, without chroma subsampling, was tuned
   for that.
-- `make_demo_set`: small crops that a small network learns to tell apart in a few epochs. ``train``
+- `make_demo_set`: square crops of 75 kB that a small network learns to tell apart in a few epochs. ``train``
   comes from the left or upper 60 % of each photograph, ``val`` from the rest: no pixel is in both.
 """
 
@@ -63,7 +63,7 @@ PHOTOGRAPHS = (
 
 BENCHMARK_SIZE = (512, 384)
 BENCHMARK_QUALITY = 96
-DEMO_SIZE = (160, 160)
+DEMO_SIZE = (384, 384)
 _REVISION = 1
 """Part of the cached folders' names; raised when the crops change."""
 
@@ -189,7 +189,7 @@ def _write_demo_image(path: pathlib.Path, which: int, number: int, split: Split,
         side = min(width, 0.4 * height) * rng.uniform(0.7, 1.0)
     box = _draw_box(parts[split], side, side, rng)
     crop = photograph.resize(DEMO_SIZE, Image.Resampling.BICUBIC, box=box)
-    _save(crop, path, quality=90, subsampling="4:2:0")
+    _save(crop, path, BENCHMARK_QUALITY, subsampling="4:4:4")
 
 
 def _draw_box(

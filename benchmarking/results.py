@@ -268,7 +268,7 @@ def read_rows(path: pathlib.Path) -> list[Row]:
 
 
 def format_estimate(figure: Estimate) -> str:
-    """Write ``median [low, high]``, or the bare value if there is but one; three digits that count."""
+    """Write ``median [low, high]``, or the value if there is but one; three digits that count."""
     shown = _format(figure.median, figure.median)
     if len(figure.values) == 1:
         return shown

@@ -33,6 +33,7 @@ from concurrent_dataloader.testing import ObjectServer
 BUCKET = "photos"
 LATENCY_SIGMA = 0.3
 NUM_WORKERS = 2
+TRANSFORM = "RandomResizedCrop(224), RandomHorizontalFlip, ToTensor, Normalize"
 
 
 class Photos(NamedTuple):
@@ -180,7 +181,7 @@ def describe(photos: Photos, effort: Effort, **more: Setting) -> dict[str, Setti
     return {
         "num_images": len(photos.raw),
         "mean_image_bytes": round(photos.mean_bytes),
-        "transform": "RandomResizedCrop(224), RandomHorizontalFlip, ToTensor, Normalize",
+        "transform": TRANSFORM,
         "order": "shuffled, seed 0",
         "batch_size": effort.batch_size,
         "num_workers": NUM_WORKERS,

@@ -61,7 +61,7 @@ def test_the_demo_set_has_each_class_in_both_splits(tmp_path: pathlib.Path) -> N
         assert sorted(path.name for path in (folder / split).iterdir()) == names
         assert all(len(list(path.iterdir())) == num_each for path in (folder / split).iterdir())
     with Image.open(next((folder / "val").rglob("*.jpg"))) as image:
-        assert (image.mode, image.size) == ("RGB", (160, 160))
+        assert (image.mode, image.size) == ("RGB", (384, 384))
 
 
 def test_no_images_at_all_is_refused(tmp_path: pathlib.Path) -> None:
