@@ -256,6 +256,14 @@ class TestPackingOnce:
 
         assert list(Index.load(path).keys()) == changed
 
+    def test_a_json_file_of_another_size_is_read_again(self, path: Path) -> None:
+        Index.load(path, pack_above_keys=0)
+        status = path.stat()
+        write_json(path, KEYS[:2])
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+        assert list(Index.load(path).keys()) == KEYS[:2]
+
     def test_a_json_file_that_was_only_touched_is_not_parsed_again(self, path: Path) -> None:
         Index.load(path, pack_above_keys=0)
         inode = packed_path(path).stat().st_ino
