@@ -29,8 +29,33 @@ _objects       buckets, objects, uploads
 ```
 """
 
-from concurrent_dataloader.testing.behaviour import Fault, FaultKind, Latency
-from concurrent_dataloader.testing.counters import Counters
-from concurrent_dataloader.testing.object_server import ObjectServer
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from concurrent_dataloader.testing.behaviour import Fault, FaultKind, Latency
+    from concurrent_dataloader.testing.counters import Counters
+    from concurrent_dataloader.testing.object_server import ObjectServer
 
 __all__ = ["Counters", "Fault", "FaultKind", "Latency", "ObjectServer"]
+
+# Imported when first used: pytest loads this package in each run, whether a test needs it or not.
+_HOMES = {
+    "Counters": "concurrent_dataloader.testing.counters",
+    "Fault": "concurrent_dataloader.testing.behaviour",
+    "FaultKind": "concurrent_dataloader.testing.behaviour",
+    "Latency": "concurrent_dataloader.testing.behaviour",
+    "ObjectServer": "concurrent_dataloader.testing.object_server",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

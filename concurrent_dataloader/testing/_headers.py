@@ -56,7 +56,7 @@ def check_conditions(headers: dict[bytes, bytes], stored: StoredObject) -> int:
 
 
 def is_conditional(headers: dict[bytes, bytes]) -> bool:
-    """Tell whether the answer depends on more than the object: conditions, or a wish for checksums."""
+    """Tell whether the answer depends on conditions, or is to have checksums."""
     return b"x-amz-checksum-mode" in headers or any(name.startswith(b"if-") for name in headers)
 
 
