@@ -15,7 +15,12 @@ from typing_extensions import Buffer, override
 from concurrent_dataloader.errors import BodyMismatchError, DeadlineError, StoreUnavailableError
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.stores._answers import check_body
-from concurrent_dataloader.stores._boto3 import client_arguments, client_settings, translate
+from concurrent_dataloader.stores._boto3 import (
+    client_arguments,
+    client_settings,
+    shared_loader,
+    translate,
+)
 from concurrent_dataloader.stores._http import HttpStore
 from concurrent_dataloader.stores.address import ClientOptions, S3Address, check_byte_range
 from concurrent_dataloader.stores.base import AwaitingStore, ObjectInfo, PerLoop
@@ -90,10 +95,13 @@ def _open_client(address: S3Address, options: ClientOptions) -> AbstractAsyncCon
     source = address.credentials
     if isinstance(source, CredentialsChain):
         source.resolve()  # says in our words that there are none
-        return AioSession(profile=source.profile).create_client(**arguments)
-    if source is not None:
+        session = AioSession(profile=source.profile)
+    else:
+        session = AioSession()
+    if source is not None and not isinstance(source, CredentialsChain):
         credentials = source.resolve()
         arguments["aws_access_key_id"] = credentials.access_key_id
         arguments["aws_secret_access_key"] = credentials.secret_access_key
         arguments["aws_session_token"] = credentials.session_token
-    return AioSession().create_client(**arguments)
+    session.register_component("data_loader", shared_loader())
+    return session.create_client(**arguments)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import io
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,11 +13,18 @@ import boto3.exceptions
 import boto3.session
 import botocore.config
 import botocore.exceptions
+import botocore.loaders
+import botocore.session
 from boto3.s3.transfer import TransferConfig
 from botocore import UNSIGNED
 from typing_extensions import Buffer, override
 
-from concurrent_dataloader.errors import DeadlineError, StoreError, StoreUnavailableError
+from concurrent_dataloader.errors import (
+    BodyMismatchError,
+    DeadlineError,
+    StoreError,
+    StoreUnavailableError,
+)
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.stores._answers import check_body, error_for_status
 from concurrent_dataloader.stores.address import ClientOptions, S3Address, check_byte_range
@@ -67,7 +76,8 @@ class Boto3Store(BlockingStore):
         answer = self._client.get().get_object(
             Bucket=self._address.bucket, Key=self._address.object_key(key), **extra
         )
-        with answer["Body"] as stream:
+        # Not `with answer["Body"]`: that gives the stream inside, which checks nothing.
+        with contextlib.closing(answer["Body"]) as stream:
             body: bytes = stream.read()
         headers = {"Content-Length": str(answer["ContentLength"]), "ETag": answer.get("ETag", "")}
         if "ContentRange" in answer:
@@ -152,8 +162,10 @@ def translate(address: S3Address, key: str, error: BaseException) -> StoreError:
         (botocore.exceptions.ConnectTimeoutError, botocore.exceptions.ReadTimeoutError),
     ):
         return DeadlineError(f"{where}: no answer from {endpoint} in time")
+    if isinstance(error, botocore.exceptions.IncompleteReadError):
+        return BodyMismatchError(f"{where}: the body from {endpoint} was cut short: {error}")
     if isinstance(
-        error, (botocore.exceptions.HTTPClientError, botocore.exceptions.IncompleteReadError)
+        error, (botocore.exceptions.ConnectionError, botocore.exceptions.HTTPClientError)
     ):
         return StoreUnavailableError(f"{where}: the connection to {endpoint} broke: {error}")
     return StoreError(f"{where}: boto3 could not ask {endpoint}: {error}")
@@ -193,13 +205,22 @@ def _open_client(address: S3Address, options: ClientOptions) -> Any:
     if isinstance(source, CredentialsChain):
         source.resolve()  # says in our words that there are none
         # The session walks the same chain, and refreshes what it found.
-        return boto3.session.Session(profile_name=source.profile).client(**arguments)
-    if source is not None:
+        session = botocore.session.Session(profile=source.profile)
+    else:
+        session = botocore.session.Session()
+    if source is not None and not isinstance(source, CredentialsChain):
         credentials = source.resolve()
         arguments["aws_access_key_id"] = credentials.access_key_id
         arguments["aws_secret_access_key"] = credentials.secret_access_key
         arguments["aws_session_token"] = credentials.session_token
-    return boto3.session.Session().client(**arguments)
+    session.register_component("data_loader", shared_loader())
+    return boto3.session.Session(botocore_session=session).client(**arguments)
+
+
+@functools.cache
+def shared_loader() -> botocore.loaders.Loader:
+    """Give what reads AWS's descriptions of its services: slow, hence once."""
+    return botocore.loaders.create_loader()
 
 
 def _close_client(client: Any) -> None:

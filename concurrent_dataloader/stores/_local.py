@@ -103,8 +103,9 @@ class LocalStore(BlockingStore):
 
     def head(self, key: str) -> ObjectInfo:
         """Ask for a file's size."""
+        path = self._path(key)
         try:
-            status = os.stat(self._path(key))
+            status = os.stat(path)
         except (OSError, ValueError) as error:
             raise self._translate(error, key) from error
         if not stat.S_ISREG(status.st_mode):
@@ -171,8 +172,9 @@ class LocalStore(BlockingStore):
 
     def delete(self, key: str) -> None:
         """Remove a file; its folder stays."""
+        path = self._path(key)
         try:
-            os.unlink(self._path(key))
+            os.unlink(path)
         except FileNotFoundError:
             return
         except OSError as error:

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from concurrent_dataloader.ranges import ByteRange
+from concurrent_dataloader.stores import (
+    Credentials,
+    ResilientStore,
+    Store,
+    WritableStore,
+    open_store,
+)
+from concurrent_dataloader.stores.address import S3Address
+
+
+def address_of(url: str, **settings: Any) -> S3Address:
+    settings.setdefault("credentials", Credentials("key", "secret"))
+    store: Any = open_store(url, **settings)
+    return store._store._address
+
+
+def test_an_unknown_client_is_an_error_that_lists_the_known_ones() -> None:
+    with pytest.raises(
+        ValueError, match="'curl', expected one of 'obstore', 'boto3', 'aiobotocore', 'aiohttp'"
+    ):
+        open_store("s3://bucket", client="curl")  # pyright: ignore[reportArgumentType]: the point of the test
+
+
+@pytest.mark.parametrize("url", ["gs://bucket", "ftp://host/x", "s3:///key", "s3://"])
+def test_an_url_of_another_kind_is_an_error(url: str) -> None:
+    with pytest.raises(ValueError, match="got"):
+        open_store(url, region="us-east-1")
+
+
+@pytest.mark.parametrize("url", ["http://user:password@host/", "http://h/x?token=password"])
+def test_secrets_in_an_url_are_refused_and_not_shown_with_their_user(url: str) -> None:
+    with pytest.raises(ValueError, match="url: got"):
+        open_store(url)
+
+
+def test_a_password_in_an_endpoint_is_refused_and_not_shown() -> None:
+    with pytest.raises(ValueError, match="endpoint_url") as raised:
+        open_store("s3://bucket", endpoint_url="http://user:password@host")
+
+    assert "password@" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_connections", 0),
+        ("deadline_s", 0.0),
+        ("connect_timeout_s", -1.0),
+        ("stall_timeout_s", 0.0),
+    ],
+)
+def test_a_number_that_makes_no_sense_is_an_error(name: str, value: float) -> None:
+    settings: dict[str, Any] = {name: value, "region": "us-east-1"}
+    with pytest.raises(ValueError, match="expected"):
+        open_store("s3://bucket", **settings)
+
+
+def test_aws_is_asked_by_https_with_the_bucket_as_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    address = address_of("s3://bucket/some/folder", region="eu-west-1")  # I-36
+
+    assert str(address.origin) == "https://bucket.s3.eu-west-1.amazonaws.com"
+    assert address.request_path("a b") == "/some/folder/a%20b"
+
+
+def test_a_bucket_that_is_no_host_name_stands_in_the_path() -> None:
+    address = address_of("s3://my.bucket", region="eu-west-1")
+
+    assert str(address.origin) == "https://s3.eu-west-1.amazonaws.com"
+    assert address.request_path("a") == "/my.bucket/a"
+
+
+@pytest.mark.parametrize(
+    ("path_style", "url"),
+    [
+        (None, "http://h:9000/bucket/k"),
+        (True, "http://h:9000/bucket/k"),
+        (False, "http://bucket.h:9000/k"),
+    ],
+)
+def test_an_endpoint_means_path_style_unless_told_otherwise(path_style: Any, url: str) -> None:
+    address = address_of("s3://bucket", endpoint_url="http://h:9000/", path_style=path_style)
+
+    assert f"{address.origin}{address.request_path('k')}" == url
+
+
+def test_the_region_comes_from_the_call_the_environment_or_the_profile(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    assert address_of("s3://bucket").region == "us-east-1"
+    (tmp_path / "config").write_text("[default]\nregion = eu-north-1\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    assert address_of("s3://bucket").region == "eu-north-1"
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-south-1")
+    assert address_of("s3://bucket").region == "eu-south-1"
+    assert address_of("s3://bucket", region="eu-west-1").region == "eu-west-1"
+
+
+def test_the_number_of_connections_reaches_the_client() -> None:
+    from concurrent_dataloader.stores._boto3 import client_settings
+    from concurrent_dataloader.stores.address import ClientOptions
+
+    store: Any = open_store(
+        "s3://bucket", client="boto3", credentials=Credentials("k", "s"), max_connections=7
+    )
+    options: ClientOptions = store._store._options
+
+    assert options.max_connections == 7
+    assert client_settings(address_of("s3://bucket"), options)["max_pool_connections"] == 7
+
+
+def test_stores_with_the_same_settings_are_equal() -> None:
+    def open_it(**settings: Any) -> Store:
+        return open_store("s3://bucket", credentials=Credentials("k", "s"), **settings)
+
+    assert open_it() == open_it()
+    assert hash(open_it()) == hash(open_it())
+    assert open_it() != open_it(region="eu-west-1")
+    assert open_it() != open_it(client="http")
+
+
+def test_what_it_opens_fits_the_protocols(tmp_path: pathlib.Path) -> None:
+    bucket = open_store("s3://bucket", credentials=Credentials("k", "s"))
+    web = open_store("http://127.0.0.1/x")
+
+    assert isinstance(bucket, WritableStore)
+    assert isinstance(open_store(tmp_path), WritableStore)
+    assert isinstance(open_store("memory://x"), WritableStore)
+    assert isinstance(web, Store)
+    assert not isinstance(web, WritableStore)
+
+
+def test_a_storage_of_the_users_own_needs_four_methods() -> None:
+    class Own:
+        def get(self, key: str, byte_range: ByteRange | None = None) -> bytes:
+            return key.encode()
+
+        async def get_async(self, key: str, byte_range: ByteRange | None = None) -> bytes:
+            return key.encode()
+
+        def describe(self, key: str) -> str:
+            return key
+
+        def close(self) -> None:
+            pass
+
+    own: Store = Own()
+
+    assert isinstance(own, Store)
+    assert not isinstance(own, ResilientStore)
+
+
+def test_nothing_native_and_no_client_is_imported_before_it_is_asked_for() -> None:
+    clients = ["torch", "obstore", "boto3", "aiohttp", "aiobotocore", "botocore"]
+    code = (
+        "import sys, concurrent_dataloader.stores as s;"
+        "s.open_store('/tmp'); s.open_store('http://127.0.0.1/');"
+        ""
+        f"bad = set({clients}) & set(sys.modules);"
+        "sys.exit(str(bad) if bad else 0)"
+    )
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_opening_starts_no_thread_and_contacts_nobody() -> None:
+    code = (
+        "import threading, concurrent_dataloader.stores as s\n"
+        "for client in ('obstore', 'boto3', 'aiobotocore', 'aiohttp', 'http'):\n"
+        "    s.open_store('s3://b', client=client, region='r', endpoint_url='http://127.0.0.1:9')\n"
+        "assert threading.active_count() == 1, threading.enumerate()\n"
+    )
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,308 @@
+from __future__ import annotations
+
+import asyncio
+import pickle
+import random
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typing_extensions import Buffer
+
+from concurrent_dataloader.errors import (
+    BodyMismatchError,
+    DeadlineError,
+    KeyNotFoundError,
+    StoreUnavailableError,
+)
+from concurrent_dataloader.ranges import ByteRange
+from concurrent_dataloader.stores import ObjectInfo, ResilientStore, RetryPolicy
+from concurrent_dataloader.stores._memory import MemoryStore
+from concurrent_dataloader.stores.resilience import ResilientWritableStore, draw_wait_s
+
+
+class FakeClock:
+    """Time that passes only when somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.slept_s: list[float] = []
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def sleep(self, duration_s: float) -> None:
+        self.slept_s.append(duration_s)
+        self.now_s += duration_s
+
+    async def sleep_async(self, duration_s: float) -> None:
+        self.sleep(duration_s)
+
+
+class ScriptedStore:
+    """Plays a list of answers: bytes, an error, or seconds to let pass before the next."""
+
+    def __init__(self, answers: list[bytes | Exception | float], clock: FakeClock) -> None:
+        self.answers = answers
+        self.num_asked = 0
+        self.num_closed = 0
+        self._clock = clock
+
+    def get(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
+        del key, byte_range
+        self.num_asked += 1
+        answer = self.answers.pop(0)
+        if isinstance(answer, float):
+            self._clock.now_s += answer
+            answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        assert isinstance(answer, bytes), "one wait, then an answer"
+        return answer
+
+    async def get_async(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
+        return self.get(key, byte_range)
+
+    def head(self, key: str) -> ObjectInfo:
+        return ObjectInfo(key, len(bytes(self.get(key))))
+
+    def describe(self, key: str) -> str:
+        return f"scripted://{key}"
+
+    def close(self) -> None:
+        self.num_closed += 1
+
+
+def fail(words: str = "scripted://key: not now") -> StoreUnavailableError:
+    return StoreUnavailableError(words)
+
+
+def wrap(
+    answers: list[bytes | Exception | float], policy: RetryPolicy, deadline_s: float = 60.0
+) -> tuple[ResilientStore, ScriptedStore, FakeClock]:
+    clock = FakeClock()
+    scripted = ScriptedStore(answers, clock)
+    store = ResilientStore(
+        scripted,
+        policy,
+        deadline_s,
+        clock=clock,
+        sleep=clock.sleep,
+        sleep_async=clock.sleep_async,
+        rng=random.Random(0),
+    )
+    return store, scripted, clock
+
+
+def read(store: ResilientStore, colour: str) -> bytes:
+    if colour == "blocking":
+        return bytes(store.get("key"))
+    return bytes(asyncio.run(store.get_async("key")))
+
+
+both_colours = pytest.mark.parametrize("colour", ["blocking", "awaited"])
+
+
+@both_colours
+def test_an_attempt_that_succeeds_is_the_only_one(colour: str) -> None:
+    store, scripted, clock = wrap([b"body"], RetryPolicy())
+
+    assert read(store, colour) == b"body"
+    assert (scripted.num_asked, clock.slept_s) == (1, [])
+
+
+@both_colours
+def test_what_may_be_repeated_is_repeated_with_growing_waits(colour: str) -> None:
+    policy = RetryPolicy(max_attempts=4, first_wait_s=1.0, max_wait_s=2.0)
+    store, scripted, clock = wrap([fail(), fail(), fail(), b"body"], policy)
+
+    assert read(store, colour) == b"body"
+    assert scripted.num_asked == 4
+    assert all(0 <= got <= bound for got, bound in zip(clock.slept_s, [1, 2, 2], strict=True))
+
+
+@both_colours
+def test_the_last_error_says_attempts_and_time_and_keeps_its_type(colour: str) -> None:
+    last = BodyMismatchError("scripted://key: got 3 bytes from http://host:1, expected 4")
+    policy = RetryPolicy(max_attempts=2, first_wait_s=0.0)
+    store, _, _ = wrap([fail(), 1.5, last], policy)
+
+    with pytest.raises(BodyMismatchError) as raised:
+        read(store, colour)
+
+    assert str(raised.value).startswith(f"{last}; gave up after 2 attempts in 1.50 s")
+    assert raised.value.__cause__ is last
+
+
+@both_colours
+def test_what_may_not_be_repeated_goes_through_at_once(colour: str) -> None:
+    final = KeyNotFoundError("scripted://key: no such object")
+    store, scripted, _ = wrap([final], RetryPolicy())
+
+    with pytest.raises(KeyNotFoundError) as raised:
+        read(store, colour)
+
+    assert raised.value is final
+    assert scripted.num_asked == 1
+
+
+@both_colours
+def test_no_attempt_begins_after_the_deadline(colour: str) -> None:
+    policy = RetryPolicy(max_attempts=100, first_wait_s=0.0)
+    store, scripted, _ = wrap([4.0, fail(), 4.0, fail(), 4.0, fail(), b"too late"], policy, 10.0)
+
+    with pytest.raises(DeadlineError, match=r"3 attempts in 12\.00 s, allowed are 10 s"):
+        read(store, colour)
+
+    assert scripted.num_asked == 3
+
+
+def test_one_attempt_means_no_repetition() -> None:
+    store, scripted, _ = wrap([fail(), b"body"], RetryPolicy(max_attempts=1))
+
+    with pytest.raises(StoreUnavailableError, match="1 attempt in"):
+        store.get("key")
+
+    assert scripted.num_asked == 1
+
+
+def test_head_is_repeated_too() -> None:
+    store, _, _ = wrap([fail(), b"body"], RetryPolicy())
+
+    assert store.head("key").size_bytes == 4
+
+
+class StallingStore(ScriptedStore):
+    """Never answers; tells when it was cancelled."""
+
+    was_cancelled = False
+
+    async def get_async(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
+        self.num_asked += 1
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.was_cancelled = True
+            raise
+        raise AssertionError
+
+
+def test_an_awaited_read_is_cut_at_the_deadline() -> None:
+    stalling = StallingStore([], FakeClock())
+    store = ResilientStore(stalling, RetryPolicy(), 0.05)
+
+    with pytest.raises(DeadlineError, match=r"scripted://key: no answer in 0\.05 s"):
+        asyncio.run(store.get_async("key"))
+
+    assert stalling.was_cancelled
+    assert stalling.num_asked == 1
+
+
+def test_a_cancelled_read_ends_at_once_and_is_not_repeated() -> None:
+    stalling = StallingStore([], FakeClock())
+    store = ResilientStore(stalling, RetryPolicy(), 60.0)
+
+    async def cancel() -> None:
+        task = asyncio.create_task(store.get_async("key"))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancel())
+
+    assert stalling.was_cancelled
+    assert stalling.num_asked == 1
+
+
+class BreakingStore(MemoryStore):
+    """Breaks each listing after two objects."""
+
+    num_listings = 0
+
+    def list(self, prefix: str = "", *, start_after: str = "") -> Iterator[ObjectInfo]:
+        self.num_listings += 1
+        for number, info in enumerate(super().list(prefix, start_after=start_after)):
+            if number == 2:
+                raise fail()
+            yield info
+
+
+def test_a_listing_that_breaks_goes_on_after_the_last_key() -> None:
+    inner = BreakingStore(dict.fromkeys("abcdefg", b""))
+    clock = FakeClock()
+    store = ResilientWritableStore(
+        inner, RetryPolicy(max_attempts=2), 60.0, clock=clock, sleep=clock.sleep
+    )
+
+    assert [info.key for info in store.list()] == list("abcdefg")
+    assert inner.num_listings == 4
+
+
+def test_closing_closes_the_store_inside() -> None:
+    store, scripted, _ = wrap([], RetryPolicy())
+
+    store.close()
+
+    assert scripted.num_closed == 1
+
+
+def test_it_pickles_with_its_settings() -> None:
+    store = ResilientStore(MemoryStore({"a": b"x"}), RetryPolicy(max_attempts=7), 5.0)
+
+    twin = pickle.loads(pickle.dumps(store))
+
+    assert twin == store
+    assert bytes(twin.get("a")) == b"x"
+
+
+@given(
+    num_failed=st.integers(1, 10_000),
+    first_wait_s=st.floats(0, 10),
+    more_s=st.floats(0, 100),
+    seed=st.integers(),
+)
+def test_a_wait_is_within_its_bounds(
+    num_failed: int, first_wait_s: float, more_s: float, seed: int
+) -> None:
+    policy = RetryPolicy(first_wait_s=first_wait_s, max_wait_s=first_wait_s + more_s)
+
+    wait_s = draw_wait_s(num_failed, policy, random.Random(seed))
+
+    assert 0 <= wait_s <= policy.max_wait_s
+    if num_failed == 1:
+        assert wait_s <= first_wait_s
+
+
+def test_waits_do_not_touch_the_global_generator() -> None:
+    random.seed(7)
+    before = random.getstate()
+    store, _, _ = wrap([fail(), b"body"], RetryPolicy())
+
+    store.get("key")
+    ResilientStore(ScriptedStore([fail(), b""], FakeClock()), RetryPolicy(first_wait_s=0), 9).get(
+        ""
+    )
+
+    assert random.getstate() == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"max_attempts": 0}, "max_attempts: got 0, expected 1 or more"),
+        ({"first_wait_s": -1.0}, "first_wait_s: got -1.0 s"),
+        ({"first_wait_s": 9.0, "max_wait_s": 1.0}, "first_wait_s: got 9.0 s"),
+    ],
+)
+def test_a_policy_checks_itself(settings: dict[str, float], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        RetryPolicy(**settings)  # pyright: ignore[reportArgumentType]: from a table
+
+
+def test_a_deadline_of_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match="deadline_s: got 0"):
+        ResilientStore(MemoryStore(), RetryPolicy(), 0)
+    with pytest.raises(ValueError, match="num_failed: got 0"):
+        draw_wait_s(0, RetryPolicy(), random.Random(0))
