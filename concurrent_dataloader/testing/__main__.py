@@ -45,6 +45,8 @@ def _parse_fault(text: str) -> Fault:
                 )
             if name == "methods":
                 values[name] = tuple(value.split("+"))
+            elif name == "hits_listings":
+                values[name] = value == "true"
             else:
                 values[name] = _FAULT_NUMBERS.get(name, str)(value)
         return Fault(**values)

@@ -103,11 +103,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget what is under way; the client has gone, or we have."""
         self._fd = -1
-        self._stop_timer()
-        self._pieces = None
-        if self._request is not None:
-            self._host.end(self._request, self._num_sent_bytes)
-            self._request = None
+        self._give_up()
         self._host.closed(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -322,15 +318,22 @@ class Connection(asyncio.BufferedProtocol):
     def drop(self, *, only_if_busy: bool = False) -> None:
         """Close at once, but for the connection that is being asked to by a request of control."""
         request = self._request
-        if (request is None and not only_if_busy) or (
-            request is not None and not request.is_control
-        ):
+        if request is None:
+            if not only_if_busy:
+                self._transport.abort()
+        elif not request.is_control:
+            self._give_up()
             self._transport.abort()
 
-    def _stop_timer(self) -> None:
+    def _give_up(self) -> None:
+        """End the request under way, if there is one, as it is."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._pieces = None
+        request, self._request = self._request, None
+        if request is not None:
+            self._host.end(request, self._num_sent_bytes)
 
 
 def _cut(

@@ -136,8 +136,8 @@ class Server:
         bucket, key = _split_path(request)
         fault = None
         try:
-            if key and not after_stall:
-                fault = self._count_object(request, bucket, key)
+            if not after_stall:
+                fault = self._count_by_key(request, bucket, key)
             if fault is not None and fault.kind == "stalled_headers":
                 return None, fault
             answer = self._answer_s3(request, bucket, key, fault)
@@ -167,13 +167,17 @@ class Server:
             return self._with_other_body(answer, fault, bucket, key)
         return answer
 
-    def _count_object(self, request: Request, bucket: str, key: str) -> Fault | None:
-        if request.method == b"GET":
+    def _count_by_key(self, request: Request, bucket: str, key: str) -> Fault | None:
+        if key and request.method == b"GET":
             name = f"{bucket}/{key}"
             self._gets[name] = self._gets.get(name, 0) + 1
         if self.plan is None:
             return None
-        fault = self.plan.pick(request.method.decode(), key)
+        method = request.method.decode()
+        if key:
+            fault = self.plan.pick(method, key)
+        else:
+            fault = self.plan.pick(method, request.query.get("prefix", ""), is_listing=True)
         if fault is not None:
             self._faults[fault.kind] += 1
         return fault

@@ -78,7 +78,11 @@ class Fault:
     """Hits only keys in which this regular expression is found."""
 
     methods: tuple[str, ...] = ("GET",)
-    """Hits only these HTTP methods, and only requests that name an object."""
+    """Hits only these HTTP methods."""
+
+    hits_listings: bool = False
+    """Hits requests that name a bucket alone, in place of those that name an object; the pattern is
+    then looked for in the prefix."""
 
     first_attempts: int | None = None
     """Hits only the first so many requests of each key (those that fit the pattern and the
@@ -95,6 +99,8 @@ class Fault:
         if self.kind not in get_args(FaultKind):
             kinds = ", ".join(map(repr, get_args(FaultKind)))
             raise ValueError(f"kind: got {self.kind!r}, expected one of {kinds}")
+        if self.hits_listings and self.kind == "foreign_body":
+            raise ValueError("hits_listings: got True for 'foreign_body', which only objects have")
         if not 0 <= self.rate <= 1:
             raise ValueError(f"rate: got {self.rate!r}, expected 0 to 1")
         try:
@@ -118,10 +124,12 @@ class FaultPlan:
         self._num_attempts: collections.Counter[tuple[int, str]] = collections.Counter()
         self._num_hits: collections.Counter[int] = collections.Counter()
 
-    def pick(self, method: str, key: str) -> Fault | None:
+    def pick(self, method: str, key: str, *, is_listing: bool = False) -> Fault | None:
         """Pick the fault that hits this request, if any does; counts it as an attempt."""
         for number, (fault, pattern) in enumerate(self._rules):
-            if method not in fault.methods or not pattern.search(key):
+            if method not in fault.methods or fault.hits_listings != is_listing:
+                continue
+            if not pattern.search(key):
                 continue
             self._num_attempts[number, key] += 1
             num_attempts = self._num_attempts[number, key]

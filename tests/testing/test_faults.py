@@ -199,6 +199,14 @@ def test_faults_hit_only_the_keys_and_methods_they_are_for(
     assert ask_signed(endpoint, "GET", "/bucket?prefix=k1").status == 200
 
 
+def test_faults_of_listings_hit_listings_alone(server: ObjectServer, endpoint: Endpoint) -> None:
+    server.set_faults([Fault("slow_down", hits_listings=True, key_pattern="^train/")])
+
+    assert ask_signed(endpoint, "GET", "/bucket?list-type=2&prefix=train%2F").status == 503
+    assert ask_signed(endpoint, "GET", "/bucket?list-type=2&prefix=val%2F").status == 200
+    assert get(endpoint).status == 200
+
+
 def test_faults_may_hit_only_the_first_attempts_at_each_key(
     server: ObjectServer, endpoint: Endpoint
 ) -> None:
@@ -242,6 +250,7 @@ def test_the_rate_of_a_fault_is_that_of_its_hits_and_is_seeded() -> None:
         ({"kind": "slow_down", "rate": 1.5}, "rate: got 1.5"),
         ({"kind": "slow_down", "key_pattern": "("}, "key_pattern: got '('"),
         ({"kind": "slow_down", "first_attempts": -1}, "first_attempts: got -1"),
+        ({"kind": "foreign_body", "hits_listings": True}, "hits_listings: got True"),
     ],
 )
 def test_a_fault_that_makes_no_sense_is_refused(values: Any, named: str) -> None:
@@ -400,6 +409,22 @@ def test_what_was_done_is_counted(server: ObjectServer, endpoint: Endpoint) -> N
     assert counters.num_in_flight == 0
     assert counters.cpu_s > 0
     assert server.counters().num_gets_by_key == {}
+
+
+def test_what_is_under_way_at_a_restore_is_not_counted_after_it(
+    server: ObjectServer, endpoint: Endpoint
+) -> None:
+    server.set_faults([Fault("stalled_body")])
+    with connect(endpoint) as connection:
+        connection.sendall(head("GET", "/bucket/k0", endpoint, sign(endpoint, "GET", "/bucket/k0")))
+        received = b""
+        while len(received) < 10_000:
+            received += connection.recv(65536)
+
+        server.restore()
+
+        counters = server.counters()
+        assert (counters.num_in_flight, counters.body_bytes_sent) == (0, 0)
 
 
 def test_counting_begins_again(server: ObjectServer, endpoint: Endpoint) -> None:
