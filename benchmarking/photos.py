@@ -9,8 +9,9 @@ Two sets:
 - `make_benchmark_set`: JPEGs of 110 kB in the mean, 512 x 384, which is what ImageNet's are like
   (110 kB in the mean, most of them 500 x 375). Quality 96, without chroma subsampling, was tuned
   for that.
-- `make_demo_set`: square crops of 75 kB that a small network learns to tell apart in a few epochs. ``train``
-  comes from the left or upper 60 % of each photograph, ``val`` from the rest: no pixel is in both.
+- `make_demo_set`: square crops of 75 kB that a small network learns to tell apart in a few epochs.
+  ``train`` comes from the left or upper 60 % of each photograph, ``val`` from the rest: no pixel is
+  in both.
 """
 
 from __future__ import annotations
