@@ -44,6 +44,8 @@ class Batch:
 
     def __init__(self, positions: Any) -> None:
         self.positions = positions
+        self.units: list[Any] = []
+        """What is fetched by itself: each position, or all of them where the dataset wants that."""
         self.futures: collections.deque[Future[Any]] | None = None
 
     def cancel(self) -> None:
@@ -84,13 +86,10 @@ class FetchedDataset:
     def begin(self, batch: Batch) -> None:
         """Send a batch's samples on their way."""
         if batch.futures is None:
-            batch.futures = collections.deque(
-                self._fetcher.submit(position) for position in self._positions_of(batch)
-            )
-
-    def _positions_of(self, batch: Batch) -> Any:
-        is_one = not self._auto_collation or self._stages.takes_batches
-        return [batch.positions] if is_one else batch.positions
+            is_one = not self._auto_collation or self._stages.takes_batches
+            # A list, since a sampler may give an iterator, which can be read only once.
+            batch.units = [batch.positions] if is_one else list(batch.positions)
+            batch.futures = collections.deque(map(self._fetcher.submit, batch.units))
 
     def __getitems__(self, batch: Batch) -> Any:
         """Finish a batch's samples, in order; called by torch's loop with automatic batching."""
@@ -105,7 +104,7 @@ class FetchedDataset:
         self.begin(batch)
         assert batch.futures is not None
         try:
-            for position in self._positions_of(batch):
+            for position in batch.units:
                 future = batch.futures.popleft()  # not kept: its bytes would be kept with it
                 try:
                     yield self._stages.finish(position, self._wait(future))

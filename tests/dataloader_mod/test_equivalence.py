@@ -3,6 +3,7 @@
 import functools
 import multiprocessing
 
+import numpy as np
 import pytest
 import torch
 import torch.utils.data
@@ -128,6 +129,7 @@ CASES = {
     "repeated positions": {"batch_size": 6, "sampler": sampler_with_repeats},
     "a weighted sampler": {"batch_size": 6, "sampler": weighted_sampler},
     "batches of the user's own": {"batch_sampler": uneven_batches},
+    "positions as an array": {"batch_sampler": lambda: [np.array([3, 1]), np.array([2])]},
     "a batch sampler of torch's": {
         "batch_sampler": lambda: BatchSampler(RandomSampler(range(NUM_SAMPLES)), 5, True)
     },
@@ -216,6 +218,20 @@ def test_a_sampler_that_draws_between_batches_does_so_in_the_main_process():
     found = [
         read_epochs(
             loader_class, doubles.StagedSquares(NUM_SAMPLES), batch_size=4, sampler=Drawing()
+        )
+        for loader_class in (torch.utils.data.DataLoader, DataLoader)
+    ]
+
+    assert is_same(*found)
+
+
+def test_a_batch_may_be_an_iterator_in_the_main_process():
+    found = [
+        read_epochs(
+            loader_class,
+            doubles.StagedSquares(9),
+            num_epochs=1,
+            batch_sampler=[iter([3, 1]), iter([2, 8])],
         )
         for loader_class in (torch.utils.data.DataLoader, DataLoader)
     ]
