@@ -1,0 +1,645 @@
+"""Train and validate an image classifier, from an object store or a local folder.
+
+    python imagenet.py /data/imagenet                       # train/ and val/, with class folders
+    python imagenet.py s3://imagenet --endpoint-url http://127.0.0.1:9000
+    torchrun --nproc-per-node 8 imagenet.py s3://imagenet --amp bf16 --channels-last
+
+The flags of PyTorch's ImageNet example keep their names, meanings and defaults. ``--loader torch``
+runs the same job with torch's own loader: the losses are the same, the time is not. The file is
+read from top to bottom: settings, data, model, one epoch, validation, checkpoint, main.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pickle
+import random
+import shutil
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torchvision
+from rich import progress
+from rich.console import Console
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import ProcessExitedException, spawn
+from torch.utils.data import DistributedSampler
+from torchvision.transforms import v2
+
+from benchmarking.misc.init_benchmarking import get_dataset
+from concurrent_dataloader import DataLoader
+from concurrent_dataloader.errors import LoaderError
+from concurrent_dataloader.labels import LabelSpace
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+Args = argparse.Namespace
+Loader = torch.utils.data.DataLoader[Any]
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Make a reader of whole numbers from ``least`` on."""
+
+    def read(text: str) -> int:
+        if not text.removeprefix("-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected a number from {least} on")
+        return int(text)
+
+    return read
+
+
+def add_example_arguments(add: Callable[..., Any]) -> None:
+    """Add the arguments of PyTorch's ImageNet example."""
+    add("data", nargs="?", default="imagenet", help="s3://bucket[/prefix], a bucket or a folder")
+    add("-a", "--arch", default="resnet18", help="a model of torchvision")
+    add("-j", "--workers", type=at_least(0), default=4, help="processes that load, per node")
+    add("--epochs", type=at_least(0), default=90)
+    add("--start-epoch", type=at_least(0), default=0, help="from 0; a checkpoint says it better")
+    add("-b", "--batch-size", type=at_least(1), default=256, help="images a step, of a node")
+    add("--lr", "--learning-rate", dest="lr", type=float, default=0.1)
+    add("--momentum", type=float, default=0.9)
+    add("--wd", "--weight-decay", dest="weight_decay", type=float, default=1e-4)
+    add("-p", "--print-freq", type=at_least(1), default=10, help="steps from line to line")
+    add("--resume", type=Path, help="checkpoint to go on from")
+    add("-e", "--evaluate", action="store_true", help="validate only")
+    add("--pretrained", action="store_true", help="begin with torchvision's weights")
+    add("--world-size", type=int, default=-1, help="number of nodes")
+    add("--rank", type=int, default=-1, help="number of this node, from 0")
+    add("--dist-url", default="tcp://224.66.41.62:23456", help="where processes meet")
+    add("--dist-backend", default="nccl", help="gloo is taken where there is no GPU")
+    add("--seed", type=at_least(0), help="for runs that are equal; drawn when absent")
+    add("--gpu", type=at_least(0), help="number of the only GPU to use")
+    add("--no-accel", action="store_true", help="stay on the CPU")
+    add("--multiprocessing-distributed", action="store_true", help="start a process per GPU")
+    add("--dummy", action="store_true", help="train on noise: needs no data")
+
+
+def add_own_arguments(add: Callable[..., Any]) -> None:
+    """Add those of this trainer: where the images are, how they are loaded, and the recipe."""
+    add("--dataset", choices=("s3", "scratch"), help="default: s3 for s3://..., else scratch")
+    add("--dataset-limit", type=at_least(1), help="images of each split, drawn from all of it")
+    add("--index-file", type=Path, help="JSON index of the training images; listed when absent")
+    add("--val-index-file", type=Path)
+    add("--classes-file", type=Path, help="JSON classes of the training images")
+    add("--val-classes-file", type=Path, help="of the validation images, if they have their own")
+    add("--endpoint-url", help="of an S3-compatible store")
+    add("--s3-credential-file", type=Path, help="JSON; the standard AWS chain when absent")
+    add("--use-cache", action="store_true", help="read through --cache-endpoint-url")
+    add("--cache-endpoint-url", help="of an HTTP cache in front of the store")
+    add("--loader", choices=("ours", "torch"), default="ours")
+    add("--fetch-impl", choices=("threaded", "asyncio", "vanilla"), default="threaded")
+    add("--num-fetch-workers", type=at_least(1), help="images in flight per worker")
+    add("--batch-pool", type=at_least(0), help="batches begun ahead per worker")
+    add("--prefetch-factor", type=at_least(1), help="finished batches per worker")
+    add("--pin-memory", action=argparse.BooleanOptionalAction, help="default: where there is a GPU")
+    add("--decoder", choices=("pillow", "torchvision"), default="pillow")
+    add("--image-size", type=at_least(1), default=224, help="side of the crop in pixels")
+    add("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision")
+    add("--channels-last", action="store_true")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--scheduler", choices=("step", "cosine", "exponential", "constant"), default="step")
+    add("--lr-step", type=at_least(1), default=30, help="epochs in which the rate falls ...")
+    add("--lr-gamma", type=float, default=0.1, help="... to this share")
+    add("--warmup-epochs", type=float, default=0.0)
+    add("--label-smoothing", type=float, default=0.0)
+    add("--output-base-folder", type=Path, default=Path("runs/imagenet"), help="for results")
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> Args:
+    """Read the command line; exits with status 2 where it is wrong."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add_example_arguments(parser.add_argument)
+    add_own_arguments(parser.add_argument)
+    args = parser.parse_args(argv)
+    if args.arch not in torchvision.models.list_models(torchvision.models):
+        parser.error(f"argument -a/--arch: got {args.arch!r}, expected a model of torchvision")
+    if args.resume is not None and not args.resume.is_file():
+        parser.error(f"argument --resume: {args.resume}: no such file")
+    args.dataset = args.dataset or ("s3" if args.data.startswith("s3://") else "scratch")
+    args.num_gpus = 0 if args.no_accel else torch.cuda.device_count()
+    return args
+
+
+class Place(NamedTuple):
+    """Where this process stands among those that train together."""
+
+    rank: int
+    world_size: int
+    num_local: int
+    device: torch.device
+
+
+@contextlib.contextmanager
+def join_processes(local_rank: int, args: Args) -> Generator[Place]:
+    """Choose the device and meet the other processes, under torchrun or by the example's flags."""
+    by_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if by_torchrun:
+        words = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK")
+        rank, world_size, num_local, local_rank = (int(os.environ[word]) for word in words)
+    else:
+        num_local = max(args.num_gpus, 1) if args.multiprocessing_distributed else 1
+        rank = max(args.rank, 0) * num_local + local_rank
+        world_size = max(args.world_size, 1) * num_local
+    device = torch.device("cpu")
+    if args.num_gpus:
+        device = torch.device("cuda", local_rank if args.gpu is None else args.gpu)
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        backend = args.dist_backend if args.num_gpus else "gloo"
+        url = "env://" if by_torchrun else args.dist_url
+        dist.init_process_group(backend, url, world_size=world_size, rank=rank)
+    try:
+        yield Place(rank, world_size, num_local, device)
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()
+
+
+def agree_on_seed(args: Args, place: Place) -> int:
+    """Take the seed that was given, or one that the first process draws for all."""
+    if args.seed is not None:
+        return args.seed
+    seed = torch.tensor(random.SystemRandom().randrange(2**31), device=place.device)
+    if place.world_size > 1:
+        dist.broadcast(seed, src=0)
+    return int(seed)
+
+
+def seed_epoch(seed: int, epoch: int, place: Place) -> None:
+    """Let all that is random in an epoch follow from the seed, the epoch and the process.
+
+    So the epoch after a resume is that of an uninterrupted run, with no generator to be saved.
+    """
+    words = np.random.SeedSequence([seed, epoch + 1, place.rank]).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.manual_seed(int(words[2]))
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def open_split(args: Args, split: str, classes: Any = None) -> Any:
+    """Open the "train" or the "val" images, with the same classes if some are known already."""
+    random_crop = [v2.RandomResizedCrop(args.image_size), v2.RandomHorizontalFlip()]
+    center_crop = [v2.Resize(round(args.image_size * 256 / 224)), v2.CenterCrop(args.image_size)]
+    # Pixels stay bytes up to the device: a quarter of the memory to collate, share and copy.
+    last = [v2.PILToTensor()] if args.dummy or args.decoder == "pillow" else []
+    transform = v2.Compose([*(random_crop if split == "train" else center_crop), *last])
+    if args.dummy:
+        size = min({"train": 1_281_167, "val": 50_000}[split], args.dataset_limit or 2**31)
+        return torchvision.datasets.FakeData(size, (3, 224, 224), 1000, transform)
+    train, s3 = split == "train", args.dataset == "s3"
+    bucket_name, _, prefix = args.data.removeprefix("s3://").partition("/")
+    where = {"bucket_name": bucket_name, "prefix": prefix} if s3 else {"data_path": args.data}
+    classes_file = args.classes_file if train else args.val_classes_file
+    if classes_file is None and classes is None:
+        classes_file = args.classes_file
+    dataset = get_dataset(
+        args.dataset,
+        split,  # pyright: ignore[reportArgumentType]: one of the two above
+        limit=args.dataset_limit,
+        sample_seed=0,  # the head of an index that is sorted by class holds few classes
+        use_cache=args.use_cache,
+        cache_endpoint_url=args.cache_endpoint_url,
+        index_file=args.index_file if train else args.val_index_file,
+        classes_file=classes_file,
+        classes=classes if classes_file is None else None,
+        s3_credential_file=args.s3_credential_file,
+        endpoint_url=args.endpoint_url,
+        transform=transform,
+        decode=args.decoder,
+        **where,
+    )
+    if dataset.classes is not None and dataset.classes.label_space is not LabelSpace.CUSTOM:
+        dataset.convert_labels(LabelSpace.SORTED_WNID)  # as torchvision's weights count
+    return dataset
+
+
+def make_loader(args: Args, dataset: Any, place: Place, *, is_train: bool) -> Loader:
+    """Make the loader of this process's share of a split: ours or torch's."""
+    sampler: Any = None
+    if not is_train:
+        # Not a DistributedSampler, which counts images twice to make all shares equal.
+        sampler = range(place.rank, len(dataset), place.world_size)
+    elif place.world_size > 1:
+        sampler = DistributedSampler(dataset, place.world_size, place.rank, seed=args.seed)
+    settings: dict[str, Any] = {
+        "batch_size": max(1, args.batch_size // place.num_local),
+        "num_workers": math.ceil(args.workers / place.num_local),
+        "shuffle": is_train and sampler is None,
+        "sampler": sampler,
+        "pin_memory": place.device.type == "cuda" if args.pin_memory is None else args.pin_memory,
+        "prefetch_factor": args.prefetch_factor,
+    }
+    if args.loader == "torch":
+        return torch.utils.data.DataLoader(dataset, **settings)
+    for name in ("fetch_impl", "num_fetch_workers", "batch_pool"):
+        settings[name] = getattr(args, name)
+    return DataLoader(dataset, **settings)
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tell the epoch to whatever orders the samples, if it wants to know."""
+    for part in (loader, loader.dataset, loader.sampler, loader.batch_sampler):
+        if callable(getattr(part, "set_epoch", None)):
+            part.set_epoch(epoch)
+
+
+class Batch(NamedTuple):
+    """A batch on the device: images (B, 3, H, W) float32, normalised, and labels (B,) int64."""
+
+    images: Tensor
+    labels: Tensor
+    wait_s: float
+    """How long the loop had nothing to do but wait for it."""
+
+
+def iter_batches(loader: Loader, args: Args, place: Place) -> Iterator[Batch]:
+    """Take an epoch's batches to the device."""
+    mean = 255 * torch.tensor(MEAN, device=place.device).view(3, 1, 1)
+    std = 255 * torch.tensor(STD, device=place.device).view(3, 1, 1)
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    began_s = time.perf_counter()
+    for pixels, labels in loader:
+        wait_s = time.perf_counter() - began_s
+        pixels = pixels.to(place.device, non_blocking=True).contiguous(memory_format=layout)
+        labels = labels.to(place.device, non_blocking=True)
+        yield Batch(pixels.float().sub_(mean).div_(std), labels, wait_s)
+        began_s = time.perf_counter()
+
+
+# --- model ----------------------------------------------------------------------------------------
+
+
+def make_model(args: Args, num_classes: int, place: Place) -> nn.Module:
+    """Build the model on the device, with torchvision's weights if asked for."""
+    model = torchvision.models.get_model(args.arch, weights=None, num_classes=num_classes)
+    if args.pretrained:
+        weights = torchvision.models.get_model(args.arch, weights="DEFAULT").state_dict()
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        fitting = {name: tensor for name, tensor in weights.items() if tensor.shape == shapes[name]}
+        model.load_state_dict(fitting, strict=False)
+        if place.rank == 0 and (fresh := shapes.keys() - fitting.keys()):
+            print(f"{num_classes} classes, not 1000: {', '.join(sorted(fresh))} begin anew")
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    return model.to(place.device).to(memory_format=layout)
+
+
+def wrap_model(model: nn.Module, args: Args, place: Place) -> nn.Module:
+    """Compile the model, and join it to those of the other processes."""
+    wrapped = model
+    if place.world_size > 1:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+    elif args.num_gpus > 1 and args.gpu is None:
+        wrapped = nn.DataParallel(model)
+    if args.compile:
+        wrapped.compile()
+    return wrapped
+
+
+def learning_rate(args: Args, epoch: float) -> float:
+    """Rate at a time in epochs from 0: 1.5 is the middle of the second one."""
+    if epoch < args.warmup_epochs:
+        return args.lr * (0.01 + 0.99 * epoch / args.warmup_epochs)
+    if args.scheduler == "cosine":
+        return args.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, epoch / args.epochs)))
+    steps = {"step": int(epoch) // args.lr_step, "exponential": epoch / args.lr_step}
+    return args.lr * args.lr_gamma ** steps.get(args.scheduler, 0)
+
+
+@dataclasses.dataclass
+class Job:
+    """What an epoch needs."""
+
+    args: Args
+    place: Place
+    model: nn.Module
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    train_loader: Loader | None
+    val_loader: Loader
+    classes: list[str]
+    best_acc1: float
+    log: TextIO | None
+    """Lines of JSON, of the first process."""
+
+
+# --- one epoch ------------------------------------------------------------------------------------
+
+
+class Result(NamedTuple):
+    """One pass over a split, of all processes together; ``wait_s`` is their mean."""
+
+    loss: float
+    acc1: float
+    acc5: float
+    num_images: int
+    time_s: float
+    wait_s: float
+
+
+def measure(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum up a batch: (4,) float64 of loss, right at first, right among five, and images."""
+    right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    count = torch.full_like(loss, len(labels), dtype=torch.float64)
+    return torch.stack([loss.detach() * count, right[:, 0].sum(), right.sum(), count]).cpu()
+
+
+def run_split(
+    job: Job,
+    title: str,
+    loader: Loader,
+    step: Callable[[int, Batch], tuple[Tensor, Tensor]],
+    num_steps_after: int = 0,
+) -> Result:
+    """Take each batch of a split through ``step``, which gives loss and logits; say how it goes."""
+    place, num_steps, wait_s, began_s = job.place, len(loader), 0.0, time.perf_counter()
+    sums = torch.zeros(4, dtype=torch.float64)
+    columns = ("{task.description}", progress.BarColumn(), "{task.completed} {task.fields[text]}")
+    with progress.Progress(*columns, disable=place.rank > 0 or not Console().is_terminal) as bars:
+        bar = bars.add_task(title, total=num_steps, text="")
+        for i, batch in enumerate(iter_batches(loader, job.args, place)):
+            # Reading the sums waits for the device: the time outside is a wait for data only.
+            batch_sums = measure(*step(i, batch), batch.labels)
+            sums, wait_s = sums + batch_sums, wait_s + batch.wait_s
+            time_s = time.perf_counter() - began_s
+            loss, acc1, acc5 = (sums[:3] / sums[3]).tolist()
+            images_per_s = place.world_size * sums[3].item() / time_s
+            left_s = (num_steps - 1 - i + num_steps_after) * time_s / (i + 1)
+            text = (
+                f"Time {time_s / (i + 1):.3f} Data {wait_s / (i + 1):.3f} Loss {loss:.4f} "
+                f"Acc@1 {100 * acc1:.2f} Acc@5 {100 * acc5:.2f} {images_per_s:.0f} images/s "
+                f"ETA {format_time(left_s)}"
+            )
+            bars.update(bar, advance=1, text=text)
+            if place.rank == 0 and (i % job.args.print_freq == 0 or i == num_steps - 1):
+                record = {"split": title, "step": i, "loss": (batch_sums[0] / batch_sums[3]).item()}
+                write_record(job, "step", **record, time_s=time_s, wait_s=wait_s)
+                if bars.disable:
+                    print(f"{title} [{i + 1}/{num_steps}] {text}", flush=True)
+    totals = torch.cat([sums, sums.new_tensor([wait_s])]).to(place.device)
+    if place.world_size > 1:
+        dist.all_reduce(totals)
+    loss_sum, right1, right5, count, wait_sum = totals.tolist()
+    rates = (loss_sum / count, 100 * right1 / count, 100 * right5 / count)
+    time_s = time.perf_counter() - began_s
+    return Result(*rates, int(count), time_s, wait_sum / place.world_size)
+
+
+def autocast(job: Job) -> torch.autocast:
+    """Compute in the precision that was asked for."""
+    dtype = torch.float16 if job.args.amp == "fp16" else torch.bfloat16
+    return torch.autocast(job.place.device.type, dtype, enabled=job.args.amp != "off")
+
+
+def train_epoch(job: Job, loader: Loader, epoch: int) -> Result:
+    """Train for one epoch."""
+    args = job.args
+    seed_epoch(args.seed, epoch, job.place)
+    set_epoch(loader, epoch)
+    job.wrapped.train()
+
+    def step(i: int, batch: Batch) -> tuple[Tensor, Tensor]:
+        for group in job.optimizer.param_groups:
+            group["lr"] = learning_rate(args, epoch + i / len(loader))
+        with autocast(job):
+            logits = job.wrapped(batch.images)
+            loss = nn.functional.cross_entropy(
+                logits, batch.labels, label_smoothing=args.label_smoothing
+            )
+        job.optimizer.zero_grad()
+        job.scaler.scale(loss).backward()
+        job.scaler.step(job.optimizer)
+        job.scaler.update()
+        return loss, logits
+
+    num_steps_after = (args.epochs - 1 - epoch) * len(loader)
+    return run_split(job, f"Epoch: [{epoch}]", loader, step, num_steps_after)
+
+
+# --- validation -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def validate(job: Job) -> Result:
+    """Validate; each image counts once, whatever the number of processes."""
+    # Not the wrapped model, which waits for all processes at each batch: one may have fewer.
+    job.model.eval()
+    if job.place.world_size > 1:
+        for buffer in job.model.buffers():  # the running means that are saved
+            dist.broadcast(buffer, src=0)
+
+    def step(_: int, batch: Batch) -> tuple[Tensor, Tensor]:
+        with autocast(job):
+            logits = job.model(batch.images)
+            return nn.functional.cross_entropy(logits, batch.labels), logits
+
+    return run_split(job, "Test:", job.val_loader, step)
+
+
+# --- checkpoint -----------------------------------------------------------------------------------
+
+
+def save_checkpoint(job: Job, num_epochs_done: int, is_best: bool) -> None:
+    """Write what a run needs to go on. Readers find the old file or the new one, whole."""
+    state = {
+        "epoch": num_epochs_done,
+        "arch": job.args.arch,
+        "state_dict": job.model.state_dict(),
+        "best_acc1": job.best_acc1,
+        "optimizer": job.optimizer.state_dict(),
+        "scaler": job.scaler.state_dict(),
+        "seed": job.args.seed,
+        "classes": job.classes,
+    }
+    path, part = (job.args.output_base_folder / f"checkpoint.{end}" for end in ("pth.tar", "part"))
+    torch.save(state, part)
+    os.replace(part, path)
+    if is_best:
+        shutil.copyfile(path, part)
+        os.replace(part, path.with_name("model_best.pth.tar"))
+
+
+def load_checkpoint(args: Args) -> dict[str, Any]:
+    """Read a checkpoint of ours, or of PyTorch's example; nothing in it is executed."""
+    try:
+        state = torch.load(args.resume, map_location="cpu", weights_only=True)
+        weights = {name.removeprefix("module."): each for name, each in state["state_dict"].items()}
+        known = {"arch": state["arch"], "epoch": int(state["epoch"])}
+    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"--resume: {args.resume}: no checkpoint of a trainer: {reason}"
+        ) from error
+    if known["arch"] != args.arch:
+        raise ValueError(f"--resume: {args.resume} holds a {known['arch']}, got --arch {args.arch}")
+    return {**state, **known, "state_dict": weights}
+
+
+# --- main -----------------------------------------------------------------------------------------
+
+
+def find_classes(args: Args, dataset: Any, known: list[str] | None) -> list[str]:
+    """Find the names of the classes, by label; raise unless they are those of the weights."""
+    if args.dummy:
+        return [str(label) for label in range(1000)]
+    if dataset.classes is None:
+        raise ValueError(f"{args.data}: the images have no classes; give --classes-file")
+    classes = [dataset.classes.name(label) for label in range(dataset.classes.count)]
+    if known is not None and known != classes:
+        raise ValueError(
+            f"--resume: {args.resume}: knows {len(known)} classes, {known[0]!r} first, the data "
+            f"{len(classes)}, {classes[0]!r} first; give it the data that it was trained with"
+        )
+    is_imagenet = dataset.classes.label_space is LabelSpace.SORTED_WNID
+    if args.pretrained and len(classes) == 1000 and not is_imagenet:
+        raise ValueError("--pretrained: these 1000 classes are not ImageNet's; leave it out")
+    return classes
+
+
+def set_up(args: Args, place: Place) -> Job:
+    """Open the data and build the model, anew or from a checkpoint."""
+    state = load_checkpoint(args) if args.resume else {}
+    torch.backends.cudnn.deterministic = args.seed is not None  # equal runs, but slower ones
+    torch.backends.cudnn.benchmark = args.seed is None
+    args.seed = state.get("seed") if args.seed is None else args.seed
+    args.seed = agree_on_seed(args, place)
+    seed_epoch(args.seed, -1, place)
+    train = None if args.evaluate else open_split(args, "train")
+    val = open_split(args, "val", getattr(train, "classes", None))
+    classes = find_classes(args, val if train is None else train, state.get("classes"))
+    model = make_model(args, len(classes), place)
+    optimizer = torch.optim.SGD(
+        model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
+    )
+    scaler = torch.amp.GradScaler(place.device.type, enabled=args.amp == "fp16")
+    if state:
+        model.load_state_dict(state["state_dict"])
+        args.start_epoch = state["epoch"]
+    if state and not args.evaluate:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state.get("scaler", {}))
+    log = None
+    if place.rank == 0:
+        args.output_base_folder.mkdir(parents=True, exist_ok=True)
+        log = (args.output_base_folder / "log.jsonl").open("a", buffering=1)
+    train_loader = None if train is None else make_loader(args, train, place, is_train=True)
+    val_loader = make_loader(args, val, place, is_train=False)
+    wrapped, best_acc1 = wrap_model(model, args, place), float(state.get("best_acc1", 0.0))
+    return Job(
+        args,
+        place,
+        model,
+        wrapped,
+        optimizer,
+        scaler,
+        train_loader,
+        val_loader,
+        classes,
+        best_acc1,
+        log,
+    )
+
+
+def run(local_rank: int, args: Args) -> None:
+    """Do the whole job of one process."""
+    with join_processes(local_rank, args) as place, contextlib.ExitStack() as stack:
+        try:
+            job = set_up(args, place)
+        except (LoaderError, ValueError, FileNotFoundError) as error:
+            print(f"imagenet.py: error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from error
+        stack.enter_context(job.log or contextlib.nullcontext())
+        write_record(job, "settings", **{name: str(value) for name, value in vars(args).items()})
+        if job.train_loader is None:
+            tested = validate(job)
+            write_record(job, "evaluate", **tested._asdict())
+            if place.rank == 0:
+                print(
+                    f"acc@1 {tested.acc1:.3f} acc@5 {tested.acc5:.3f}, {tested.num_images} images"
+                )
+            return
+        results = [
+            run_epoch(job, job.train_loader, epoch)
+            for epoch in range(args.start_epoch, args.epochs)
+        ]
+        if place.rank == 0:
+            print_summary(results, job)
+
+
+def run_epoch(job: Job, loader: Loader, epoch: int) -> tuple[int, Result, Result]:
+    """Train for one epoch, validate, and save."""
+    trained = train_epoch(job, loader, epoch)
+    tested = validate(job)
+    is_best = tested.acc1 > job.best_acc1
+    job.best_acc1 = max(tested.acc1, job.best_acc1)
+    if job.place.rank == 0:
+        save_checkpoint(job, epoch + 1, is_best)
+    write_record(job, "epoch", epoch=epoch, train=trained._asdict(), val=tested._asdict())
+    return epoch, trained, tested
+
+
+def print_summary(results: Sequence[tuple[int, Result, Result]], job: Job) -> None:
+    """Print a table of the epochs, and what they come to."""
+    print("epoch     loss   acc@1  val loss  val acc@1  val acc@5  images/s  waiting     time")
+    for epoch, train, val in results:
+        print(
+            f"{epoch:5} {train.loss:8.4f} {train.acc1:7.2f} {val.loss:9.4f} {val.acc1:10.2f} "
+            f"{val.acc5:10.2f} {train.num_images / train.time_s:9.1f} "
+            f"{train.wait_s / train.time_s:8.1%} {format_time(train.time_s):>8}"
+        )
+    time_s = sum(train.time_s for _, train, _ in results) or math.inf
+    images_per_s = sum(train.num_images for _, train, _ in results) / time_s
+    wait_share = sum(train.wait_s for _, train, _ in results) / time_s
+    record = {"images_per_s": images_per_s, "wait_share": wait_share}
+    write_record(job, "summary", best_acc1=job.best_acc1, **record)
+    print(
+        f"best acc@1 {job.best_acc1:.2f}, {images_per_s:.1f} images/s in training, "
+        f"{wait_share:.1%} of the time waiting for data",
+        flush=True,
+    )
+
+
+def format_time(time_s: float) -> str:
+    """Write a time as hours, minutes and seconds."""
+    return f"{int(time_s) // 3600}:{int(time_s) // 60 % 60:02}:{int(time_s) % 60:02}"
+
+
+def write_record(job: Job, kind: str, **fields: Any) -> None:
+    """Add a line to the log."""
+    if job.log is not None:
+        job.log.write(json.dumps({"kind": kind, **fields}) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the trainer; gives the exit status."""
+    args = parse_arguments(argv)
+    try:
+        if args.multiprocessing_distributed:
+            spawn(run, (args,), max(args.num_gpus, 1))
+        else:
+            run(0, args)
+    except ProcessExitedException as error:
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

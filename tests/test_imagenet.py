@@ -1,0 +1,494 @@
+"""The trainer, on a few small images: what a user sees, and that nothing of it depends on luck."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import pickle
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+import imagenet
+from concurrent_dataloader.testing import ObjectServer
+
+REPOSITORY = Path(imagenet.__file__).parent
+NUM_TRAIN, NUM_VAL = 12, 5
+"""Images of each of the three classes. Neither number is divided by the batch or the ranks."""
+
+
+def encode_image(rng: np.random.Generator, label: int) -> bytes:
+    pixels = rng.integers(0, 120, (40, 48, 3), np.uint8)
+    pixels[..., label] += 100
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG")
+    return file.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """With more, threads of tiny convolutions wait for each other on a machine that is shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def images() -> dict[str, bytes]:
+    rng = np.random.default_rng(0)
+    return {
+        f"{split}/class{label}/{number}.jpg": encode_image(rng, label)
+        for split, num_images in (("train", NUM_TRAIN), ("val", NUM_VAL))
+        for label in range(3)
+        for number in range(num_images)
+    }
+
+
+@pytest.fixture(scope="session")
+def image_folder(images: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    for key, raw in images.items():
+        (root / key).parent.mkdir(parents=True, exist_ok=True)
+        (root / key).write_bytes(raw)
+    return root
+
+
+@pytest.fixture
+def train(image_folder: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Run the trainer in this process; gives the folder of its results."""
+
+    def run(name: str, *arguments: str, data: str | Path = image_folder) -> Path:
+        output = tmp_path / name
+        assert imagenet.main([str(data), *small_job(output), *arguments]) == 0
+        return output
+
+    return run
+
+
+def small_job(output: Path) -> list[str]:
+    text = "-a resnet18 --image-size 32 -b 8 -j 2 --lr 0.01 -p 1 --seed 3 --no-accel"
+    return [*text.split(), "--output-base-folder", str(output)]
+
+
+def read_log(output: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (output / "log.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def losses_of(output: Path) -> list[tuple[str, int, float]]:
+    return [(each["split"], each["step"], each["loss"]) for each in read_log(output, "step")]
+
+
+def load(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def start(*command: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-u", *command],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run_command(*command: str) -> str:
+    """Run to the end; gives all that it said."""
+    with start(*command) as process:
+        said, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, said
+    return said
+
+
+# Loaders
+
+
+@pytest.mark.slow
+def test_losses_from_a_bucket_are_those_of_torchs_loader_on_the_same_files(
+    train: Callable[..., Path],
+    images: dict[str, bytes],
+    object_server: ObjectServer,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    object_server.put_objects("photos", {f"set/{key}": raw for key, raw in images.items()})
+    object_server.set_latency(median_s=0.005, sigma=0.5)
+    keys = {"access_key": object_server.access_key, "secret": object_server.secret_key}
+    credential_file = tmp_path / "credentials.json"
+    credential_file.write_text(json.dumps(keys))
+    bucket = [
+        *("--endpoint-url", object_server.endpoint_url),
+        *("--s3-credential-file", str(credential_file)),
+    ]
+
+    torchs = train("torchs", "--epochs", "2", "--loader", "torch")
+    ours = [
+        train(name, "--epochs", "2", "--fetch-impl", name, *bucket, data="s3://photos/set")
+        for name in ("threaded", "asyncio")
+    ]
+
+    assert len(losses_of(torchs)) == 2 * (5 + 2)
+    for output in ours:
+        assert losses_of(output) == losses_of(torchs)
+        assert object_server.secret_key not in (output / "log.jsonl").read_text()
+    assert object_server.secret_key not in "".join(capfd.readouterr())
+
+
+@pytest.mark.slow
+def test_an_index_and_a_classes_file_give_the_same_job(
+    train: Callable[..., Path], images: dict[str, bytes], tmp_path: Path
+) -> None:
+    """A folder is listed in the order of its keys, which the index has too."""
+    for split in ("train", "val"):
+        keys = sorted(key for key in images if key.startswith(split))
+        (tmp_path / f"{split}.json").write_text(json.dumps(keys))
+    classes = {f"class{label}": {"id": label + 1, "name": f"name{label}"} for label in range(3)}
+    (tmp_path / "classes.json").write_text(json.dumps(classes))
+
+    listed = train("listed", "--epochs", "1")
+    indexed = train(
+        "indexed",
+        *("--epochs", "1", "--index-file", str(tmp_path / "train.json")),
+        *("--val-index-file", str(tmp_path / "val.json")),
+        *("--classes-file", str(tmp_path / "classes.json")),
+    )
+
+    assert losses_of(indexed) == losses_of(listed)
+    assert load(indexed / "checkpoint.pth.tar")["classes"] == ["name0", "name1", "name2"]
+
+
+# Checkpoints
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_the_uninterrupted_one(train: Callable[..., Path]) -> None:
+    """B-07: the saved epoch was repeated."""
+    whole = train("whole", "--epochs", "3")
+    begun = train("begun", "--epochs", "2")
+    resumed = train("begun", "--epochs", "3", "--resume", str(begun / "checkpoint.pth.tar"))
+
+    assert losses_of(resumed) == losses_of(whole)
+    assert [each["epoch"] for each in read_log(resumed, "epoch")] == [0, 1, 2]
+    states = [load(output / "checkpoint.pth.tar") for output in (whole, resumed)]
+    for name, tensor in states[0]["state_dict"].items():
+        assert torch.equal(tensor, states[1]["state_dict"][name]), name
+
+
+@pytest.mark.slow
+def test_evaluate_validates_with_and_without_a_checkpoint(train: Callable[..., Path]) -> None:
+    """B-07: without a checkpoint it was a crash."""
+    trained = train("trained", "--epochs", "2")
+    best = load(trained / "model_best.pth.tar")
+    last_val = read_log(trained, "epoch")[-1]["val"]
+
+    train("fresh", "--evaluate")
+    train("last", "-e", "--resume", str(trained / "checkpoint.pth.tar"))
+
+    (fresh,), (last,) = (read_log(trained.parent / n, "evaluate") for n in ("fresh", "last"))
+    assert {name: last[name] for name in ("loss", "acc1", "num_images")} == {
+        name: last_val[name] for name in ("loss", "acc1", "num_images")
+    }
+    assert fresh["num_images"] == 3 * NUM_VAL
+    assert not (trained.parent / "last" / "checkpoint.pth.tar").exists()
+    assert best["best_acc1"] == max(each["val"]["acc1"] for each in read_log(trained, "epoch"))
+    assert sorted(path.name for path in trained.iterdir()) == [
+        "checkpoint.pth.tar",
+        "log.jsonl",
+        "model_best.pth.tar",
+    ]
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path, image_folder: Path) -> None:
+    path = tmp_path / "evil.pth.tar"
+    with path.open("wb") as file:
+        pickle.dump({"state_dict": {}, "arch": eval}, file, protocol=2)
+
+    with pytest.raises(SystemExit) as caught:
+        imagenet.main([str(image_folder), *small_job(tmp_path), "--resume", str(path)])
+
+    assert caught.value.code == 2
+
+
+def test_weights_of_other_classes_are_replaced_and_the_rest_is_kept(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A-12. The file of the weights lies where torch keeps what it has downloaded."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    weights = torchvision.models.ResNet18_Weights.DEFAULT
+    path = tmp_path / "hub" / "checkpoints" / weights.url.rpartition("/")[2]
+    path.parent.mkdir(parents=True)
+    published = torchvision.models.resnet18().state_dict()
+    torch.save(published, path)
+
+    output = train("pretrained", "--pretrained", "--epochs", "1", "--lr", "0")
+
+    state = load(output / "checkpoint.pth.tar")["state_dict"]
+    assert torch.equal(state["conv1.weight"], published["conv1.weight"])
+    assert state["fc.weight"].shape == (3, 512)
+
+
+# Several processes
+
+
+@pytest.mark.slow
+def test_ranks_validate_as_one_process_does_and_only_the_first_saves(
+    train: Callable[..., Path], image_folder: Path, tmp_path: Path
+) -> None:
+    """15 images over two ranks: nothing is counted twice."""
+    output = tmp_path / "ranks"
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    job = [str(image_folder), *small_job(output), "--epochs", "2"]
+
+    trained = run_command(*torchrun, "imagenet.py", *job)
+    path = str(output / "checkpoint.pth.tar")
+    train("alone", "--evaluate", "--resume", path)
+
+    (alone,) = read_log(tmp_path / "alone", "evaluate")
+    last = read_log(output, "epoch")[-1]
+    assert last["val"]["num_images"] == alone["num_images"] == 3 * NUM_VAL
+    assert last["val"]["acc1"] == alone["acc1"]
+    assert last["val"]["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+    assert last["train"]["num_images"] == 3 * NUM_TRAIN
+    assert trained.count("best acc@1") == 1
+
+
+@pytest.mark.slow
+def test_processes_meet_by_the_flags_of_pytorchs_example(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    flags = f"--epochs 1 --multiprocessing-distributed --world-size 2 --dist-url {url}".split()
+    job = [str(image_folder), *small_job(tmp_path), *flags]
+
+    nodes = [start("imagenet.py", *job, "--rank", str(rank)) for rank in range(2)]
+    said = [node.communicate(timeout=100)[0] for node in nodes]
+
+    assert [node.returncode for node in nodes] == [0, 0], said
+    (epoch,) = read_log(tmp_path, "epoch")
+    assert epoch["val"]["num_images"] == 3 * NUM_VAL
+
+
+# What it says
+
+
+@pytest.mark.slow
+def test_a_log_has_plain_lines_with_time_data_loss_and_accuracy(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    """A-16: meters were computed and never printed. -p 2 of 5 steps: the 1st, 3rd and last."""
+    job = [str(image_folder), *small_job(tmp_path), "--epochs", "1", "-p", "2", "--no-pin-memory"]
+
+    said = run_command("imagenet.py", *job)
+
+    pattern = (
+        r"^Epoch: \[0\] \[(\d)/5\] Time \d+\.\d{3} Data \d+\.\d{3} Loss \d+\.\d{4} Acc@1 \d+\.\d\d "
+        r"Acc@5 \d+\.\d\d \d+ images/s ETA \d+:\d\d:\d\d$"
+    )
+    assert re.findall(pattern, said, re.MULTILINE) == ["1", "3", "5"]
+    assert re.search(r"^ +0 +\d.*%", said, re.MULTILINE), said
+    assert re.search(r"^best acc@1 .* images/s .* of the time waiting", said, re.MULTILINE)
+    (summary,) = read_log(tmp_path, "summary")
+    assert 0 < summary["wait_share"] < 1
+    assert "\x1b" not in said
+
+
+def test_noise_needs_no_data(train: Callable[..., Path]) -> None:
+    output = train("noise", "--dummy", "--dataset-limit", "10", "--epochs", "1", "-j", "0")
+
+    (epoch,) = read_log(output, "epoch")
+    assert epoch["train"]["num_images"] == epoch["val"]["num_images"] == 10
+
+
+def test_mixed_precision_channels_last_and_the_other_decoder_train(
+    train: Callable[..., Path],
+) -> None:
+    output = train(
+        "fast",
+        *("--epochs", "1", "--amp", "bf16", "--channels-last", "--decoder", "torchvision"),
+        *("--scheduler", "cosine", "--warmup-epochs", "0.5", "--label-smoothing", "0.1"),
+        *("--batch-pool", "1", "--num-fetch-workers", "4", "--prefetch-factor", "3"),
+    )
+
+    (epoch,) = read_log(output, "epoch")
+    assert np.isfinite(epoch["train"]["loss"])
+
+
+def test_a_seed_is_drawn_and_kept_for_the_resume(image_folder: Path, tmp_path: Path) -> None:
+    job = [each for each in small_job(tmp_path) if each not in ("--seed", "3")]
+
+    assert imagenet.main([str(image_folder), *job, "--epochs", "1"]) == 0
+    seed = load(tmp_path / "checkpoint.pth.tar")["seed"]
+    path = str(tmp_path / "checkpoint.pth.tar")
+    assert imagenet.main([str(image_folder), *job, "--epochs", "2", "--resume", path]) == 0
+
+    assert load(tmp_path / "checkpoint.pth.tar")["seed"] == seed
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_it_with_status_130(image_folder: Path, tmp_path: Path) -> None:
+    job = [str(image_folder), *small_job(tmp_path), "--epochs", "999"]
+    with start("imagenet.py", *job) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("Epoch: [0]")
+        process.send_signal(signal.SIGINT)
+        process.stdout.read()
+
+    assert process.returncode == 130
+
+
+# Parts
+
+
+def arguments(*argv: str) -> argparse.Namespace:
+    return imagenet.parse_arguments(argv)
+
+
+def test_the_flags_of_pytorchs_example_have_its_defaults() -> None:
+    expected = {
+        "data": "imagenet",
+        "arch": "resnet18",
+        "workers": 4,
+        "epochs": 90,
+        "start_epoch": 0,
+        "batch_size": 256,
+        "lr": 0.1,
+        "momentum": 0.9,
+        "weight_decay": 1e-4,
+        "print_freq": 10,
+        "evaluate": False,
+        "pretrained": False,
+        "world_size": -1,
+        "rank": -1,
+        "dist_url": "tcp://224.66.41.62:23456",
+        "dist_backend": "nccl",
+        "seed": None,
+        "gpu": None,
+        "no_accel": False,
+        "multiprocessing_distributed": False,
+        "dummy": False,
+    }
+
+    args = vars(arguments())
+
+    assert {name: args[name] for name in expected} == expected
+    short = arguments("-a", "resnet50", "-j", "3", "-b", "7", "-p", "9", "-e")
+    assert (short.arch, short.workers, short.batch_size, short.print_freq, short.evaluate) == (
+        *("resnet50", 3, 7, 9),
+        True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("epoch", "rate"), [(0, 1.0), (29.99, 1.0), (30, 0.1), (59.9, 0.1), (60, 0.01), (89, 0.01)]
+)
+def test_the_rate_falls_to_a_tenth_each_30_epochs_counted_from_0(epoch: float, rate: float) -> None:
+    """B-07: it fell one epoch early, and epoch 90 had a thousandth."""
+    assert imagenet.learning_rate(arguments("--lr", "1"), epoch) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize(
+    ("flags", "epoch", "rate"),
+    [
+        ("--scheduler cosine --epochs 10", 0, 1.0),
+        ("--scheduler cosine --epochs 10", 5, 0.5),
+        ("--scheduler cosine --epochs 10", 10, 0.0),
+        ("--scheduler exponential --lr-step 2 --lr-gamma 0.25", 1, 0.5),
+        ("--scheduler constant", 80, 1.0),
+        ("--warmup-epochs 2", 0, 0.01),
+        ("--warmup-epochs 2", 1, 0.505),
+        ("--warmup-epochs 2", 2, 1.0),
+    ],
+)
+def test_schedules_have_the_rates_that_they_say(flags: str, epoch: float, rate: float) -> None:
+    args = arguments("--lr", "1", *flags.split())
+
+    assert imagenet.learning_rate(args, epoch) == pytest.approx(rate)
+
+
+class Numbers(IterableDataset[int]):
+    """A stream that reorders itself by epoch."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Any:
+        return iter([self.epoch, self.epoch + 1])
+
+
+def test_the_epoch_is_told_to_what_wants_to_know() -> None:
+    """W-04: a sampler without set_epoch was a crash."""
+    shuffled = DataLoader(list(range(8)), shuffle=True)  # pyright: ignore[reportArgumentType]: any sequence will do
+    sharded = DataLoader(
+        list(range(8)),  # pyright: ignore[reportArgumentType]: as above
+        sampler=DistributedSampler(list(range(8)), 2, 0),  # pyright: ignore[reportArgumentType]: as above
+    )
+    stream = DataLoader(Numbers())
+    before = [int(each) for each in sharded]
+
+    for loader in (shuffled, sharded, stream):
+        imagenet.set_epoch(loader, 5)
+
+    assert [int(each) for each in sharded] != before
+    assert [int(each) for each in stream] == [5, 6]
+    assert sorted(int(each) for each in shuffled) == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ("--arch resnet19", "argument -a/--arch: got 'resnet19', expected a model of torchvision"),
+        ("-j -1", "argument -j/--workers: got '-1', expected a number from 0 on"),
+        ("-b x", "argument -b/--batch-size: got 'x', expected a number from 1 on"),
+        ("--num-fetch-workers 0", "--num-fetch-workers: got '0', expected a number from 1 on"),
+        ("--fetch-impl async", "--fetch-impl: invalid choice: 'async'"),
+        ("--loader dali", "--loader: invalid choice: 'dali'"),
+        ("--resume gone.pth.tar", "argument --resume: gone.pth.tar: no such file"),
+        ("", "nowhere/train: no such folder; give the root of the images"),
+        ("--index-file gone.json", "nowhere: no such folder"),
+        ("--dataset s3 --use-cache", "use_cache: got True without cache_endpoint_url"),
+        ("--dataset s3 --index-file gone.json", "gone.json: no such index file"),
+        ("--dataset s3 --s3-credential-file gone.json", "gone.json: cannot be read"),
+    ],
+)
+def test_a_mistake_ends_it_with_status_2_and_says_what_to_do(
+    flags: str, text: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        imagenet.main(["nowhere", *small_job(tmp_path), *flags.split()])
+
+    assert caught.value.code == 2
+    error = capfd.readouterr().err
+    assert text in error
+    assert "Traceback" not in error
+
+
+def test_a_checkpoint_of_other_classes_is_refused(
+    train: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = train("noise", "--dummy", "--dataset-limit", "2", "--epochs", "1") / "checkpoint.pth.tar"
+
+    with pytest.raises(SystemExit):
+        train("other", "--resume", str(path))
+
+    assert "knows 1000 classes, '0' first, the data 3, 'class0' first" in capfd.readouterr().err
