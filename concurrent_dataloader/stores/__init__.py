@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import unquote, urlsplit
 
@@ -213,13 +212,15 @@ def _s3_address(
     prefix = prefix.rstrip("/")
     contents = CredentialsFile.Contents()
     source: CredentialsSource | None
-    if isinstance(credentials, (str, Path, os.PathLike)):
+    if isinstance(credentials, (str, os.PathLike)):
         file = CredentialsFile(credentials)
         contents = file.read()
-        source = file if contents.credentials is not None else CredentialsChain()
+        has_credentials = contents.credentials is not None
+        source = file if has_credentials else CredentialsChain()
     else:
+        has_credentials = credentials is not None
         source = CredentialsChain() if credentials is None else credentials
-    if anonymous and (credentials is not None and contents.credentials is not None):
+    if anonymous and has_credentials:
         raise ValueError(
             "anonymous: got True together with credentials, expected one of the two; "
             "leave one of them out"
@@ -252,7 +253,9 @@ def _s3_address(
 
 
 def _profile_region() -> str | None:
-    import botocore.session
-
+    try:
+        import botocore.session
+    except ImportError:  # no botocore, no profiles; the chain says so where it is needed
+        return None
     region: str | None = botocore.session.Session().get_config_variable("region")
     return region

@@ -202,7 +202,7 @@ def _open_client(address: S3Address, options: ClientOptions, fork_safe: bool) ->
             "s3_express": False,
             "request_payer": False,
         },
-        client_options=client_options,  # pyright: ignore[reportArgumentType]: a dict built in two steps
+        client_options=client_options,  # pyright: ignore[reportArgumentType]: a dict built in steps
         retry_config={"max_retries": 0},
         credential_provider=None if source is None else partial(_provide, source),
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import Buffer, override
 
+from concurrent_dataloader.errors import MissingDependencyError
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.stores.address import ClientOptions, S3Address
 from concurrent_dataloader.stores.base import ObjectInfo, PerProcess, SizedStore, ValueObject
@@ -69,8 +70,13 @@ class S3Store(ValueObject):
 
 
 def _open_writer(address: S3Address, options: ClientOptions) -> Boto3Store:
-    from concurrent_dataloader.stores._boto3 import Boto3Store
-
+    try:
+        from concurrent_dataloader.stores._boto3 import Boto3Store
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{address.describe('')}: {error}; listing and writing a bucket need boto3, install it "
+            "with `pip install boto3`"
+        ) from error
     return Boto3Store(address, options)
 
 

@@ -46,7 +46,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from typing_extensions import override
 
-from concurrent_dataloader.errors import CredentialsError
+from concurrent_dataloader.errors import CredentialsError, MissingDependencyError
 from concurrent_dataloader.stores.base import PerProcess, ValueObject
 
 T = TypeVar("T")
@@ -300,9 +300,14 @@ class _Found:
 
 def _walk_chain(profile: str | None) -> _Found:
     # Imported here: it takes a quarter of a second, and only this source needs it.
-    import botocore.exceptions
-    import botocore.session
-
+    try:
+        import botocore.exceptions
+        import botocore.session
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"credentials: {error}; the standard AWS chain needs botocore, install it with "
+            "`pip install boto3`, or give a credentials file"
+        ) from error
     try:
         session = botocore.session.Session(profile=profile)
         provider = session.get_credentials()

@@ -172,9 +172,10 @@ def test_no_credentials_anywhere_is_an_error_that_says_what_to_do(
     store.close()
 
 
-def test_anonymous_together_with_a_file_is_an_error(credentials_file: pathlib.Path) -> None:
-    with pytest.raises(ValueError, match="anonymous"):
-        open_store("s3://bucket", credentials=credentials_file, anonymous=True)
+def test_anonymous_together_with_credentials_is_an_error(credentials_file: pathlib.Path) -> None:
+    for given in (credentials_file, Credentials("key", SECRET)):
+        with pytest.raises(ValueError, match="anonymous"):
+            open_store("s3://bucket", credentials=given, anonymous=True)
 
 
 @pytest.mark.parametrize("client", CLIENTS)

@@ -181,3 +181,26 @@ def test_opening_starts_no_thread_and_contacts_nobody() -> None:
     )
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("package", "use"),
+    [
+        ("aiohttp", "s.open_store('s3://b', client='aiohttp', credentials=c, region='r')"),
+        ("boto3", "next(s.open_store('s3://b', credentials=c, region='r').list())"),
+        ("botocore", "s.open_store('s3://b').get('k')"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_with_the_command(package: str, use: str) -> None:
+    code = (
+        "import sys, concurrent_dataloader.stores as s\n"
+        "from concurrent_dataloader.errors import MissingDependencyError\n"
+        "c = s.Credentials('key', 'secret')\n"
+        f"sys.modules['{package}'] = None\n"  # as if it were not installed
+        f"try:\n    {use}\n"
+        "except MissingDependencyError as error:\n"
+        "    assert 'pip install' in str(error), error\n"
+        "else:\n    sys.exit('no error')\n"
+    )
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
