@@ -90,6 +90,7 @@ class ObjectServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._finalizer: weakref.finalize[..., Self] | None = None
         self._port: int | None = None
+        self._owner_pid = 0
 
     def __repr__(self) -> str:
         where = "stopped" if self._port is None else self.endpoint_url
@@ -116,6 +117,7 @@ class ObjectServer:
             env=environment,
         )
         self._process = process
+        self._owner_pid = os.getpid()
         self._finalizer = weakref.finalize(self, _stop_forgotten, process, os.getpid())
         try:
             self._port = self._tell_settings(process)
@@ -161,14 +163,18 @@ class ObjectServer:
         return int(told["port"])
 
     def close(self) -> None:
-        """Stop the server; its objects are gone. May be called twice."""
+        """Stop the server; its objects are gone. May be called twice.
+
+        In a process that was forked from the one that started it, the server runs on.
+        """
         process, self._process = self._process, None
         if process is None:
             return
         if self._finalizer is not None:
             self._finalizer.detach()
         self._port = None
-        _stop(process)
+        if os.getpid() == self._owner_pid:
+            _stop(process)
 
     def __enter__(self) -> Self:
         if self._process is None:

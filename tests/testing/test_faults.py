@@ -307,6 +307,27 @@ def test_each_request_waits_before_its_answer(server: ObjectServer, endpoint: En
     assert time.monotonic() - begin_s < 0.15
 
 
+def test_requests_of_one_connection_wait_one_after_the_other(
+    server: ObjectServer, endpoint: Endpoint
+) -> None:
+    server.set_latency(0.05)
+    sent = b"".join(
+        head("GET", f"/bucket/{key}", endpoint, sign(endpoint, "GET", f"/bucket/{key}"))
+        for key in BODIES
+    )
+    with connect(endpoint) as connection:
+        begin_s = time.monotonic()
+        connection.sendall(sent)
+        received = b""
+        while not received.endswith(BODIES["k3"]):
+            received += connection.recv(65536)
+        took_s = time.monotonic() - begin_s
+
+    places = [received.index(BODIES[key]) for key in BODIES]
+    assert places == sorted(places)
+    assert took_s >= 4 * 0.05
+
+
 def test_requests_wait_side_by_side(server: ObjectServer, endpoint: Endpoint) -> None:
     server.set_latency(0.3)
     with contextlib.ExitStack() as stack:
