@@ -142,6 +142,8 @@ class AsyncioFetcher:
         )
         try:
             self._loop.run_forever()
+            # Clients that live on the loop (aiohttp's) close themselves then.
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         finally:
             self._loop.close()
 
