@@ -130,6 +130,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Args:
         parser.error(f"argument --resume: {args.resume}: no such file")
     args.dataset = args.dataset or ("s3" if args.data.startswith("s3://") else "scratch")
     args.num_gpus = 0 if args.no_accel else torch.cuda.device_count()
+    args.start_method = torch.multiprocessing.get_start_method()
     return args
 
 
@@ -371,7 +372,9 @@ def run_split(
     place, num_steps, wait_s, began_s = job.place, len(loader), 0.0, time.perf_counter()
     sums = torch.zeros(4, dtype=torch.float64)
     columns = ("{task.description}", progress.BarColumn(), "{task.completed} {task.fields[text]}")
-    with progress.Progress(*columns, disable=place.rank > 0 or not Console().is_terminal) as bars:
+    is_silent = place.rank > 0 or not Console().is_terminal
+    # No thread to refresh it: workers are forked while it is drawn.
+    with progress.Progress(*columns, disable=is_silent, auto_refresh=False) as bars:
         bar = bars.add_task(title, total=num_steps, text="")
         for i, batch in enumerate(iter_batches(loader, job.args, place)):
             # Reading the sums waits for the device: the time outside is a wait for data only.
@@ -386,8 +389,9 @@ def run_split(
                 f"Acc@1 {100 * acc1:.2f} Acc@5 {100 * acc5:.2f} {images_per_s:.0f} images/s "
                 f"ETA {format_time(left_s)}"
             )
-            bars.update(bar, advance=1, text=text)
-            if place.rank == 0 and (i % job.args.print_freq == 0 or i == num_steps - 1):
+            is_told = i % job.args.print_freq == 0 or i == num_steps - 1
+            bars.update(bar, advance=1, text=text, refresh=is_told)
+            if place.rank == 0 and is_told:
                 record = {"split": title, "step": i, "loss": (batch_sums[0] / batch_sums[3]).item()}
                 write_record(job, "step", **record, time_s=time_s, wait_s=wait_s)
                 if bars.disable:
@@ -515,8 +519,10 @@ def find_classes(args: Args, dataset: Any, known: list[str] | None) -> list[str]
 def set_up(args: Args, place: Place) -> Job:
     """Open the data and build the model, anew or from a checkpoint."""
     state = load_checkpoint(args) if args.resume else {}
-    torch.backends.cudnn.deterministic = args.seed is not None  # equal runs, but slower ones
+    torch.backends.cudnn.deterministic = args.seed is not None
     torch.backends.cudnn.benchmark = args.seed is None
+    if args.seed is not None and args.num_gpus and place.rank == 0:
+        print("--seed: cuDNN is deterministic, which makes runs equal, and slower")
     args.seed = state.get("seed") if args.seed is None else args.seed
     args.seed = agree_on_seed(args, place)
     seed_epoch(args.seed, -1, place)
@@ -558,6 +564,8 @@ def set_up(args: Args, place: Place) -> Job:
 
 def run(local_rank: int, args: Args) -> None:
     """Do the whole job of one process."""
+    # One that was spawned would spawn its workers too, each of which would import torch anew.
+    torch.multiprocessing.set_start_method(args.start_method, force=True)
     with join_processes(local_rank, args) as place, contextlib.ExitStack() as stack:
         try:
             job = set_up(args, place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -12,7 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 import imagenet
+from concurrent_dataloader.labels import Classes
 from concurrent_dataloader.testing import ObjectServer
 
 REPOSITORY = Path(imagenet.__file__).parent
@@ -98,21 +100,26 @@ def load(path: Path) -> dict[str, Any]:
     return torch.load(path, weights_only=True)
 
 
-def start(*command: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+@contextlib.contextmanager
+def start(*command: str) -> Generator[subprocess.Popen[str]]:
+    """Start a process of Python, which does not outlive the test."""
+    with subprocess.Popen(
         [sys.executable, "-u", *command],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
-def run_command(*command: str) -> str:
-    """Run to the end; gives all that it said."""
-    with start(*command) as process:
-        said, _ = process.communicate(timeout=100)
+def finish(process: subprocess.Popen[str]) -> str:
+    """Wait for the end; gives all that it said."""
+    said, _ = process.communicate(timeout=100)
     assert process.returncode == 0, said
     return said
 
@@ -256,7 +263,8 @@ def test_ranks_validate_as_one_process_does_and_only_the_first_saves(
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     job = [str(image_folder), *small_job(output), "--epochs", "2"]
 
-    trained = run_command(*torchrun, "imagenet.py", *job)
+    with start(*torchrun, "imagenet.py", *job) as ranks:
+        trained = finish(ranks)
     path = str(output / "checkpoint.pth.tar")
     train("alone", "--evaluate", "--resume", path)
 
@@ -270,21 +278,32 @@ def test_ranks_validate_as_one_process_does_and_only_the_first_saves(
 
 
 @pytest.mark.slow
-def test_processes_meet_by_the_flags_of_pytorchs_example(
-    image_folder: Path, tmp_path: Path
-) -> None:
+def test_nodes_meet_by_the_flags_of_pytorchs_example(image_folder: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    flags = f"--epochs 1 --multiprocessing-distributed --world-size 2 --dist-url {url}".split()
-    job = [str(image_folder), *small_job(tmp_path), *flags]
+    job = [str(image_folder), *small_job(tmp_path), "--epochs", "1"]
+    job += ["--world-size", "2", "--dist-url", url, "--rank"]
 
-    nodes = [start("imagenet.py", *job, "--rank", str(rank)) for rank in range(2)]
-    said = [node.communicate(timeout=100)[0] for node in nodes]
+    with start("imagenet.py", *job, "1") as second:
+        assert imagenet.main([*job, "0"]) == 0
+        said = finish(second)
 
-    assert [node.returncode for node in nodes] == [0, 0], said
     (epoch,) = read_log(tmp_path, "epoch")
     assert epoch["val"]["num_images"] == 3 * NUM_VAL
+    assert said == ""
+
+
+@pytest.mark.slow
+def test_a_process_is_started_for_each_gpu_or_one_for_the_cpu(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as here
+
+    spawned = train("spawned", "--epochs", "1", "--multiprocessing-distributed")
+    plain = train("plain", "--epochs", "1")
+
+    assert losses_of(spawned) == losses_of(plain)
 
 
 # What it says
@@ -297,7 +316,8 @@ def test_a_log_has_plain_lines_with_time_data_loss_and_accuracy(
     """A-16: meters were computed and never printed. -p 2 of 5 steps: the 1st, 3rd and last."""
     job = [str(image_folder), *small_job(tmp_path), "--epochs", "1", "-p", "2", "--no-pin-memory"]
 
-    said = run_command("imagenet.py", *job)
+    with start("imagenet.py", *job) as process:
+        said = finish(process)
 
     pattern = (
         r"^Epoch: \[0\] \[(\d)/5\] Time \d+\.\d{3} Data \d+\.\d{3} Loss \d+\.\d{4} Acc@1 \d+\.\d\d "
@@ -422,6 +442,17 @@ def test_schedules_have_the_rates_that_they_say(flags: str, epoch: float, rate: 
     args = arguments("--lr", "1", *flags.split())
 
     assert imagenet.learning_rate(args, epoch) == pytest.approx(rate)
+
+
+def test_weights_of_imagenet_are_refused_for_1000_other_classes() -> None:
+    """A-12: with the dev kit's numbers, published weights were near chance."""
+    args = arguments("--pretrained")
+    others = argparse.Namespace(classes=Classes({f"class{i}": i for i in range(1000)}))
+    imagenets = argparse.Namespace(classes=Classes.imagenet())
+
+    with pytest.raises(ValueError, match=r"^--pretrained: these 1000 classes are not ImageNet's"):
+        imagenet.find_classes(args, others, None)
+    assert imagenet.find_classes(args, imagenets, None)[0] == "tench"
 
 
 class Numbers(IterableDataset[int]):
