@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
+import weakref
 from collections.abc import Callable, Iterable
 from multiprocessing.context import BaseContext
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.utils.data
@@ -37,6 +38,13 @@ _SAMPLERS_THAT_DRAW_AT_ONCE = (
     torch.utils.data.DistributedSampler,
 )
 """Samplers whose draws from the global generators do not lie between two batches."""
+
+_CLOSED = "the loader was closed; iterate over it anew"
+
+
+# Not an attribute, so that loaders can be pickled, and frameworks see only what the user gave.
+_open_iterators: weakref.WeakKeyDictionary[DataLoader[Any], weakref.WeakSet[Any]]
+_open_iterators = weakref.WeakKeyDictionary()
 
 
 class DataLoader(torch.utils.data.DataLoader[T_co]):
@@ -133,20 +141,41 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             in_order=in_order,
         )
 
+    def close(self) -> None:
+        """End what this loader's iterators have running: workers, threads, shared memory.
+
+        Batches that were handed out stay as they are. An iterator that was in the middle of its
+        epoch cannot go on; iterating anew begins anew. May be called twice.
+        """
+        for iterator in list(_open_iterators.get(self, ())):
+            iterator.close()
+        self._iterator = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _get_iterator(self) -> Any:
-        if self.fetch_impl == "vanilla":
-            return super()._get_iterator()
-        if self.num_workers == 0:
-            if self._dataset_kind != torch_internals.DatasetKind.Map:
-                return super()._get_iterator()
+        iterator = self._make_iterator()
+        _open_iterators.setdefault(self, weakref.WeakSet()).add(iterator)
+        return iterator
+
+    def _make_iterator(self) -> Any:
+        is_map = self._dataset_kind == torch_internals.DatasetKind.Map
+        if self.num_workers > 0:
+            self.check_worker_number_rationality()
+            return _WorkersIter(self, self._choose_settings())
+        if is_map and self.fetch_impl != "vanilla":
             return _MainProcessIter(self, self._choose_settings())
-        self.check_worker_number_rationality()
-        return _WorkersIter(self, self._choose_settings())
+        return _PlainMainProcessIter(self)
 
     def _choose_settings(self) -> FetchSettings:
         num_fetch_workers = self.num_fetch_workers or DEFAULT_NUM_FETCH_WORKERS
         batch_pool = self.batch_pool
-        if self._dataset_kind != torch_internals.DatasetKind.Map:
+        is_map = self._dataset_kind == torch_internals.DatasetKind.Map
+        if not is_map or self.fetch_impl == "vanilla":
             batch_pool = 0
         elif batch_pool is None:
             batch_pool = self._choose_batch_pool(num_fetch_workers)
@@ -155,7 +184,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             num_fetch_workers=num_fetch_workers,
             batch_pool=batch_pool,
             prefetch_factor=self.prefetch_factor or 0,
-            takes_counted=self._dataset_kind == torch_internals.DatasetKind.Map,
+            takes_counted=is_map and self.fetch_impl != "vanilla",
         )
 
     def _choose_batch_pool(self, num_fetch_workers: int) -> int:
@@ -215,10 +244,19 @@ class _WorkersIter(torch_internals.MultiProcessingIter):
         self._worker_of_task.clear()
         super()._reset(loader, first_iter)
 
+    def close(self) -> None:
+        """End the workers now."""
+        self._shutdown_workers()
+
     def _shutdown_workers(self) -> None:
         # A child that was forked meanwhile has a copy of this, and must leave the workers alone.
         if self.__dict__.get("_pid") == os.getpid():
             super()._shutdown_workers()
+
+    def _next_data(self) -> Any:
+        if self._shutdown:
+            raise RuntimeError(_CLOSED)
+        return super()._next_data()
 
 
 class _LoaderView:
@@ -255,7 +293,22 @@ class _WorkerContext:
         return getattr(self._context, name)
 
 
-class _MainProcessIter(torch_internals.SingleProcessIter):
+class _PlainMainProcessIter(torch_internals.SingleProcessIter):
+    """torch's iterator without workers, but that it can be closed."""
+
+    _is_closed = False
+
+    def _next_data(self) -> Any:
+        if self._is_closed:
+            raise RuntimeError(_CLOSED)
+        return super()._next_data()
+
+    def close(self) -> None:
+        """Give no more batches."""
+        self._is_closed = True
+
+
+class _MainProcessIter(_PlainMainProcessIter):
     """torch's iterator without workers, over samples that were fetched ahead in this process."""
 
     def __init__(self, loader: DataLoader[Any], settings: FetchSettings) -> None:
@@ -283,6 +336,12 @@ class _MainProcessIter(torch_internals.SingleProcessIter):
             self._fetched.close()
             raise StopIteration
         return self._ahead.pop(0)
+
+    def close(self) -> None:
+        """End the threads that fetch."""
+        super().close()
+        self._ahead.clear()
+        self._fetched.close()
 
     def __del__(self) -> None:
         if "_fetched" in self.__dict__:

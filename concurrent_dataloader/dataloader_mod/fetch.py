@@ -136,15 +136,15 @@ class AsyncioFetcher:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        # For datasets whose `fetch_async` runs a blocking `fetch` in threads.
-        self._loop.set_default_executor(
-            concurrent.futures.ThreadPoolExecutor(self._num_fetch_workers, "fetch")
-        )
+        # For datasets whose `fetch_async` runs something that blocks in threads.
+        executor = concurrent.futures.ThreadPoolExecutor(self._num_fetch_workers, "fetch")
+        self._loop.set_default_executor(executor)
         try:
             self._loop.run_forever()
             # Clients that live on the loop (aiohttp's) close themselves then.
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         finally:
+            executor.shutdown(wait=False, cancel_futures=True)
             self._loop.close()
 
     def _begin_waiting(self) -> None:

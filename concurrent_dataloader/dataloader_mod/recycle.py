@@ -86,7 +86,15 @@ def _map_storage(storage: torch.UntypedStorage) -> np.ndarray[Any, np.dtype[np.u
 class SlotPool:
     """The slots of one worker. Used in the worker's main thread only."""
 
-    def __init__(self, max_batches: int) -> None:
+    def __init__(self, num_batches: int, max_batches: int) -> None:
+        """Begin without a slot.
+
+        Args:
+            num_batches: Slots for so many batches are made before any is used again, so that memory
+                has its full size after as many batches, and not at some later peak.
+            max_batches: Slots are made for so many batches at most.
+        """
+        self._num_batches = num_batches
         self._max_batches = max_batches
         self._token = secrets.token_hex(8)
         self._slots: dict[int, _Slot] = {}
@@ -107,7 +115,8 @@ class SlotPool:
                 self._drop(slot)
             elif state == _FREE and num_bytes <= slot.capacity_bytes < best_bytes:
                 best, best_bytes = slot, slot.capacity_bytes
-        if best is None and self._make_room():
+        is_growing = len(self._slots) < self._num_batches * self._max_pending
+        if is_growing or (best is None and self._make_room()):
             capacity_bytes = -(-num_bytes // _PAGE_BYTES) * _PAGE_BYTES - _HEADER_BYTES
             if capacity_bytes < num_bytes:
                 capacity_bytes += _PAGE_BYTES

@@ -31,8 +31,11 @@ from concurrent_dataloader.dataloader_mod.stages import Stages, find_stages
 _CHECK_INTERVAL_S = 0.5
 """How often a worker that waits, for positions or a sample, looks whether it is still wanted."""
 
-_MAX_BATCHES_HELD = 3
-"""Slots for batches that are neither being assembled nor waiting: those that the user holds."""
+_NUM_BATCHES_HELD = 2
+"""Batches that a training loop holds: the one it works on, and the one before it meanwhile."""
+
+_MAX_BATCHES_HELD = 4
+"""Batches that are held in recycled memory, at most; a user that holds more gets fresh memory."""
 
 
 class BatchTaken:
@@ -264,7 +267,10 @@ def _worker_loop(
     fetched: FetchedDataset | None = None
     parent_pid = os.getppid()
     if settings.fetch_impl != "vanilla":
-        pool = SlotPool(max_batches=settings.prefetch_factor + 1 + _MAX_BATCHES_HELD)
+        pool = SlotPool(
+            settings.prefetch_factor + _NUM_BATCHES_HELD,
+            settings.prefetch_factor + _MAX_BATCHES_HELD,
+        )
         data_queue = RecyclingQueue(data_queue, pool, worker_id)
         if collate_fn is torch_internals.default_collate:
             collate_fn = collate_into(pool)

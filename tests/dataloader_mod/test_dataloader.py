@@ -2,6 +2,7 @@
 
 import gc
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -409,3 +410,42 @@ def test_the_parent_may_read_before_its_workers_start():
     ]
 
     assert labels == list(range(12))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("fetch_impl", ["threaded", "asyncio", "vanilla"])
+def test_closing_ends_everything_at_once_and_iterating_begins_anew(fetch_impl, num_workers):
+    process = psutil.Process()
+    num_threads = threading.active_count()
+    dataset = doubles.StagedSquares(40, 30_000)
+    with DataLoader(
+        dataset,
+        batch_size=4,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        fetch_impl=fetch_impl,
+    ) as loader:
+        iterator = iter(loader)
+        images, _ = next(iterator)
+        kept = images.clone()
+        loader.close()
+
+        assert process.children() == []
+        assert threading.active_count() <= num_threads
+        assert torch.equal(images, kept)
+        with pytest.raises(RuntimeError, match="the loader was closed"):
+            next(iterator)
+        assert sum(len(labels) for _, labels in loader) == 40
+
+    assert process.children() == []
+    loader.close()
+
+
+def test_a_loader_can_be_pickled():
+    loader = DataLoader(doubles.StagedSquares(12), batch_size=4, num_workers=2, batch_pool=1)
+    list(loader)
+
+    again = pickle.loads(pickle.dumps(loader))
+
+    assert again.batch_pool == 1
+    assert [labels.tolist() for _, labels in again] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]

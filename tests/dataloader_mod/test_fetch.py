@@ -48,10 +48,6 @@ class Gate:
         return position * 10
 
 
-def _alive(threads):
-    return [thread for thread in threads if thread.is_alive()]
-
-
 class FetcherContract:
     """What the worker relies on, whichever fetcher it has."""
 
@@ -117,8 +113,11 @@ class FetcherContract:
 
         fetcher.close()
 
-        assert during
-        assert not any(thread.name.startswith("fetch") for thread in _alive(during))
+        mine = [thread for thread in during if thread.name.startswith("fetch")]
+        assert mine
+        for thread in mine:
+            thread.join(5)  # it has been told, and may still be on its way out
+            assert not thread.is_alive()
 
     @pytest.fixture
     def gate(self):

@@ -231,7 +231,7 @@ def test_batches_of_many_sizes_arrive_and_old_slots_make_way():
 
 
 def test_a_pool_gives_no_more_slots_than_it_may():
-    pool = SlotPool(max_batches=3)
+    pool = SlotPool(1, max_batches=3)
 
     slots = [pool.lend(100_000) for _ in range(1)]
     pool._pending.clear()  # sent
@@ -244,8 +244,19 @@ def test_a_pool_gives_no_more_slots_than_it_may():
     assert pool.lend(100_000) is None
 
 
+def test_a_pool_has_its_usual_size_before_it_uses_a_slot_again():
+    pool = SlotPool(3, max_batches=5)
+    lent = []
+    for _ in range(6):
+        lent.append(pool.lend(100_000))
+        pool.pack("nothing of it")
+
+    assert len(set(lent[:3])) == 3
+    assert set(lent[3:]) <= set(lent[:3])
+
+
 def test_a_slot_that_was_lent_and_not_sent_is_free_again():
-    pool = SlotPool(max_batches=2)
+    pool = SlotPool(1, max_batches=2)
     first = pool.lend(100_000)
     assert first is not None
 
@@ -255,7 +266,7 @@ def test_a_slot_that_was_lent_and_not_sent_is_free_again():
 
 
 def test_a_failure_to_pickle_frees_the_slots_of_the_batch():
-    pool = SlotPool(max_batches=1)
+    pool = SlotPool(1, max_batches=1)
 
     with pytest.raises(TypeError, match="cannot pickle"):
         pool.pack([torch.ones(100_000), threading.Lock()])
