@@ -146,29 +146,3 @@ def test_the_settings_of_the_readme_are_those_of_the_loader() -> None:
     from concurrent_dataloader.dataloader_mod.settings import DEFAULT_NUM_FETCH_WORKERS
 
     assert f"| `num_fetch_workers` | `None`: {DEFAULT_NUM_FETCH_WORKERS} |" in README
-
-
-def test_run_says_which_verbs_there_are_and_exits_with_2() -> None:
-    done = run(CHECKOUT, "./run", "tset")
-
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert verbs_of_run() <= set(re.split(r"[ :;]+", done.stderr))
-    assert "tset" in done.stderr
-
-
-def test_run_says_which_python_it_looked_for() -> None:
-    done = run(CHECKOUT, "./run", "venv", PYTHON="no-such-python", VENV="no-such-folder")
-
-    assert done.returncode == 2
-    assert "no-such-python" in done.stderr
-    assert not (CHECKOUT / "no-such-folder").exists()
-
-
-def test_run_leaves_a_folder_alone_that_is_no_environment(tmp_path: Path) -> None:
-    (tmp_path / "precious").write_text("1")
-
-    done = run(CHECKOUT, "./run", "venv", VENV=str(tmp_path))
-
-    assert done.returncode == 2
-    assert (tmp_path / "precious").read_text() == "1"

@@ -1,0 +1,157 @@
+"""``./run``: what it does without installing anything."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parents[1]
+RUN = str(CHECKOUT / "run")
+
+
+def run(
+    *arguments: str, cwd: Path = CHECKOUT, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [RUN, *arguments],
+        cwd=cwd,
+        env=os.environ | variables,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def venv(tmp_path: Path) -> Path:
+    """Make what looks like an environment that ``./run`` made, around this very Python."""
+    folder = tmp_path / "a venv"
+    (folder / "bin").mkdir(parents=True)
+    (folder / "pyvenv.cfg").write_text("")
+    python = folder / "bin/python"
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    content = (CHECKOUT / "pyproject.toml").read_bytes() + os.fsencode(f"{CHECKOUT.resolve()}\n")
+    stamp = subprocess.run(["cksum"], input=content, capture_output=True, check=True).stdout
+    (folder / ".installed").write_text(f"{stamp.decode().strip()}\nbench\ntest\n")
+    return folder
+
+
+def test_help_says_what_each_verb_does() -> None:
+    done = run("help")
+
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: ./run VERB")
+    assert run().stdout == run("--help").stdout == done.stdout
+
+
+def test_an_unknown_verb_is_answered_with_those_that_there_are() -> None:
+    done = run("tset")
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "got 'tset'" in done.stderr
+    verbs = set(re.findall(r"^  ([a-z][a-z-]*) ", run("help").stdout, re.MULTILINE))
+    assert len(verbs) > 12
+    assert verbs == set(re.findall(r"[a-z-]+", done.stderr.partition("one of: ")[2].split(";")[0]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["dist"], "expected the number of processes"),
+        (["dist", "two"], "got 'two'"),
+        (["bench"], "./run bench list"),
+        (["plot", "no_such"], "expected one of:"),
+        (["plot", "../results"], "expected one of:"),
+        (["makeshards"], "come with the packed formats"),
+    ],
+    ids=" ".join,
+)
+def test_what_is_wrong_is_said_before_anything_is_installed(
+    arguments: list[str], said: str
+) -> None:
+    done = run(*arguments, VENV="no-such-folder")
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr
+    assert not (CHECKOUT / "no-such-folder").exists()
+
+
+def test_a_missing_python_is_named() -> None:
+    done = run("venv", PYTHON="no-such-python", VENV="no-such-folder")
+
+    assert done.returncode == 2
+    assert "no-such-python" in done.stderr
+    assert not (CHECKOUT / "no-such-folder").exists()
+
+
+def test_an_old_python_is_not_taken(tmp_path: Path) -> None:
+    old = tmp_path / "python3"
+    old.write_text('#!/bin/sh\ntest "$1" = --version && echo Python 3.9.1\nexit 1\n')
+    old.chmod(0o755)
+
+    done = run("venv", PYTHON=str(old), VENV="no-such-folder")
+
+    assert done.returncode == 2
+    assert f"{old} is Python 3.9.1" in done.stderr
+
+
+def test_a_folder_that_is_no_environment_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("1")
+
+    done = run("venv", VENV=str(tmp_path))
+
+    assert done.returncode == 2
+    assert (tmp_path / "precious").read_text() == "1"
+
+
+def test_an_environment_that_is_up_to_date_is_used_as_it_is(venv: Path, tmp_path: Path) -> None:
+    done = run("bench", "list", VENV=str(venv), cwd=tmp_path)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("loader_epoch: ")
+
+
+def test_the_exit_status_is_that_of_what_was_run(venv: Path) -> None:
+    assert run("bench", "no-such-scenario", VENV=str(venv)).returncode == 2
+
+
+def test_ctrl_c_ends_what_runs_and_gives_130(venv: Path, tmp_path: Path) -> None:
+    (tmp_path / "test_that_waits.py").write_text(
+        "import threading\n"
+        "def test_wait():\n"
+        "    print('begun', flush=True)\n"
+        "    threading.Event().wait(60)\n"
+    )
+    command = [RUN, "test", "-q", "-s", "-p", "no:cacheprovider", "-c", os.devnull]
+    with subprocess.Popen(
+        [*command, str(tmp_path / "test_that_waits.py")],
+        env=os.environ | {"VENV": str(venv)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "begun" in line:
+                break
+        else:
+            assert process.stderr is not None
+            pytest.fail(process.stderr.read())
+
+        began_s = time.monotonic()
+        os.killpg(process.pid, signal.SIGINT)
+        process.communicate()
+
+        assert process.returncode == 130
+        assert time.monotonic() - began_s < 30
