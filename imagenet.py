@@ -164,6 +164,10 @@ def join_processes(local_rank: int, args: Args) -> Generator[Place]:
         dist.init_process_group(backend, url, world_size=world_size, rank=rank)
     try:
         yield Place(rank, world_size, num_local, device)
+        if world_size > 1:
+            # gloo's threads must have let go of the last tensors when they are joined, which is
+            # done under the interpreter's lock; torch 2.6 hung here once in four runs.
+            dist.barrier()
     finally:
         if world_size > 1:
             dist.destroy_process_group()
@@ -374,7 +378,8 @@ def run_split(
     columns = ("{task.description}", progress.BarColumn(), "{task.completed} {task.fields[text]}")
     is_silent = place.rank > 0 or not Console().is_terminal
     # No thread to refresh it: workers are forked while it is drawn.
-    with progress.Progress(*columns, disable=is_silent, auto_refresh=False) as bars:
+    bars = progress.Progress(*columns, disable=is_silent, auto_refresh=False)
+    with contextlib.nullcontext() if is_silent else bars:
         bar = bars.add_task(title, total=num_steps, text="")
         for i, batch in enumerate(iter_batches(loader, job.args, place)):
             # Reading the sums waits for the device: the time outside is a wait for data only.
