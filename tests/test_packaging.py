@@ -22,10 +22,9 @@ DISTRIBUTION_OF = {"PIL": "pillow", "typing_extensions": "typing-extensions"}
 OPTIONAL_OF = {
     "_aiobotocore": {"aiobotocore", "aiohttp"},
     "_aiohttp": {"aiohttp", "yarl"},
-    "_boto3": {"boto3"},
     "pytest_plugin": {"pytest"},
 }
-OPTIONAL = ["aiobotocore", "aiohttp", "boto3", "matplotlib", "sklearn", "skimage", "pytest"]
+OPTIONAL = ["aiobotocore", "aiohttp", "matplotlib", "sklearn", "skimage", "pytest"]
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +168,7 @@ for module in pkgutil.walk_packages(concurrent_dataloader.__path__, "concurrent_
         importlib.import_module(module.name)
 from concurrent_dataloader import open_store
 from concurrent_dataloader.errors import MissingDependencyError
-for client in ("boto3", "aiobotocore", "aiohttp"):
+for client in ("aiobotocore", "aiohttp"):
     try:
         open_store("s3://bucket", client=client, anonymous=True)
     except MissingDependencyError as error:
@@ -179,7 +178,7 @@ for client in ("boto3", "aiobotocore", "aiohttp"):
     done = run_at(site, sys.executable, "-c", script)
 
     assert done.stdout.splitlines() == [
-        f"install it with `pip install {name}`" for name in ("boto3", "aiobotocore", "aiohttp")
+        f"install it with `pip install {name}`" for name in ("aiobotocore", "aiohttp")
     ], done.stderr
 
 
