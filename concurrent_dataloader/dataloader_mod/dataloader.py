@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.context import BaseContext
 from typing import Any, Self, TypeVar
 
@@ -13,6 +14,15 @@ import torch
 import torch.utils.data
 
 from concurrent_dataloader.dataloader_mod import torch_internals
+from concurrent_dataloader.dataloader_mod.resume import (
+    EpochState,
+    GeneratorStates,
+    StatesAfter,
+    find_generators,
+    generators_at,
+    read_generators,
+    write_generators,
+)
 from concurrent_dataloader.dataloader_mod.settings import (
     DEFAULT_NUM_FETCH_WORKERS,
     FetchImpl,
@@ -121,6 +131,8 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             check_count(batch_pool, 0, "batch_pool")
         self.num_fetch_workers = num_fetch_workers
         self.batch_pool = batch_pool
+        self._epoch_state = EpochState()
+        self._resumes = False
         super().__init__(
             dataset,
             batch_size,
@@ -157,18 +169,69 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Say how far the epoch is, for `load_state_dict` of a loader that is made alike.
+
+        Returns:
+            What ``torch.save`` writes and ``torch.load(weights_only=True)`` reads. Between epochs
+            it says that the next one has not begun.
+
+        Raises:
+            ValueError: The order cannot be had again: the dataset is iterable, ``in_order`` is off,
+                or ``fetch_impl`` is "vanilla".
+        """
+        self._check_resumable()
+        return self._epoch_state.to_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Let the next iteration go on where `state_dict` was called.
+
+        It gives the batches after those that were taken, which are not fetched again, with the same
+        random draws in the workers' transforms if there are as many workers as before; draws in the
+        main process are the caller's to restore. A ``DistributedSampler`` has to be told its epoch,
+        as ever. Ends iterators that are under way.
+
+        Raises:
+            ValueError: As `state_dict`; or this is no state of a loader.
+        """
+        self._check_resumable()
+        state = EpochState.from_dict(state_dict)
+        self.close()
+        self._epoch_state = state
+        self._resumes = state.begin is not None
+
+    def _check_resumable(self) -> None:
+        is_map = self._dataset_kind == torch_internals.DatasetKind.Map
+        reasons = {
+            "dataset: got an iterable one, expected one with positions": not is_map,
+            "in_order: got False, expected True": not self.in_order,
+            "fetch_impl: got 'vanilla', expected 'threaded' or 'asyncio'": (
+                self.fetch_impl == "vanilla"
+            ),
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise ValueError(f"{reason}, to resume an epoch")
+
     def _get_iterator(self) -> Any:
-        iterator = self._make_iterator()
+        if self._resumes:
+            self._resumes = False
+            # What the sampler draws to come to where it was must not show outside.
+            with generators_at(read_generators()):
+                iterator = self._make_iterator(resumes=True)
+        else:
+            self._epoch_state = EpochState()
+            iterator = self._make_iterator(resumes=False)
         _open_iterators.setdefault(self, weakref.WeakSet()).add(iterator)
         return iterator
 
-    def _make_iterator(self) -> Any:
+    def _make_iterator(self, resumes: bool) -> Any:
         is_map = self._dataset_kind == torch_internals.DatasetKind.Map
         if self.num_workers > 0:
             self.check_worker_number_rationality()
-            return _WorkersIter(self, self._choose_settings())
+            return _WorkersIter(self, self._choose_settings(), self._epoch_state, resumes)
         if is_map and self.fetch_impl != "vanilla":
-            return _MainProcessIter(self, self._choose_settings())
+            return _MainProcessIter(self, self._choose_settings(), self._epoch_state, resumes)
         return _PlainMainProcessIter(self)
 
     def _choose_settings(self) -> FetchSettings:
@@ -206,13 +269,35 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
 class _WorkersIter(torch_internals.MultiProcessingIter):
     """torch's iterator over workers, with our loop in them and more index lists sent ahead."""
 
-    def __init__(self, loader: DataLoader[Any], settings: FetchSettings) -> None:
+    def __init__(
+        self, loader: DataLoader[Any], settings: FetchSettings, state: EpochState, resumes: bool
+    ) -> None:
         # torch counts by these numbers in its constructor already.
-        self._settings = settings
         self._worker_of_task: dict[int, int] = {}
         self._received_task = -1
+        self._is_finished = False
         self._pid = os.getpid()
+        self._state = state
+        self._resumes = resumes
+        self._num_to_skip = state.num_taken if resumes else 0
+        self._generators = find_generators(loader)
+        # The worker's generators after a task, and after its last one.
+        self._states_after: dict[int, GeneratorStates] = {}
+        self._states_now: dict[int, GeneratorStates] = {}
+        if resumes and state.num_workers == loader.num_workers:
+            self._states_now = dict(state.workers)
+            settings = dataclasses.replace(
+                settings, base_seed=state.base_seed, generators=state.workers
+            )
+        self._settings = settings
         super().__init__(_LoaderView(loader, settings))
+
+    def _next_index(self) -> Any:
+        while self._num_to_skip:
+            self._num_to_skip -= 1
+            super()._next_index()
+            next(self._worker_queue_idx_cycle)  # so that each batch goes to the worker it went to
+        return super()._next_index()
 
     def _try_put_index(self) -> None:
         task = self._send_idx
@@ -222,6 +307,10 @@ class _WorkersIter(torch_internals.MultiProcessingIter):
 
     def _get_data(self) -> Any:
         received = super()._get_data()
+        while isinstance(received[0], StatesAfter):
+            sent = received[0]
+            self._states_after[sent.number] = self._states_now[sent.worker_id] = sent.states
+            received = super()._get_data()
         self._received_task = received[0]
         return received
 
@@ -229,6 +318,9 @@ class _WorkersIter(torch_internals.MultiProcessingIter):
         # In order, torch has just counted this task; out of order it is the one received last.
         task = self._rcvd_idx - 1 if self._in_order else self._received_task
         worker_id = self._worker_of_task.pop(task)
+        self._state.num_taken += 1
+        if task in self._states_after:
+            self._state.workers[worker_id] = self._states_after.pop(task)
         if self._settings.takes_counted:
             self._index_queues[worker_id].put(BatchTaken)
         if not isinstance(data, torch_internals.ExceptionWrapper):
@@ -242,7 +334,25 @@ class _WorkersIter(torch_internals.MultiProcessingIter):
 
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
         self._worker_of_task.clear()
+        if first_iter and self._resumes:
+            for generator, before in zip(self._generators, self._state.generators, strict=True):
+                generator.set_state(before)
+            if self._settings.base_seed is None:  # other workers than before
+                self._state.base_seed, self._state.workers = self._base_seed, {}
+                self._state.num_workers = self._num_workers
+            with generators_at(self._state.begin):
+                super()._reset(loader, first_iter)
+            return
+        base_seed = self._settings.base_seed
+        self._state.restart(
+            begin=read_generators(),
+            generators=[generator.get_state() for generator in self._generators],
+            base_seed=self._base_seed if base_seed is None else base_seed,
+            num_workers=self._num_workers,
+        )
         super()._reset(loader, first_iter)
+        self._states_after.clear()  # of batches that were dropped on the way here
+        self._state.workers = dict(self._states_now)
 
     def close(self) -> None:
         """End the workers now."""
@@ -254,9 +364,14 @@ class _WorkersIter(torch_internals.MultiProcessingIter):
             super()._shutdown_workers()
 
     def _next_data(self) -> Any:
-        if self._shutdown:
+        if self._shutdown and not self._is_finished:
             raise RuntimeError(_CLOSED)
-        return super()._next_data()
+        try:
+            return super()._next_data()
+        except StopIteration:
+            self._is_finished = not self._persistent_workers
+            self._state.restart()
+            raise
 
 
 class _LoaderView:
@@ -311,7 +426,21 @@ class _PlainMainProcessIter(torch_internals.SingleProcessIter):
 class _MainProcessIter(_PlainMainProcessIter):
     """torch's iterator without workers, over samples that were fetched ahead in this process."""
 
-    def __init__(self, loader: DataLoader[Any], settings: FetchSettings) -> None:
+    def __init__(
+        self, loader: DataLoader[Any], settings: FetchSettings, state: EpochState, resumes: bool
+    ) -> None:
+        generators = find_generators(loader)
+        self._state = state
+        if resumes:
+            for generator, before in zip(generators, state.generators, strict=True):
+                generator.set_state(before)
+            if state.begin is not None:
+                write_generators(state.begin)  # for a while: the loader puts them back
+        else:
+            state.restart(
+                begin=read_generators(),
+                generators=[generator.get_state() for generator in generators],
+            )
         super().__init__(loader)
         self._batch_pool = settings.batch_pool
         self._ahead: list[Batch] = []
@@ -324,7 +453,24 @@ class _MainProcessIter(_PlainMainProcessIter):
             self._drop_last,
         )
 
+        if resumes and state.first is not None:
+            write_generators(state.first)
+            for _ in range(state.num_taken):
+                super()._next_index()
+            self._begin_ahead()
+
     def _next_index(self) -> Batch:
+        if self._state.first is None:
+            self._state.first = read_generators()
+        self._begin_ahead()
+        if not self._ahead:
+            self._fetched.close()
+            self._state.restart()
+            raise StopIteration
+        self._state.num_taken += 1
+        return self._ahead.pop(0)
+
+    def _begin_ahead(self) -> None:
         while len(self._ahead) <= self._batch_pool:
             try:
                 batch = Batch(super()._next_index())
@@ -332,10 +478,6 @@ class _MainProcessIter(_PlainMainProcessIter):
                 break
             self._ahead.append(batch)
             self._fetched.begin(batch)
-        if not self._ahead:
-            self._fetched.close()
-            raise StopIteration
-        return self._ahead.pop(0)
 
     def close(self) -> None:
         """End the threads that fetch."""

@@ -42,6 +42,7 @@ import numpy as np
 import torch
 
 from concurrent_dataloader.dataloader_mod import torch_internals
+from concurrent_dataloader.dataloader_mod.resume import GeneratorWatch, StatesAfter
 
 _FREE, _LENT, _RETIRED = 0, 1, 2
 
@@ -272,10 +273,21 @@ class RecyclingQueue:
     of its own and not, as with torch's, lost in a background thread.
     """
 
-    def __init__(self, target: Any, pool: SlotPool, worker_id: int) -> None:
+    def __init__(
+        self, target: Any, pool: SlotPool, worker_id: int, watch: GeneratorWatch | None = None
+    ) -> None:
+        """Stand before a queue.
+
+        Args:
+            target: torch's queue.
+            pool: Where batches are packed.
+            worker_id: For messages.
+            watch: Its changes are sent before the batch that made them; None: nobody wants them.
+        """
         self._target = target
         self._pool = pool
         self._worker_id = worker_id
+        self._watch = watch
 
     def put(self, item: tuple[Any, Any]) -> None:
         """Send ``(number, batch)``; a signal or an error of torch's passes as it is."""
@@ -285,6 +297,9 @@ class RecyclingQueue:
         except Exception:  # noqa: BLE001 - goes to the training loop, as all errors of a worker
             where = f"in DataLoader worker process {self._worker_id}, sending its batch"
             packed = torch_internals.ExceptionWrapper(where=where)
+        states = None if self._watch is None else self._watch.read_change()
+        if states is not None:
+            self._target.put((StatesAfter(self._worker_id, number, states), None))
         self._target.put((number, packed))
 
     def __getattr__(self, name: str) -> Any:

@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping
 from typing import Literal, cast, get_args
 
+from concurrent_dataloader.dataloader_mod.resume import GeneratorStates
+
 FetchImpl = Literal["threaded", "asyncio", "vanilla"]
 
 DEFAULT_NUM_FETCH_WORKERS = 128
@@ -42,6 +44,14 @@ class FetchSettings:
     Our loader does, since it sends index lists further ahead than finished batches may pile up.
     torch's own sends no more than ``prefetch_factor``, which bounds them by itself.
     """
+
+    base_seed: int | None = None
+    """In place of torch's, when an epoch is resumed."""
+
+    generators: Mapping[int, GeneratorStates] = dataclasses.field(
+        default_factory=dict[int, GeneratorStates]
+    )
+    """States that the global generators of a worker begin with, when an epoch is resumed."""
 
 
 def check_fetch_impl(fetch_impl: object, where: str = "fetch_impl") -> FetchImpl:

@@ -27,6 +27,7 @@ from typing import Any
 from concurrent_dataloader.dataloader_mod import torch_internals
 from concurrent_dataloader.dataloader_mod.fetch import AsyncioFetcher, Fetcher, ThreadedFetcher
 from concurrent_dataloader.dataloader_mod.recycle import RecyclingQueue, SlotPool, collate_into
+from concurrent_dataloader.dataloader_mod.resume import GeneratorWatch, write_generators
 from concurrent_dataloader.dataloader_mod.settings import FetchSettings, read_environment
 from concurrent_dataloader.dataloader_mod.stages import Stages, find_stages
 
@@ -298,7 +299,8 @@ def _worker_loop(
             settings.prefetch_factor + _NUM_BATCHES_HELD,
             settings.prefetch_factor + _MAX_BATCHES_HELD,
         )
-        data_queue = RecyclingQueue(data_queue, pool, worker_id)
+        watch = GeneratorWatch() if settings.takes_counted else None
+        data_queue = RecyclingQueue(data_queue, pool, worker_id, watch)
         if collate_fn is torch_internals.default_collate:
             collate_fn = collate_into(pool)
         if dataset_kind == torch_internals.DatasetKind.Map:
@@ -322,8 +324,8 @@ def _worker_loop(
             auto_collation,
             collate_fn,
             drop_last,
-            base_seed,
-            functools.partial(_initialise, prepare, init_fn),
+            base_seed if settings.base_seed is None else settings.base_seed,
+            functools.partial(_initialise, prepare, init_fn, settings),
             worker_id,
             num_workers,
             persistent_workers,
@@ -337,11 +339,15 @@ def _worker_loop(
             data_queue.cancel_join_thread()
 
 
-def _initialise(prepare: list[Callable[[], None]], init_fn: Any, worker_id: int) -> None:
+def _initialise(
+    prepare: list[Callable[[], None]], init_fn: Any, settings: FetchSettings, worker_id: int
+) -> None:
     for step in prepare:
         step()
     if init_fn is not None:
         init_fn(worker_id)
+    if worker_id in settings.generators:
+        write_generators(settings.generators[worker_id])
 
 
 def _raise(error: Exception) -> None:

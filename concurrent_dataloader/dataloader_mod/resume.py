@@ -1,0 +1,156 @@
+"""Where an epoch stands, and how to go on from there, in another process too.
+
+An epoch's order follows from the random generators as they were when its sampler began; so these
+are kept, and the sampler is asked again for what was delivered already, which is not fetched. A
+worker's random transforms follow from its own generators; it sends their state with each batch that
+changed it, and the worker that takes its place begins with the state after the last that was taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+from collections.abc import Generator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+VERSION = 1
+
+GeneratorStates = Mapping[str, Any]
+"""States of the three global generators, as tensors, numbers and lists only."""
+
+
+def read_generators() -> GeneratorStates:
+    """Read the states of the global generators of torch, ``random`` and numpy."""
+    _, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "random": (list(words), gauss),
+        "numpy": (str(name), [int(key) for key in keys], position, has_gauss, cached),
+    }
+
+
+def write_generators(states: GeneratorStates) -> None:
+    """Put the global generators into states that `read_generators` gave."""
+    words, gauss = states["random"]
+    name, keys, position, has_gauss, cached = states["numpy"]
+    torch.set_rng_state(states["torch"])
+    random.setstate((3, tuple(words), gauss))
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+
+
+@contextlib.contextmanager
+def generators_at(states: GeneratorStates | None) -> Generator[None]:
+    """Have the global generators in these states for a while; None changes nothing."""
+    if states is None:
+        yield
+        return
+    before = read_generators()
+    write_generators(states)
+    try:
+        yield
+    finally:
+        write_generators(before)
+
+
+class GeneratorWatch:
+    """Notices, in a worker, when the global generators have changed. Cheap when they have not."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Any, ...] | None = None
+
+    def read_change(self) -> GeneratorStates | None:
+        """Give the states if they are not those of the last call."""
+        numpy_state: Any = np.random.get_state(legacy=True)
+        now = (
+            torch.get_rng_state().numpy().tobytes(),
+            random.getstate(),
+            (numpy_state[1].tobytes(), *numpy_state[2:]),
+        )
+        if now == self._last:
+            return None
+        self._last = now
+        return read_generators()
+
+
+def find_generators(loader: Any) -> list[torch.Generator]:
+    """Find the generators of the user's own that decide on the order."""
+    samplers = (loader, loader.sampler, loader.batch_sampler)
+    inner = getattr(loader.batch_sampler, "sampler", None)
+    found = [getattr(each, "generator", None) for each in (*samplers, inner)]
+    return [
+        each
+        for number, each in enumerate(found)
+        if isinstance(each, torch.Generator) and not any(each is other for other in found[:number])
+    ]
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class EpochState:
+    """How far an epoch is. Its iterator counts in it; the loader keeps it when that goes."""
+
+    num_taken: int = 0
+    """Batches that the training loop has got."""
+
+    begin: GeneratorStates | None = None
+    """The global generators before the sampler was made into an iterator; None: not begun."""
+
+    first: GeneratorStates | None = None
+    """The same before it was first asked, where it is asked later: without workers."""
+
+    generators: list[torch.Tensor] = dataclasses.field(default_factory=list[torch.Tensor])
+    """States of `find_generators` at the beginning."""
+
+    base_seed: int | None = None
+    """torch's, from which workers are seeded."""
+
+    num_workers: int = 0
+
+    workers: dict[int, GeneratorStates] = dataclasses.field(
+        default_factory=dict[int, GeneratorStates]
+    )
+    """The generators of each worker after the last batch of its that was taken."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Copy it into a dictionary that ``torch.load(weights_only=True)`` reads."""
+        fields: dict[str, Any] = {name: getattr(self, name) for name in _FIELDS}
+        return {"version": VERSION, **fields, "workers": dict(self.workers)}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> EpochState:
+        """Read what `to_dict` gave.
+
+        Raises:
+            ValueError: It is nothing of the kind.
+        """
+        if state.get("version") != VERSION or set(state) != {*_FIELDS, "version"}:
+            raise ValueError(
+                f"load_state_dict: got version {state.get('version')!r} with {sorted(state)}, "
+                f"expected version {VERSION} with {sorted(_FIELDS)}; give it what state_dict() gave"
+            )
+        made = cls()
+        made.restart(**{name: state[name] for name in _FIELDS})
+        made.workers = dict(made.workers)
+        return made
+
+    def restart(self, **fields: Any) -> None:
+        """Begin anew, with these fields."""
+        fresh = EpochState()
+        for name in _FIELDS:
+            setattr(self, name, fields.get(name, getattr(fresh, name)))
+
+
+_FIELDS = tuple(each.name for each in dataclasses.fields(EpochState))
+
+
+class StatesAfter:
+    """Sent on the data queue in place of a number: a worker's generators after a batch."""
+
+    def __init__(self, worker_id: int, number: int, states: GeneratorStates) -> None:
+        self.worker_id = worker_id
+        self.number = number
+        self.states = states

@@ -1,0 +1,165 @@
+"""An epoch that is left in the middle goes on elsewhere as if nothing had happened."""
+
+import io
+
+import pytest
+import torch
+from torch.utils.data import DistributedSampler, RandomSampler, WeightedRandomSampler
+
+from concurrent_dataloader.dataloader_mod.dataloader import DataLoader
+from concurrent_dataloader.dataloader_mod.resume import read_generators, write_generators
+from tests.dataloader_mod import doubles
+from tests.dataloader_mod.conftest import is_same, seed_all
+
+NUM_SAMPLES = 38
+
+
+def take(loader, count):
+    """Take some batches and leave; give them with the loader's state and the main generators."""
+    taken = []
+    for batch in loader:
+        taken.append(batch)
+        if len(taken) == count:
+            break
+    return taken, through_a_file(loader.state_dict()), read_generators()
+
+
+def through_a_file(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+SAMPLERS = {
+    "in order": dict,
+    "shuffled": lambda: {"shuffle": True},
+    "a generator": lambda: {"shuffle": True, "generator": torch.Generator().manual_seed(3)},
+    "weighted": lambda: {
+        "sampler": WeightedRandomSampler([1.0 + n % 3 for n in range(NUM_SAMPLES)], 30)
+    },
+    "with repeats, from a generator": lambda: {
+        "sampler": RandomSampler(
+            range(NUM_SAMPLES),
+            replacement=True,
+            num_samples=40,
+            generator=torch.Generator().manual_seed(9),
+        )
+    },
+    "one rank of two": lambda: {"sampler": DistributedSampler(range(NUM_SAMPLES), 2, 1)},
+}
+
+
+def make_loader(seed, sampler="shuffled", **settings):
+    seed_all(seed)
+    settings = {"batch_size": 4, "num_workers": 2, **SAMPLERS[sampler](), **settings}
+    return DataLoader(doubles.StagedSquares(NUM_SAMPLES), **settings)
+
+
+@pytest.mark.parametrize("num_taken", [1, 2, 4])
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_rest_of_an_epoch_is_that_of_an_uninterrupted_one(sampler, num_workers, num_taken):
+    whole = list(make_loader(1, sampler, num_workers=num_workers))
+    first, state, generators = take(make_loader(1, sampler, num_workers=num_workers), num_taken)
+    again = make_loader(2, sampler, num_workers=num_workers)
+    again.load_state_dict(state)
+    write_generators(generators)
+
+    rest = list(again)
+
+    assert is_same([*first, *rest], whole)
+
+
+@pytest.mark.parametrize("fetch_impl", ["threaded", "asyncio"])
+def test_an_epoch_can_be_resumed_twice_and_the_next_ones_follow(fetch_impl):
+    settings = {"persistent_workers": True, "fetch_impl": fetch_impl}
+    uninterrupted = make_loader(1, **settings)
+    expected = [list(uninterrupted) for _ in range(3)]
+
+    loader = make_loader(1, **settings)
+    got = [list(loader)]
+    first, state, generators = take(loader, 3)
+    second_loader = make_loader(5, **settings)
+    second_loader.load_state_dict(state)
+    write_generators(generators)
+    second, state, generators = take(second_loader, 2)
+    third_loader = make_loader(6, **settings)
+    third_loader.load_state_dict(state)
+    write_generators(generators)
+    got += [[*first, *second, *third_loader], list(third_loader)]
+
+    assert is_same(got, expected)
+
+
+def test_what_was_taken_is_not_fetched_again(tmp_path):
+    class Recording(doubles.StagedSquares):
+        def fetch(self, position):
+            (tmp_path / str(position)).touch()
+            return super().fetch(position)
+
+    loader = make_loader(1, "in order")
+    _, state, _ = take(loader, 5)
+    again = DataLoader(Recording(NUM_SAMPLES), batch_size=4, num_workers=2)
+    again.load_state_dict(state)
+
+    labels = [label for _, batch in again for label in batch.tolist()]
+
+    assert labels == list(range(20, NUM_SAMPLES))
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == labels
+
+
+def test_positions_go_on_with_another_number_of_workers():
+    whole = [labels for _, labels in make_loader(1)]
+    first, state, _ = take(make_loader(1), 3)
+    again = make_loader(4, num_workers=3)
+    again.load_state_dict(state)
+
+    rest = [labels for _, labels in again]
+
+    assert is_same([*(labels for _, labels in first), *rest], whole)
+
+
+def test_resuming_leaves_the_generators_of_the_main_process_alone():
+    _, state, _ = take(make_loader(1), 3)
+    again = make_loader(4)
+    again.load_state_dict(state)
+    seed_all(11)
+    expected = torch.rand(3)
+    seed_all(11)
+
+    next(iter(again))
+
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_between_epochs_the_state_says_that_none_has_begun():
+    loader = make_loader(1)
+    fresh = loader.state_dict()
+    list(loader)
+
+    assert loader.state_dict() == fresh
+    loader.load_state_dict(fresh)
+    assert len(list(loader)) == 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fetch_impl": "vanilla"}, "fetch_impl: got 'vanilla', expected"),
+        ({"in_order": False}, "in_order: got False, expected True"),
+    ],
+)
+def test_a_loader_without_a_fixed_order_has_no_state(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_loader(1, **settings).state_dict()
+
+
+def test_an_iterable_dataset_has_no_state():
+    with pytest.raises(ValueError, match="dataset: got an iterable one"):
+        DataLoader(doubles.Counting(3)).state_dict()
+
+
+def test_something_else_is_not_taken_for_a_state():
+    with pytest.raises(ValueError, match="give it what state_dict"):
+        make_loader(1).load_state_dict({"epoch": 3})
