@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset
+from typing_extensions import Buffer
 
 from concurrent_dataloader.datasets.contract import StagedDataset
 
@@ -36,8 +38,8 @@ class StagedSquares(StagedDataset[int, tuple[torch.Tensor, int]]):
         await asyncio.sleep(wait_of(position))
         return str(position).encode()
 
-    def decode(self, position: int, raw: bytes) -> int:
-        assert int(raw) == position
+    def decode(self, position: int, raw: Buffer) -> int:
+        assert int(bytes(raw)) == position
         return position
 
     def apply_transform(self, decoded: int) -> tuple[torch.Tensor, int]:
@@ -48,7 +50,7 @@ class StagedSquares(StagedDataset[int, tuple[torch.Tensor, int]]):
 class ThreadOnlySquares(StagedSquares):
     """As its parent, without an asynchronous fetch of its own."""
 
-    fetch_async = StagedDataset.fetch_async
+    fetch_async: Any = StagedDataset.fetch_async
 
 
 class PlainSquares(Dataset[tuple[torch.Tensor, int]]):
@@ -100,7 +102,7 @@ class Failing(StagedSquares):
             raise self.error
         return await super().fetch_async(position)
 
-    def decode(self, position: int, raw: bytes) -> int:
+    def decode(self, position: int, raw: Buffer) -> int:
         if (self.stage, self.position) == ("decode", position):
             raise self.error
         return super().decode(position, raw)

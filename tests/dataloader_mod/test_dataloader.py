@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import psutil
 import pytest
@@ -54,7 +55,9 @@ def test_each_argument_is_stored_under_its_own_name_and_nothing_else_is_public()
 
 
 def test_the_class_can_be_subscripted_and_is_a_loader_of_torch():
-    assert isinstance(DataLoader[int](doubles.PlainSquares(3)), torch.utils.data.DataLoader)
+    assert isinstance(
+        DataLoader[tuple[torch.Tensor, int]](doubles.PlainSquares(3)), torch.utils.data.DataLoader
+    )
 
 
 def test_torch_loaders_work_beside_ours():
@@ -161,13 +164,14 @@ class ShowsInfo(doubles.PlainSquares):
     def __init__(self):
         super().__init__(4)
 
-    def __getitem__(self, position):
-        info = torch.utils.data.get_worker_info()
+    def __getitem__(self, position) -> Any:
+        info: Any = torch.utils.data.get_worker_info()
         return f"{type(info.dataset).__name__} of {info.num_workers} {info.dataset is self}"
 
 
 def change_dataset(worker_id):
-    torch.utils.data.get_worker_info().dataset.num_floats = 5 + worker_id
+    info: Any = torch.utils.data.get_worker_info()
+    info.dataset.num_floats = 5 + worker_id
 
 
 def test_worker_init_fn_may_change_the_dataset():
@@ -241,7 +245,7 @@ def test_a_batch_that_cannot_be_sent_is_an_error_of_the_training_loop():
 
 def test_a_killed_worker_is_named_within_seconds():
     loader = DataLoader(doubles.Stalling(40, 9), batch_size=4, num_workers=2)
-    iterator = iter(loader)
+    iterator: Any = iter(loader)
     next(iterator)
     killed = iterator._workers[0].pid
     begun = time.monotonic()
@@ -286,6 +290,7 @@ def test_nothing_is_left_of_a_loader(fetch_impl, is_persistent):
     gc.collect()
     before = (process.num_fds(), threading.active_count(), count_of_shared_memory())
 
+    _batch = None
     for num_workers in (0, 2):
         loader = DataLoader(
             doubles.StagedSquares(40, 30_000),

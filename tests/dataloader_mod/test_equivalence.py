@@ -2,6 +2,7 @@
 
 import functools
 import multiprocessing
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,7 +120,7 @@ def uneven_batches():
     return [[1, 2, 3], [4], [4, 4, 4, 4, 4], [0, 44], [9]]
 
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "in order": {},
     "shuffled, last one dropped": {"batch_size": 7, "shuffle": True, "drop_last": True},
     "a subset": {"dataset": make_subset, "batch_size": 8, "shuffle": True},
@@ -135,7 +136,7 @@ CASES = {
     },
     "one rank of two": {
         "batch_size": 4,
-        "sampler": lambda: DistributedSampler(range(NUM_SAMPLES), num_replicas=2, rank=1, seed=3),
+        "sampler": lambda: DistributedSampler(doubles.PlainSquares(NUM_SAMPLES), 2, 1, seed=3),
     },
     "a collate function": {"batch_size": 5, "collate_fn": lambda: doubles.collate_to_dict},
     "lists of samples": {"batch_size": 5, "collate_fn": lambda: list},
@@ -161,7 +162,9 @@ CASES = {
 
 
 def settings_of(case):
-    made = {key: value() if callable(value) else value for key, value in CASES[case].items()}
+    made: dict[str, Any] = {
+        key: value() if callable(value) else value for key, value in CASES[case].items()
+    }
     return made.pop("dataset", None) or doubles.StagedSquares(NUM_SAMPLES), made
 
 

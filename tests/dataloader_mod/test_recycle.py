@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import os
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,9 +50,7 @@ KEEPERS = {
     "a numpy array": lambda images: images.numpy(),
     "a view of a numpy array": lambda images: images.numpy()[::2, 7:],
     "the bare storage": lambda images: images.untyped_storage(),
-    "a twin by DLPack": lambda images: torch.utils.dlpack.from_dlpack(
-        torch.utils.dlpack.to_dlpack(images)
-    ),
+    "a twin by DLPack": torch.from_dlpack,
     "what autograd saved": lambda images: (
         (images * torch.ones(1, requires_grad=True)).grad_fn._saved_self
     ),
@@ -200,7 +199,7 @@ def test_whatever_a_collate_function_gives_arrives():
         iter(DataLoader(Constant(4), batch_size=4, num_workers=1, collate_fn=collate_to_objects))
     )
 
-    expected = collate_to_objects([(image, 0) for image in images])
+    expected: dict[str, Any] = collate_to_objects([(image, 0) for image in images])
     for name in ("channels last", "part", "nothing", "half", "flags", "gradient"):
         assert is_same(batch[name].detach(), expected[name].detach()), name
     assert batch["channels last"].is_contiguous(memory_format=torch.channels_last)

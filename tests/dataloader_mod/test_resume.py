@@ -1,6 +1,7 @@
 """An epoch that is left in the middle goes on elsewhere as if nothing had happened."""
 
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def through_a_file(state):
     return torch.load(buffer, weights_only=True)
 
 
-SAMPLERS = {
+SAMPLERS: dict[str, Any] = {
     "in order": dict,
     "shuffled": lambda: {"shuffle": True},
     "a generator": lambda: {"shuffle": True, "generator": torch.Generator().manual_seed(3)},
@@ -46,11 +47,13 @@ SAMPLERS = {
             generator=torch.Generator().manual_seed(9),
         )
     },
-    "one rank of two": lambda: {"sampler": DistributedSampler(range(NUM_SAMPLES), 2, 1)},
+    "one rank of two": lambda: {
+        "sampler": DistributedSampler(doubles.PlainSquares(NUM_SAMPLES), 2, 1)
+    },
 }
 
 
-def make_loader(seed, sampler="shuffled", **settings):
+def make_loader(seed, sampler="shuffled", **settings: Any):
     seed_all(seed)
     settings = {"batch_size": 4, "num_workers": 2, **SAMPLERS[sampler](), **settings}
     return DataLoader(doubles.StagedSquares(NUM_SAMPLES), **settings)
@@ -73,7 +76,7 @@ def test_the_rest_of_an_epoch_is_that_of_an_uninterrupted_one(sampler, num_worke
 
 @pytest.mark.parametrize("fetch_impl", ["threaded", "asyncio"])
 def test_an_epoch_can_be_resumed_twice_and_the_next_ones_follow(fetch_impl):
-    settings = {"persistent_workers": True, "fetch_impl": fetch_impl}
+    settings: Any = {"persistent_workers": True, "fetch_impl": fetch_impl}
     uninterrupted = make_loader(1, **settings)
     expected = [list(uninterrupted) for _ in range(3)]
 

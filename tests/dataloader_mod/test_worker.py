@@ -1,6 +1,7 @@
 """The queue that looks ahead, alone."""
 
 import queue
+from typing import Any
 
 import pytest
 
@@ -41,7 +42,7 @@ def make_lookahead():
             source.put(item)
         dataset = Begins(settings)
         made.append(dataset)
-        lookahead = Lookahead(source, dataset, settings)
+        lookahead: Any = Lookahead(source, dataset, settings)
         lookahead.put = source.put
         return lookahead, dataset
 
