@@ -163,6 +163,7 @@ def our_loader(
     fetch_impl: FetchImpl = "threaded",
     num_workers: int = NUM_WORKERS,
     num_fetch_workers: int | None = None,
+    batch_pool: int | None = None,
     sampler: Any = None,
 ) -> Loader:
     """Open our loader, with the same settings, and its own at their defaults."""
@@ -173,6 +174,7 @@ def our_loader(
         num_workers=num_workers,
         fetch_impl=fetch_impl,
         num_fetch_workers=num_fetch_workers,
+        batch_pool=batch_pool,
     )
 
 

@@ -12,7 +12,8 @@ median latency (lognormal, sigma 0.3), against torch's over the same bytes in RA
 ``local``: both over the same bytes in RAM, and in files in the page cache. ``boto3``: ours at 100
 ms against torch's loader that gets one object after the other by boto3. ``vanilla``: row 232, 130
 ms, 4 workers, 16 fetchers, batch 256, whole epochs with the start of the workers in them, against
-fetch_impl "vanilla".
+fetch_impl "vanilla". ``batch_pool``: row 71, at 100 ms, against ours with ``batch_pool=0``, which
+is the ``torch_`` side of its figures.
 
 The clock starts after four batches a worker (one for ``boto3``, which takes 8 s for it; none for
 ``vanilla``) and stops in mid-epoch.
@@ -201,6 +202,35 @@ def compare_with_vanilla(effort: Effort) -> list[Row]:
     ]
 
 
+def compare_with_no_pool(effort: Effort) -> list[Row]:
+    """Compare looking ahead over batches with fetching one batch at a time: row 71."""
+    photos = read_photos(effort.num_images)
+    with serve(photos, 0.1) as server:
+        remote = images_of(photos, remote_store(server))
+        loaders: dict[str, OpenLoader] = {
+            "without": functools.partial(our_loader, remote, effort, batch_pool=0),
+            "with": functools.partial(our_loader, remote, effort),
+        }
+        speeds = _measure_steady(loaders, effort, server)
+    settings = describe(
+        photos,
+        effort,
+        fetch_impl="threaded",
+        latency_median_s=0.1,
+        latency_sigma=LATENCY_SIGMA,
+        num_warm_up_batches=NUM_WARM_UP_BATCHES,
+    )
+    return [
+        make_row(
+            _SCENARIO,
+            "threaded, 100 ms, batch_pool chosen against batch_pool=0 (row 71)",
+            settings,
+            _figures(speeds["with"], speeds["without"]),
+            Bar(figure="ratio", bound=1.0),
+        )
+    ]
+
+
 def _measure_steady(
     loaders: Mapping[str, OpenLoader], effort: Effort, server: ObjectServer | None
 ) -> dict[str, list[Speed]]:
@@ -244,5 +274,6 @@ CASES: dict[str, Callable[[Effort], list[Row]]] = {
     "local": functools.partial(compare_on_same_store, place="files in page cache", bound=1.05),
     "boto3": compare_with_boto3,
     "vanilla": compare_with_vanilla,
+    "batch_pool": compare_with_no_pool,
 }
 BARS = tuple(CASES)
