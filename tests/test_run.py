@@ -40,7 +40,8 @@ def venv(tmp_path: Path) -> Path:
     python = folder / "bin/python"
     python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     python.chmod(0o755)
-    content = (CHECKOUT / "pyproject.toml").read_bytes() + os.fsencode(f"{CHECKOUT.resolve()}\n")
+    files = [CHECKOUT / "pyproject.toml", CHECKOUT / "environment.yaml"]
+    content = b"".join(file.read_bytes() for file in files) + os.fsencode(f"{CHECKOUT.resolve()}\n")
     stamp = subprocess.run(["cksum"], input=content, capture_output=True, check=True).stdout
     (folder / ".installed").write_text(f"{stamp.decode().strip()}\nbench\ntest\n")
     return folder
@@ -139,6 +140,8 @@ def test_ctrl_c_ends_what_runs_and_gives_130(venv: Path, tmp_path: Path) -> None
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        # In the background of a shell the signal is ignored, which is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         text=True,
     ) as process:
         assert process.stdout is not None
