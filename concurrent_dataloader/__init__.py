@@ -3,14 +3,14 @@
 The rooms, in the order in which data flows; imports point to the left only:
 
 ```text
-errors, ranges  <-  stores, formats, index, labels  <-  datasets  <-  dataloader_mod, prepare
-                                                                      testing (stands alone)
+errors, ranges, files, packed  <-  stores, formats, index, labels
+                               <-  datasets  <-  dataloader_mod, prepare;  testing stands alone
 ```
 
-``stores`` give bytes by key, ``formats`` turn bytes into pixels, ``index`` knows which samples exist and
-``labels`` which class each belongs to, ``datasets`` join them to samples by position, ``dataloader_mod``
-makes batches, ``prepare`` holds the commands, ``testing`` an object server with latency and faults.
-Names below are imported when first used, so that the commands start without torch.
+``stores`` give bytes by key, ``formats`` turn bytes into pixels, ``index`` knows which samples
+exist and ``labels`` which class each belongs to, ``datasets`` join them to samples by position,
+``dataloader_mod`` makes batches, ``prepare`` holds the commands, ``testing`` an object server with
+latency and faults. Names below are imported when first used, so that commands start without torch.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ anything else arrives there as a bare ``RuntimeError``.
 
 
 class LoaderError(Exception):
-    """Anything that this library raises on its own account, but for plain ``ValueError`` of arguments."""
+    """Anything that this library raises, but for the ``ValueError`` of a wrong argument."""
 
 
 class CredentialsError(LoaderError, ValueError):

@@ -42,8 +42,12 @@ def test_those_are_closed_with_their_test():
 """
 
 
-def run_pytest(folder: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_pytest(
+    folder: pathlib.Path, *arguments: str, takes_entry_points: bool = True
+) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+    if not takes_entry_points:  # as if nothing were installed, whatever is
+        environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
         cwd=folder,
@@ -63,7 +67,7 @@ def test_other_projects_get_the_fixtures(tmp_path: pathlib.Path, is_installed: b
     else:
         arguments = ["-p", PLUGIN]
 
-    result = run_pytest(tmp_path, "-W", "error", *arguments)
+    result = run_pytest(tmp_path, "-W", "error", *arguments, takes_entry_points=is_installed)
 
     assert "4 passed" in result.stdout, result.stdout + result.stderr
 
