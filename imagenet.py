@@ -61,6 +61,17 @@ def at_least(least: int) -> Callable[[str], int]:
     return read
 
 
+def at_least_zero(text: str) -> float:
+    """Read a number that is not negative."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not number >= 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number from 0 on")
+    return number
+
+
 def add_example_arguments(add: Callable[..., Any]) -> None:
     """Add the arguments of PyTorch's ImageNet example."""
     add("data", nargs="?", default="imagenet", help="s3://bucket[/prefix], a bucket or a folder")
@@ -69,9 +80,9 @@ def add_example_arguments(add: Callable[..., Any]) -> None:
     add("--epochs", type=at_least(0), default=90)
     add("--start-epoch", type=at_least(0), default=0, help="from 0; a checkpoint says it better")
     add("-b", "--batch-size", type=at_least(1), default=256, help="images a step, of a node")
-    add("--lr", "--learning-rate", dest="lr", type=float, default=0.1)
-    add("--momentum", type=float, default=0.9)
-    add("--wd", "--weight-decay", dest="weight_decay", type=float, default=1e-4)
+    add("--lr", "--learning-rate", dest="lr", type=at_least_zero, default=0.1)
+    add("--momentum", type=at_least_zero, default=0.9)
+    add("--wd", "--weight-decay", dest="weight_decay", type=at_least_zero, default=1e-4)
     add("-p", "--print-freq", type=at_least(1), default=10, help="steps from line to line")
     add("--resume", type=Path, help="checkpoint to go on from")
     add("-e", "--evaluate", action="store_true", help="validate only")
@@ -120,7 +131,10 @@ def add_own_arguments(add: Callable[..., Any]) -> None:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Args:
     """Read the command line; exits with status 2 where it is wrong."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0],
+        usage="%(prog)s [DATA] [FLAGS]; --help lists them",
+    )
     add_example_arguments(parser.add_argument)
     add_own_arguments(parser.add_argument)
     args = parser.parse_args(argv)
@@ -128,6 +142,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Args:
         parser.error(f"argument -a/--arch: got {args.arch!r}, expected a model of torchvision")
     if args.resume is not None and not args.resume.is_file():
         parser.error(f"argument --resume: {args.resume}: no such file")
+    is_url = "://" in args.data
+    if args.dataset == "scratch" and is_url:
+        parser.error(f"argument --dataset: got scratch for {args.data}, expected s3, or a folder")
+    if args.dataset == "s3" and not is_url and args.data.startswith(("/", ".", "~")):
+        parser.error(
+            f"argument data: got the folder {args.data} for --dataset s3, expected a bucket"
+        )
     args.dataset = args.dataset or ("s3" if args.data.startswith("s3://") else "scratch")
     args.num_gpus = 0 if args.no_accel else torch.cuda.device_count()
     args.start_method = torch.multiprocessing.get_start_method()
@@ -491,9 +512,10 @@ def load_checkpoint(args: Args) -> dict[str, Any]:
         weights = {name.removeprefix("module."): each for name, each in state["state_dict"].items()}
         known = {"arch": state["arch"], "epoch": int(state["epoch"])}
     except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError) as error:
-        reason = str(error).split("\n")[0]
         raise ValueError(
-            f"--resume: {args.resume}: no checkpoint of a trainer: {reason}"
+            f"--resume: {args.resume}: got no checkpoint of a trainer "
+            f"({type(error).__name__} when it was read), expected a checkpoint.pth.tar of this one "
+            "or of PyTorch's example"
         ) from error
     if known["arch"] != args.arch:
         raise ValueError(f"--resume: {args.resume} holds a {known['arch']}, got --arch {args.arch}")
@@ -580,6 +602,8 @@ def run(local_rank: int, args: Args) -> None:
         stack.enter_context(job.log or contextlib.nullcontext())
         write_record(job, "settings", **{name: str(value) for name, value in vars(args).items()})
         if job.train_loader is None:
+            if place.rank == 0 and not (args.resume or args.pretrained):
+                print("warning: neither --resume nor --pretrained: the weights are random")
             tested = validate(job)
             write_record(job, "evaluate", **tested._asdict())
             if place.rank == 0:

@@ -33,7 +33,17 @@ def write_whole(path: Path, pieces: Iterable[Buffer]) -> None:
     Raises:
         OSError: The folder cannot be written to, or the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_whole(path, pieces)
+    except OSError as error:
+        # The name of the temporary file says nothing to whoever asked for this one.
+        raise type(error)(
+            error.errno, f"{error.strerror}; check the folder and its rights", str(path)
+        ) from error
+
+
+def _write_whole(path: Path, pieces: Iterable[Buffer]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     # Not tempfile: its files are closed to everybody but the owner, and data sets are shared.
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

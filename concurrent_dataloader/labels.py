@@ -379,6 +379,15 @@ def _by_map(mapping: Mapping[str, str], key: str) -> str:
     return mapping.get(key, "")
 
 
+def check_label_rule(rule: LabelRule) -> None:
+    """Raise unless a class can be found by this rule.
+
+    Raises:
+        ValueError: There is no such rule, or its pattern is none.
+    """
+    _value_finder(rule)
+
+
 def _value_finder(rule: LabelRule) -> Callable[[str], str]:
     """Turn a rule into a function that pickles; it gives ``""`` for a key that names no class."""
     if isinstance(rule, Mapping):

@@ -25,6 +25,7 @@ from concurrent_dataloader.dataloader_mod.resume import (
 )
 from concurrent_dataloader.dataloader_mod.settings import (
     DEFAULT_NUM_FETCH_WORKERS,
+    MAX_NUM_FETCH_WORKERS,
     FetchImpl,
     FetchSettings,
     check_count,
@@ -91,7 +92,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         fetch_impl: ``"threaded"``; ``"asyncio"`` awaits the dataset's ``fetch_async`` (or
             ``getitem_async`` of a plain dataset) on an event loop, and falls back to threads for a
             dataset that has none; ``"vanilla"`` is torch's own loader.
-        num_fetch_workers: Samples in flight per worker; None: 128.
+        num_fetch_workers: Samples in flight per worker, up to 4096; None: 128.
         batch_pool: Batches begun beyond the one being assembled, per worker; 0 is off; None: so
             many that twice ``num_fetch_workers`` samples are begun, and at least two.
 
@@ -126,7 +127,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
     ) -> None:
         self.fetch_impl: FetchImpl = check_fetch_impl(fetch_impl)
         if num_fetch_workers is not None:
-            check_count(num_fetch_workers, 1, "num_fetch_workers")
+            check_count(num_fetch_workers, 1, "num_fetch_workers", MAX_NUM_FETCH_WORKERS)
         if batch_pool is not None:
             check_count(batch_pool, 0, "batch_pool")
         self.num_fetch_workers = num_fetch_workers

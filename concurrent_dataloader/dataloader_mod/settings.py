@@ -63,13 +63,19 @@ def check_fetch_impl(fetch_impl: object, where: str = "fetch_impl") -> FetchImpl
     return cast(FetchImpl, fetch_impl)
 
 
-def check_count(value: object, minimum: int, where: str) -> int:
-    """Give back a whole number of at least ``minimum``, else raise TypeError or ValueError."""
+MAX_NUM_FETCH_WORKERS = 4096
+"""More threads than this in a process are a mistake in typing."""
+
+
+def check_count(value: object, minimum: int, where: str, maximum: int = 2**31) -> int:
+    """Give back a whole number within the bounds, else raise TypeError or ValueError."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{where}: got {value!r}, expected None or a whole number")
     count = int(cast(int, value))
     if count < minimum:
         raise ValueError(f"{where}: got {count}, expected {minimum} or more")
+    if count > maximum:
+        raise ValueError(f"{where}: got {count}, expected {maximum} or fewer")
     return count
 
 
@@ -98,7 +104,7 @@ def read_environment(environment: Mapping[str, str] = os.environ) -> FetchSettin
         ValueError: A variable is set to what its argument would not take.
     """
 
-    def read_count(name: str, minimum: int, default: int) -> int:
+    def read_count(name: str, minimum: int, default: int, maximum: int = 2**31) -> int:
         text = environment.get(_ENVIRONMENT_PREFIX + name)
         if text is None:
             return default
@@ -107,11 +113,13 @@ def read_environment(environment: Mapping[str, str] = os.environ) -> FetchSettin
                 f"{_ENVIRONMENT_PREFIX}{name}: got {text!r}, expected a whole number; "
                 "unset it for the default"
             )
-        return check_count(int(text), minimum, _ENVIRONMENT_PREFIX + name)
+        return check_count(int(text), minimum, _ENVIRONMENT_PREFIX + name, maximum)
 
     name = _ENVIRONMENT_PREFIX + "FETCH_IMPL"
     return FetchSettings(
         fetch_impl=check_fetch_impl(environment.get(name, "threaded"), name),
-        num_fetch_workers=read_count("NUM_FETCH_WORKERS", 1, DEFAULT_NUM_FETCH_WORKERS),
+        num_fetch_workers=read_count(
+            "NUM_FETCH_WORKERS", 1, DEFAULT_NUM_FETCH_WORKERS, MAX_NUM_FETCH_WORKERS
+        ),
         batch_pool=read_count("BATCH_POOL", 0, FetchSettings().batch_pool),
     )

@@ -20,7 +20,7 @@ import functools
 import os
 import queue
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -99,26 +99,33 @@ class FetchedDataset:
 
     def __getitems__(self, batch: Batch) -> Any:
         """Finish a batch's samples, in order; called by torch's loop with automatic batching."""
-        finished = list(self._finish(batch))
+        finished = self._finish(batch)
         return finished[0] if self._stages.takes_batches else finished
 
     def __getitem__(self, batch: Batch) -> Any:
         """Finish one sample; called by torch's loop without automatic batching."""
-        return next(self._finish(batch))
+        return self._finish(batch)[0]
 
-    def _finish(self, batch: Batch) -> Iterator[Any]:
+    def _finish(self, batch: Batch) -> list[Any]:
         self.begin(batch)
         assert batch.futures is not None
+        finished: list[Any] = []
         try:
             for position in batch.units:
                 future = batch.futures.popleft()  # not kept: its bytes would be kept with it
                 try:
-                    yield self._stages.finish(position, self._wait(future))
+                    finished.append(self._stages.finish(position, self._wait(future)))
+                except StopIteration as error:
+                    # In a loop over batches this would mean that they have come to their end.
+                    raise RuntimeError(
+                        f"position {position!r} of the data set raised StopIteration"
+                    ) from error
                 except Exception as error:
                     error.add_note(f"asked for by position {position!r} of the data set")
                     raise
         finally:
             batch.cancel()
+        return finished
 
     def _wait(self, future: Future[Any]) -> Any:
         if not future.done():

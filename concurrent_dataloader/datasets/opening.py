@@ -13,6 +13,7 @@ from concurrent_dataloader.files import fetch_file_if_missing
 from concurrent_dataloader.index import Index
 from concurrent_dataloader.labels import Classes, LabelRule
 from concurrent_dataloader.stores import CredentialsFile, Store, WritableStore, open_store
+from concurrent_dataloader.stores.address import check_bucket
 from concurrent_dataloader.stores.credentials import Split
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -79,6 +80,7 @@ class S3Dataset(IndexedDataset):
             CredentialsError: The credentials file cannot be used.
             StoreError: A listing or a download did not succeed.
         """
+        check_bucket(bucket_name)
         store_options |= {"credentials": s3_credential_file, "endpoint_url": endpoint_url}
         if s3_credential_file is not None:
             urls = CredentialsFile(s3_credential_file).read()

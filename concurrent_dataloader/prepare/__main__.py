@@ -13,8 +13,13 @@ from typing import get_args
 from concurrent_dataloader import __version__
 from concurrent_dataloader.errors import LoaderError
 from concurrent_dataloader.index import PACK_ABOVE_KEYS, packed_path
-from concurrent_dataloader.labels import Classes
-from concurrent_dataloader.prepare.index import IMAGE_SUFFIXES, find_samples, upload
+from concurrent_dataloader.labels import Classes, check_label_rule
+from concurrent_dataloader.prepare.index import (
+    IMAGE_SUFFIXES,
+    check_object_url,
+    find_samples,
+    upload,
+)
 from concurrent_dataloader.prepare.pack import pack_index
 from concurrent_dataloader.stores import Client, open_writable_store
 
@@ -159,9 +164,28 @@ def _suffixes(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _index(options: argparse.Namespace) -> None:
+def _check_index_options(options: argparse.Namespace) -> None:
+    """Raise for what would fail only after the listing, which may take minutes."""
     if options.classes_upload is not None and options.classes_output is None:
         raise ValueError("--classes-upload: there is nothing to put; give --classes-output too")
+    outputs = {"--output": options.output, "--classes-output": options.classes_output}
+    for flag, path in outputs.items():
+        if path is not None and path.is_dir():
+            raise ValueError(f"{flag}: {path} is a folder, expected the name of a file")
+    if options.classes_output is not None:
+        if options.classes_output.absolute() == options.output.absolute():
+            raise ValueError(
+                f"--classes-output: got {options.classes_output}, which --output is too; "
+                "expected another file"
+            )
+        check_label_rule(options.label_rule)
+    for url in (options.upload, options.classes_upload):
+        if url is not None:
+            check_object_url(url)
+
+
+def _index(options: argparse.Namespace) -> None:
+    _check_index_options(options)
     open_root = functools.partial(
         open_writable_store,
         client=options.client,

@@ -40,6 +40,18 @@ def split_url(url: str) -> ObjectUrl:
     return ObjectUrl(f"{scheme}://{bucket}", key.lstrip("/"))
 
 
+def check_object_url(url: str) -> ObjectUrl:
+    """Give back the parts of an object's URL.
+
+    Raises:
+        ValueError: It names no object.
+    """
+    parts = split_url(url)
+    if not parts.key or parts.key.endswith("/"):
+        raise ValueError(f"url: got {url!r}, expected the name of an object, 's3://bucket/key'")
+    return parts
+
+
 def is_folder(source: str) -> bool:
     """Tell whether a source of samples is a folder of this machine, not a bucket."""
     return "://" not in source or source.startswith("file://")
@@ -102,9 +114,7 @@ def upload(
         ValueError: The URL names no object.
         StoreError: The store does not take it.
     """
-    target = split_url(url)
-    if not target.key or target.key.endswith("/"):
-        raise ValueError(f"url: got {url!r}, expected the name of an object, 's3://bucket/key'")
+    target = check_object_url(url)
     with contextlib.closing(open_root(target.root)) as store:
         store.put(target.key, Path(path).read_bytes())
 

@@ -32,7 +32,9 @@ _REPEATED_CODES = frozenset(
     {"InternalError", "OperationAborted", "RequestTimeout", "ServiceUnavailable", "SlowDown"}
 )
 # S3 says 400, not 403, to a token that has run out.
-_DENIED_CODES = frozenset({"ExpiredToken", "InvalidToken", "TokenRefreshRequired"})
+_DENIED_CODES = frozenset(
+    {"AuthorizationHeaderMalformed", "ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
+)
 
 
 def parse_s3_error(text: str) -> tuple[str, str]:
@@ -67,12 +69,13 @@ def error_for_status(
         )
     if status == 404:
         return KeyNotFoundError(
-            f"{where}: no such object, {said}, expected the object; check the key and the prefix"
+            f"{where}: no such object, {said}, expected the object; check the key, "
+            "and the prefix that comes before it"
         )
     if status in (401, 403, 407) or code in _DENIED_CODES:
         return AccessDeniedError(
             f"{where}: access denied, {said}, expected a right to read; check the credentials, "
-            "their expiry and the policy of the bucket"
+            "their expiry, the region and the policy of the bucket"
         )
     if status == 416:
         return ByteRangeError(

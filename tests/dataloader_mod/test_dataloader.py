@@ -28,6 +28,7 @@ from tests.dataloader_mod.conftest import is_same, read_epochs, seed_all
         ({"fetch_impl": "async"}, ValueError, "fetch_impl: got 'async', expected 'threaded'"),
         ({"num_fetch_workers": 0}, ValueError, "num_fetch_workers: got 0, expected 1 or more"),
         ({"num_fetch_workers": 2.5}, TypeError, "num_fetch_workers: got 2.5, expected None or a"),
+        ({"num_fetch_workers": 10**9}, ValueError, "got 1000000000, expected 4096 or fewer"),
         ({"num_fetch_workers": True}, TypeError, "num_fetch_workers: got True"),
         ({"batch_pool": -1}, ValueError, "batch_pool: got -1, expected 0 or more"),
         ({"num_workers": -1}, ValueError, "num_workers option should be non-negative"),
@@ -210,6 +211,15 @@ def test_an_error_keeps_its_type_and_names_the_position(stage, fetch_impl, num_w
     assert "s3://bucket/key: no such object" in shown
     assert "position 13" in shown
     assert [label for _, labels in before for label in labels.tolist()] == list(range(12))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_sample_that_raises_stop_iteration_does_not_end_the_epoch(num_workers):
+    dataset = doubles.Failing(40, "transform", 13, StopIteration())
+    loader = DataLoader(dataset, batch_size=4, num_workers=num_workers)
+
+    with pytest.raises(RuntimeError, match="position 13 of the data set raised StopIteration"):
+        list(loader)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

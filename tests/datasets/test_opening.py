@@ -395,3 +395,9 @@ def test_documented_names_are_exported() -> None:
     assert concurrent_dataloader.S3Dataset is S3Dataset
     assert concurrent_dataloader.open_dataset is open_dataset
     assert issubclass(ScratchDataset, concurrent_dataloader.StagedDataset)
+
+
+def test_a_bucket_without_a_name_is_no_folder() -> None:
+    for open_it in (lambda: S3Dataset(""), lambda: open_dataset("s3://")):
+        with pytest.raises(ValueError, match="bucket"):
+            open_it()

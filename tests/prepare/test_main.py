@@ -256,3 +256,43 @@ def test_in_a_log_progress_is_plain_lines(
     main(["index", "s3://data", "--output", str(tmp_path / "i.json"), "--suffix", ".txt", *store])
 
     assert capsys.readouterr().err == "listing s3://data: 20000 objects so far\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--classes-output", "index.json"], "--classes-output: got index.json, which --output is"),
+        (["--classes-output", "c.json", "--label-rule", "foo"], "label_rule: got 'foo', expected"),
+        (["--upload", "s3://bucket"], "url: got 's3://bucket', expected the name of an object"),
+        (["--classes-output", "."], "--classes-output: . is a folder, expected the name of a file"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_is_listed_or_written(
+    arguments: list[str],
+    message: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    status = main(["index", str(folder), "--output", "index.json", *arguments])
+
+    assert status != 0
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "index.json").exists()
+
+
+def test_a_file_that_cannot_be_written_is_named_and_not_its_temporary_twin(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / "index.json"
+
+    status = main(["index", str(folder), "--output", str(output)])
+
+    said = capsys.readouterr().err
+    assert status != 0
+    assert f"{output}" in said
+    assert "partial" not in said
