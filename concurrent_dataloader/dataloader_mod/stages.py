@@ -1,4 +1,4 @@
-"""Which part of a sample may run in the background, and which must wait for its turn."""
+"""Which part of a sample may run in the background, which early, and which in its turn only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from concurrent_dataloader.datasets.contract import StagedDataset
 
 
 class Stages(Protocol):
-    """A sample in two stages: ``fetch`` in any order and thread, ``finish`` in sampler order."""
+    """A sample in three stages: fetched in any thread, decoded in any order, finished in turn."""
 
     has_fetch_async: bool
     """Whether `fetch_async` may be awaited; else ``fetch`` runs in threads in any case."""
@@ -29,13 +29,17 @@ class Stages(Protocol):
         """Do as `fetch` does, without blocking the event loop."""
         ...
 
-    def finish(self, position: Any, fetched: Any, /) -> Any:
-        """Make the sample of what was fetched."""
+    def decode(self, position: Any, fetched: Any, /) -> Any:
+        """Do what is pure, so that it may be done before its turn, or twice."""
+        ...
+
+    def finish(self, decoded: Any, /) -> Any:
+        """Make the sample, in sampler order: it may draw random numbers."""
         ...
 
 
 class _StagedStages:
-    """A staged dataset: only its bytes are fetched in the background."""
+    """A staged dataset: its own stages."""
 
     takes_batches = False
 
@@ -43,11 +47,8 @@ class _StagedStages:
         self.fetch = dataset.fetch
         self.fetch_async = dataset.fetch_async
         self.has_fetch_async = type(dataset).fetch_async is not StagedDataset.fetch_async
-        self._decode = dataset.decode
-        self._apply_transform = dataset.apply_transform
-
-    def finish(self, position: Any, fetched: Any) -> Any:
-        return self._apply_transform(self._decode(position, fetched))
+        self.decode = dataset.decode
+        self.finish = dataset.apply_transform
 
 
 class _PlainStages:
@@ -66,8 +67,11 @@ class _PlainStages:
     def fetch_async(self, position: Any) -> Awaitable[Any]:
         return self._dataset.getitem_async(position)
 
-    def finish(self, position: Any, fetched: Any) -> Any:
+    def decode(self, position: Any, fetched: Any) -> Any:
         return fetched
+
+    def finish(self, decoded: Any) -> Any:
+        return decoded
 
 
 class _SubsetStages:
@@ -78,6 +82,7 @@ class _SubsetStages:
         self._stages = stages
         self.takes_batches = stages.takes_batches
         self.has_fetch_async = stages.has_fetch_async
+        self.finish = stages.finish
 
     def _translate(self, position: Any) -> Any:
         if isinstance(position, list):
@@ -90,8 +95,8 @@ class _SubsetStages:
     def fetch_async(self, position: Any) -> Awaitable[Any]:
         return self._stages.fetch_async(self._translate(position))
 
-    def finish(self, position: Any, fetched: Any) -> Any:
-        return self._stages.finish(self._translate(position), fetched)
+    def decode(self, position: Any, fetched: Any) -> Any:
+        return self._stages.decode(self._translate(position), fetched)
 
 
 class _ConcatStages:
@@ -122,9 +127,13 @@ class _ConcatStages:
         part, position = self._translate(position)
         return part.fetch_async(position)
 
-    def finish(self, position: Any, fetched: Any) -> Any:
+    def decode(self, position: Any, fetched: Any) -> tuple[Stages, Any]:
         part, position = self._translate(position)
-        return part.finish(position, fetched)
+        return part, part.decode(position, fetched)
+
+    def finish(self, decoded: tuple[Stages, Any]) -> Any:
+        part, own = decoded
+        return part.finish(own)
 
 
 def find_stages(dataset: Any, auto_collation: bool = True) -> Stages:

@@ -109,12 +109,19 @@ class FetchedDataset:
     def _finish(self, batch: Batch) -> list[Any]:
         self.begin(batch)
         assert batch.futures is not None
+        futures, early = batch.futures, dict[int, Any]()
         finished: list[Any] = []
         try:
-            for position in batch.units:
-                future = batch.futures.popleft()  # not kept: its bytes would be kept with it
+            for number, position in enumerate(batch.units):
+                if not futures[0].done():
+                    self._decode_early(batch, number, early)
+                future = futures.popleft()  # not kept: its bytes would be kept with it
                 try:
-                    finished.append(self._stages.finish(position, self._wait(future)))
+                    if number in early:
+                        decoded = early.pop(number)
+                    else:
+                        decoded = self._stages.decode(position, self._wait(future))
+                    finished.append(self._stages.finish(decoded))
                 except StopIteration as error:
                     # In a loop over batches this would mean that they have come to their end.
                     raise RuntimeError(
@@ -127,9 +134,27 @@ class FetchedDataset:
             batch.cancel()
         return finished
 
-    def _wait(self, future: Future[Any]) -> Any:
-        if not future.done():
+    def _decode_early(self, batch: Batch, number: int, early: dict[int, Any]) -> None:
+        """Decode later samples of the batch as they come, until the next in turn has come."""
+        futures = batch.futures
+        assert futures is not None
+        while not futures[0].done() and not self._is_over():
             self.refill()
+            pending = [futures[0]]
+            for ahead in range(1, len(futures)):
+                future = futures[ahead]
+                if not future.done():
+                    pending.append(future)
+                elif number + ahead not in early and future.exception() is None:
+                    # What it raises, it raises again in its turn.
+                    with contextlib.suppress(Exception):
+                        position = batch.units[number + ahead]
+                        early[number + ahead] = self._stages.decode(position, future.result())
+                    if futures[0].done():
+                        return
+            concurrent.futures.wait(pending, _CHECK_INTERVAL_S, concurrent.futures.FIRST_COMPLETED)
+
+    def _wait(self, future: Future[Any]) -> Any:
         while True:
             # A deadline of the store's ends each fetch; this ends the wait when nobody waits for
             # it.

@@ -1,6 +1,7 @@
 """What users meet: arguments, errors, shutdown, and torch's loader beside ours."""
 
 import gc
+import operator
 import os
 import pickle
 import re
@@ -323,9 +324,11 @@ def test_nothing_is_left_of_a_loader(fetch_impl, is_persistent):
     del loader, _batch
     gc.collect()
 
-    after = (process.num_fds(), threading.active_count(), count_of_shared_memory())
+    def counts():
+        return process.num_fds(), threading.active_count(), count_of_shared_memory()
+
     assert children() == processes
-    assert after == before
+    wait_until(lambda: all(map(operator.le, counts(), before)))
 
 
 ORPHAN_SCRIPT = """
@@ -453,7 +456,8 @@ def test_closing_ends_everything_at_once_and_iterating_begins_anew(fetch_impl, n
         loader.close()
 
         assert children() == before
-        assert threading.active_count() <= num_threads
+        # torch's queues end their threads without waiting for them.
+        wait_until(lambda: threading.active_count() <= num_threads)
         assert torch.equal(images, kept)
         with pytest.raises(RuntimeError, match="the loader was closed"):
             next(iterator)
@@ -471,3 +475,35 @@ def test_a_loader_can_be_pickled():
 
     assert again.batch_pool == 1
     assert [labels.tolist() for _, labels in again] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+class WaitsForDecode(doubles.StagedSquares):
+    """Gives its first sample only when its last one has been decoded; notes what is transformed."""
+
+    def __init__(self):
+        super().__init__(8)
+        self.decoded_last = threading.Event()
+        self.transformed = []
+
+    def fetch(self, position):
+        if position == 0:
+            assert self.decoded_last.wait(20)
+        return super().fetch(position)
+
+    def decode(self, position, raw):
+        if position == 7:
+            self.decoded_last.set()
+        return super().decode(position, raw)
+
+    def apply_transform(self, decoded):
+        self.transformed.append(decoded)
+        return super().apply_transform(decoded)
+
+
+def test_samples_that_have_come_are_decoded_while_an_earlier_one_has_not():
+    dataset = WaitsForDecode()
+
+    [(_, labels)] = DataLoader(dataset, batch_size=8)
+
+    assert labels.tolist() == list(range(8))
+    assert dataset.transformed == list(range(8))
