@@ -99,7 +99,8 @@ class ThreadedFetcher:
         for _ in self._threads:
             self._waiting.put(None)
         for thread in self._threads:
-            thread.join(timeout=_CLOSE_TIMEOUT_S / len(self._threads))
+            if thread is not threading.current_thread():  # where the garbage collector may run
+                thread.join(timeout=_CLOSE_TIMEOUT_S / len(self._threads))
 
 
 class AsyncioFetcher:
@@ -180,7 +181,8 @@ class AsyncioFetcher:
             self._loop.close()
             return
         asyncio.run_coroutine_threadsafe(self._cancel_all(), self._loop)
-        self._thread.join(timeout=_CLOSE_TIMEOUT_S)
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=_CLOSE_TIMEOUT_S)
 
     async def _cancel_all(self) -> None:
         while self._waiting:

@@ -144,11 +144,25 @@ class _Slot(Generic[T]):
 class PerProcess(Generic[T]):
     """A value for each process, opened at first use and closed with its owner."""
 
-    def __init__(self, open_value: Callable[[], T], close_value: Callable[[T], None]) -> None:
-        """Remember how to open and close; neither may refer to the owner, else it stays."""
+    def __init__(
+        self,
+        open_value: Callable[[], T],
+        close_value: Callable[[T], None],
+        drop_value: Callable[[T], None] | None = None,
+    ) -> None:
+        """Remember how to open and close; none may refer to the owner, else it stays.
+
+        Args:
+            open_value: Makes the value.
+            close_value: Ends it; may wait.
+            drop_value: Ends it when its owner was forgotten; must not wait, since the garbage
+                collector calls it in any thread, whatever locks that holds. None: ``close_value``.
+        """
         self._open_value = open_value
         self._slot: _Slot[T] = _Slot()
-        self._finalizer = weakref.finalize(self, _close_slot, self._slot, close_value)
+        self._finalizer = weakref.finalize(
+            self, _end_slot, self._slot, close_value if drop_value is None else drop_value
+        )
         self._close_value = close_value
 
     def get(self) -> T:
@@ -167,12 +181,15 @@ class PerProcess(Generic[T]):
 
     def close(self) -> None:
         """Close this process's value, if it was opened."""
-        _close_slot(self._slot, self._close_value)
+        with _opening:
+            taken: _Slot[T] = _Slot()
+            taken.opened, self._slot.opened = self._slot.opened, None
+        _end_slot(taken, self._close_value)
 
 
-def _close_slot(slot: _Slot[T], close_value: Callable[[T], None]) -> None:
-    with _opening:
-        opened, slot.opened = slot.opened, None
+def _end_slot(slot: _Slot[T], close_value: Callable[[T], None]) -> None:
+    # Without the lock: as a finaliser this may run in a thread that the lock's holder waits for.
+    opened, slot.opened = slot.opened, None
     if opened is None:
         return
     if opened[0] != os.getpid():
@@ -238,7 +255,7 @@ class AwaitingStore(ValueObject, abc.ABC):
     """A store whose client awaits; an event loop in a thread of its own makes it block."""
 
     def __init__(self) -> None:
-        self._loop_thread = PerProcess(LoopThread, LoopThread.stop)
+        self._loop_thread = PerProcess(LoopThread, LoopThread.stop, LoopThread.begin_to_stop)
 
     @abc.abstractmethod
     async def get_async(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
@@ -288,10 +305,14 @@ class LoopThread:
 
     def stop(self) -> None:
         """Cancel what runs, close what the loop's clients hold, and end the thread."""
-        with contextlib.suppress(RuntimeError):  # closed already
-            self.loop.call_soon_threadsafe(self.loop.stop)
+        self.begin_to_stop()
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=5)
+
+    def begin_to_stop(self) -> None:
+        """Do as `stop` does, without waiting for it."""
+        with contextlib.suppress(RuntimeError):  # closed already
+            self.loop.call_soon_threadsafe(self.loop.stop)
 
 
 class PerLoop(Generic[T]):
