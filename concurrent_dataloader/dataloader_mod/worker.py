@@ -156,8 +156,7 @@ class FetchedDataset:
 
     def _wait(self, future: Future[Any]) -> Any:
         while True:
-            # A deadline of the store's ends each fetch; this ends the wait when nobody waits for
-            # it.
+            # A deadline of the store's ends each fetch; this ends the wait if nobody wants it.
             with contextlib.suppress(concurrent.futures.TimeoutError):
                 return future.result(timeout=None if future.done() else _CHECK_INTERVAL_S)
             if future.done():
