@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import signal
 
 PLUGIN = "concurrent_dataloader.testing.pytest_plugin"
 
@@ -15,3 +16,7 @@ def _is_installed() -> bool:
 # pytest takes a plugin that is named twice for two, with two names; hence only where it must be
 # named.
 pytest_plugins = [] if _is_installed() else [PLUGIN]
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell ignores Ctrl-C for what it starts in the background, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
