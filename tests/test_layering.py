@@ -12,7 +12,7 @@ import concurrent_dataloader
 
 PACKAGE = Path(concurrent_dataloader.__file__).parent
 LAYERS = [
-    {"errors", "ranges"},
+    {"errors", "ranges", "threads"},
     {"files", "packed"},
     {"stores", "formats", "index", "labels"},
     {"datasets"},

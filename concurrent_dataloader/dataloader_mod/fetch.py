@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import collections
 import concurrent.futures
-import queue
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
+
+from concurrent_dataloader.threads import DaemonThreads
 
 _CLOSE_TIMEOUT_S = 1.0
 """How long `Fetcher.close` waits for what is under way; what hangs is left to the process's end."""
@@ -38,41 +39,13 @@ class ThreadedFetcher:
 
     def __init__(self, fetch: Callable[[Any], Any], num_fetch_workers: int) -> None:
         self._fetch = fetch
-        self._num_fetch_workers = num_fetch_workers
-        self._waiting: queue.SimpleQueue[tuple[Any, Future[Any]] | None] = queue.SimpleQueue()
-        # Touched by the submitting thread only.
-        self._threads: list[threading.Thread] = []
-        self._closed = False
-        # Samples submitted and not yet done; guarded by `_lock`.
-        self._num_outstanding = 0
-        self._lock = threading.Lock()
+        self._threads = DaemonThreads(num_fetch_workers, "fetch")
 
     def submit(self, position: Any) -> Future[Any]:
         """Begin a sample in a free thread, or in a new one while there are fewer than allowed."""
-        if self._closed:
-            raise RuntimeError("submit: the fetcher is closed")
         future: Future[Any] = Future()
-        with self._lock:
-            self._num_outstanding += 1
-            is_short_of_threads = self._num_outstanding > len(self._threads)
-        self._waiting.put((position, future))
-        if is_short_of_threads and len(self._threads) < self._num_fetch_workers:
-            thread = threading.Thread(
-                target=self._run, name=f"fetch-{len(self._threads)}", daemon=True
-            )
-            self._threads.append(thread)
-            thread.start()
+        self._threads.submit(self._fetch_one, position, future)
         return future
-
-    def _run(self) -> None:
-        while True:
-            work = self._waiting.get()
-            if work is None:
-                return
-            self._fetch_one(*work)
-            del work  # or the thread would hold on to a sample until the next one comes
-            with self._lock:
-                self._num_outstanding -= 1
 
     def _fetch_one(self, position: Any, future: Future[Any]) -> None:
         if not future.set_running_or_notify_cancel():
@@ -86,21 +59,8 @@ class ThreadedFetcher:
 
     def close(self) -> None:
         """Cancel what waits, end the threads."""
-        if self._closed:
-            return
-        self._closed = True
-        while True:
-            try:
-                work = self._waiting.get_nowait()
-            except queue.Empty:
-                break
-            if work is not None:
-                work[1].cancel()
-        for _ in self._threads:
-            self._waiting.put(None)
-        for thread in self._threads:
-            if thread is not threading.current_thread():  # where the garbage collector may run
-                thread.join(timeout=_CLOSE_TIMEOUT_S / len(self._threads))
+        for _, (_, future) in self._threads.stop(_CLOSE_TIMEOUT_S):
+            future.cancel()
 
 
 class AsyncioFetcher:

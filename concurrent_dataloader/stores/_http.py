@@ -208,6 +208,7 @@ class _Connections:
             Origin, collections.deque[http.client.HTTPConnection]
         ] = collections.defaultdict(collections.deque)
         self._tls: ssl.SSLContext | None = None
+        self._is_closed = False
 
     def take(self, origin: Origin) -> http.client.HTTPConnection:
         """Give an idle connection that still stands, the one used last, or a new one."""
@@ -222,12 +223,15 @@ class _Connections:
             connection.close()
 
     def put_back(self, origin: Origin, connection: http.client.HTTPConnection) -> None:
-        """Keep a connection for the next request."""
+        """Keep a connection for the next request, unless the pool was closed meanwhile."""
         self._idle[origin].append(connection)
+        if self._is_closed:  # looked at after appending: either this or `close` finds it
+            self.close()
 
     def close(self) -> None:
-        """Close the idle ones; those in use are closed by who uses them, or with the pool."""
-        for idle in self._idle.values():
+        """Close the idle ones; one in use is closed when it is put back."""
+        self._is_closed = True
+        for idle in list(self._idle.values()):
             while idle:
                 idle.pop().close()
 

@@ -41,7 +41,7 @@ from concurrent_dataloader.stores._answers import (
 )
 from concurrent_dataloader.stores._http import HttpStore
 from concurrent_dataloader.stores.address import ClientOptions, S3Address, check_byte_range
-from concurrent_dataloader.stores.base import ObjectInfo, PerProcess, ValueObject
+from concurrent_dataloader.stores.base import BlockingStore, ObjectInfo, PerProcess
 from concurrent_dataloader.stores.credentials import CredentialsChain, CredentialsSource
 
 if TYPE_CHECKING:
@@ -71,10 +71,15 @@ def is_usable(fork_safe: bool) -> bool:
     return not (fork_safe and multiprocessing.parent_process() is None)
 
 
-class ObstoreStore(ValueObject):
-    """Reads by obstore where that is safe, and by the standard library where it is not."""
+class ObstoreStore(BlockingStore):
+    """Reads by obstore where that is safe, and by the standard library where it is not.
+
+    Awaited reads are blocking ones in threads. obstore's own awaitables wake the loop twice for an
+    object, for its headers and for its body, and cost 0.38 ms of CPU each, threads 0.27 ms.
+    """
 
     def __init__(self, address: S3Address, options: ClientOptions, fork_safe: bool = True) -> None:
+        super().__init__(options.max_connections)
         self._address = address
         self._options = options
         self._fork_safe = fork_safe
@@ -93,11 +98,14 @@ class ObstoreStore(ValueObject):
         """Ask for an object's size; rare, so always by the standard library's client."""
         return self._plain.head(key)
 
+    @override
     def close(self) -> None:
         """Give back what this process has opened."""
+        super().close()
         self._client.close()
         self._plain.close()
 
+    @override
     def get(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
         """Read as `Store.get` says."""
         client = self._client.get()
@@ -112,24 +120,6 @@ class ObstoreStore(ValueObject):
             else:
                 result = obstore.get(client, object_key, options={"range": byte_range})
             body = result.buffer()
-        except (BaseError, OSError) as error:
-            raise self._translate(error, key) from error
-        return self._check(key, byte_range, result, body)
-
-    async def get_async(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
-        """Read as `get` does, without blocking the event loop."""
-        client = self._client.get()
-        if client is None or _ODD_KEY.search(key):
-            return await self._plain.get_async(key, byte_range)
-        object_key = self._address.object_key(key)
-        try:
-            if byte_range is None:
-                result = await obstore.get_async(client, object_key)
-            elif check_byte_range(byte_range) == 0:
-                return b""
-            else:
-                result = await obstore.get_async(client, object_key, options={"range": byte_range})
-            body = await result.buffer_async()
         except (BaseError, OSError) as error:
             raise self._translate(error, key) from error
         return self._check(key, byte_range, result, body)

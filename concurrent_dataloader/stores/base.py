@@ -15,13 +15,13 @@ import os
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
 from typing_extensions import Buffer, override
 
 from concurrent_dataloader.ranges import ByteRange
+from concurrent_dataloader.stores._threads import AwaitableThreads
 
 T = TypeVar("T")
 
@@ -229,8 +229,7 @@ class BlockingStore(ValueObject, abc.ABC):
 
     def __init__(self, max_connections: int) -> None:
         self._threads = PerProcess(
-            partial(ThreadPoolExecutor, max_connections, thread_name_prefix="store"),
-            _stop_threads,
+            partial(AwaitableThreads, max_connections), AwaitableThreads.stop
         )
 
     @abc.abstractmethod
@@ -239,16 +238,11 @@ class BlockingStore(ValueObject, abc.ABC):
 
     async def get_async(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
         """Read as `get` does, in a thread. Cancelled, the thread goes on until its time is up."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads.get(), self.get, key, byte_range)
+        return await self._threads.get().run(self.get, key, byte_range)
 
     def close(self) -> None:
         """Give back what this process has opened."""
         self._threads.close()
-
-
-def _stop_threads(threads: ThreadPoolExecutor) -> None:
-    threads.shutdown(wait=False, cancel_futures=True)
 
 
 class AwaitingStore(ValueObject, abc.ABC):

@@ -136,7 +136,7 @@ class TestThreadedFetcher(FetcherContract):
             gate.event(position).set()
             fetcher.submit(position).result(timeout=20)
 
-        assert len(fetcher._threads) <= 2
+        assert len(fetcher._threads._threads) <= 2
 
 
 class TestAsyncioFetcher(FetcherContract):

@@ -25,6 +25,8 @@ from concurrent_dataloader.errors import (
 )
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.stores import RetryPolicy, Store, open_store, open_writable_store
+from concurrent_dataloader.stores._http import HttpStore
+from concurrent_dataloader.stores.address import ClientOptions, HttpAddress
 from tests.stores.contract import OBJECTS, SizedStoreContract
 from tests.stores.test_local import write_objects
 
@@ -267,6 +269,27 @@ def test_a_server_that_closes_idle_connections_costs_no_error(serve: Serve) -> N
         assert bytes(store.get("ten")) == b"0123456789"
         threading.Event().wait(0.15)  # the server's patience is the thing under test
     store.close()
+
+
+def test_a_read_under_way_while_the_store_is_closed_leaves_no_connection(serve: Serve) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    class Slow(RangeHandler):
+        def do_GET(self) -> None:
+            began.set()
+            go_on.wait(10)
+            super().do_GET()
+
+    store = HttpStore(HttpAddress(base_url=f"{serve(Slow)}/files"), ClientOptions())
+    connections = store._connections.get()
+    reading = threading.Thread(target=store.get, args=("ten",))
+    reading.start()
+    assert began.wait(10)
+    store.close()
+    go_on.set()
+    reading.join(10)
+
+    assert not any(connections._idle.values())
 
 
 def test_a_web_server_cannot_be_written(serve: Serve) -> None:

@@ -1,0 +1,87 @@
+"""Daemon threads that are started as they are needed."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+Work = tuple[Callable[..., None], tuple[Any, ...]]
+
+
+class DaemonThreads:
+    """Runs calls in at most ``max_threads`` threads, first come first served.
+
+    Leaner than `concurrent.futures.ThreadPoolExecutor`, which adds a future and two semaphores to
+    each call, and whose threads keep a process from exiting as long as one hangs in a client.
+    """
+
+    def __init__(self, max_threads: int, name: str) -> None:
+        self._max_threads = max_threads
+        self._name = name
+        self._waiting: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        # Guarded by `_lock`: threads, and calls that were submitted and have not ended.
+        self._threads: list[threading.Thread] = []
+        self._num_outstanding = 0
+        self._lock = threading.Lock()
+        self._is_stopped = False
+
+    def submit(self, call: Callable[..., None], *arguments: Any) -> None:
+        """Run a call, which must not raise, in a free thread, or in a new one while there may be.
+
+        Raises:
+            RuntimeError: The threads were stopped; if just now, the call may be among those that
+                `stop` gave back.
+        """
+        self._check_open()
+        with self._lock:
+            self._num_outstanding += 1
+            num_threads = len(self._threads)
+            if num_threads < min(self._num_outstanding, self._max_threads):
+                thread = threading.Thread(
+                    target=self._run, name=f"{self._name}-{num_threads}", daemon=True
+                )
+                self._threads.append(thread)
+                thread.start()
+        self._waiting.put((call, arguments))
+        self._check_open()
+
+    def _check_open(self) -> None:
+        if self._is_stopped:
+            raise RuntimeError(f"submit: the {self._name} threads are closed")
+
+    def _run(self) -> None:
+        while True:
+            work = self._waiting.get()
+            if work is None:
+                self._waiting.put(None)  # for the next thread
+                return
+            call, arguments = work
+            call(*arguments)
+            del work, call, arguments  # or they would be held until the next call comes
+            with self._lock:
+                self._num_outstanding -= 1
+
+    def stop(self, timeout_s: float = 0.0) -> list[Work]:
+        """End the threads, and give back the calls that had not begun. May be called twice.
+
+        Args:
+            timeout_s: How long to wait for what is under way; what hangs goes on by itself.
+        """
+        # Without the lock: a finaliser may run in a thread that the lock's holder waits for.
+        if self._is_stopped:
+            return []
+        self._is_stopped = True
+        left: list[Work] = []
+        with contextlib.suppress(queue.Empty):
+            while work := self._waiting.get_nowait():
+                left.append(work)
+        self._waiting.put(None)
+        if timeout_s > 0:
+            threads = list(self._threads)
+            for thread in threads:
+                if thread is not threading.current_thread():  # where the garbage collector may run
+                    thread.join(timeout=timeout_s / len(threads))
+        return left

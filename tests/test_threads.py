@@ -1,0 +1,93 @@
+"""Daemon threads: as many as are needed, none after the end."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from typing import Any
+
+import pytest
+
+from concurrent_dataloader.threads import DaemonThreads
+
+
+def test_calls_that_follow_each_other_share_one_thread() -> None:
+    threads = DaemonThreads(8, "t")
+    names: list[str] = []
+    for _ in range(5):
+        done = threading.Event()
+        threads.submit(lambda: names.append(threading.current_thread().name))
+        threads.submit(done.set)
+        assert done.wait(10)
+    threads.stop(5)
+
+    assert set(names) <= {"t-0", "t-1"}
+
+
+def test_no_more_calls_run_at_once_than_there_may_be_threads() -> None:
+    threads = DaemonThreads(3, "t")
+    lock, running, most, done = threading.Lock(), [0], [0], threading.Semaphore(0)
+
+    def call() -> None:
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        threading.Event().wait(0.005)
+        with lock:
+            running[0] -= 1
+        done.release()
+
+    for _ in range(30):
+        threads.submit(call)
+    for _ in range(30):
+        assert done.acquire(timeout=10)
+    threads.stop(5)
+
+    assert most[0] == 3
+
+
+def test_stop_gives_back_what_had_not_begun_and_ends_every_thread() -> None:
+    threads = DaemonThreads(2, "ending")
+    begun, go, ran = threading.Semaphore(0), threading.Event(), list[int]()
+
+    def hold() -> None:
+        begun.release()
+        go.wait(10)
+
+    threads.submit(hold)
+    threads.submit(hold)
+    assert begun.acquire(timeout=10)
+    assert begun.acquire(timeout=10)
+    for number in range(5):
+        threads.submit(ran.append, number)
+    left = threads.stop()
+    go.set()
+
+    assert [arguments for _, arguments in left] == [(number,) for number in range(5)]
+    assert threads.stop(5) == []
+    for thread in threading.enumerate():
+        if thread.name.startswith("ending-"):
+            thread.join(10)
+            assert not thread.is_alive()
+    assert ran == []
+    with pytest.raises(RuntimeError, match="closed"):
+        threads.submit(ran.append, 9)
+
+
+def test_a_thread_that_waits_holds_nothing_of_its_last_call() -> None:
+    class Body:
+        pass
+
+    threads = DaemonThreads(1, "t")
+    body: Any = Body()
+    gone = weakref.ref(body)
+    done = threading.Event()
+    threads.submit(lambda held: None, body)
+    threads.submit(done.set)
+    assert done.wait(10)
+    del body
+    gc.collect()
+
+    assert gone() is None
+    threads.stop(5)
