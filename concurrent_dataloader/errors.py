@@ -11,6 +11,7 @@ LoaderError
 │       ├── DeadlineError (TimeoutError)            no answer in the time that was allowed
 │       └── BodyMismatchError                       a body that is short, empty or another object's
 ├── IndexFormatError (ValueError)           an index file that is not one
+├── ShardFormatError (ValueError)           a shard that is not what its format says
 ├── ClassesFormatError (ValueError)         a classes file that is not one
 ├── UnknownClassError (LookupError)         a sample whose class the classes file does not hold
 ├── SampleDecodeError (ValueError)          bytes that are no image
@@ -62,6 +63,10 @@ class BodyMismatchError(StoreUnavailableError):
 
 class IndexFormatError(LoaderError, ValueError):
     """A file that was to be an index is none."""
+
+
+class ShardFormatError(LoaderError, ValueError):
+    """A shard, or a record in it, that is not what its format says."""
 
 
 class ClassesFormatError(LoaderError, ValueError):

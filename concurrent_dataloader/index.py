@@ -269,17 +269,8 @@ class Index:
         Raises:
             ValueError: ``n`` is less than 1, or the seed is out of range.
         """
-        if n is not None and n < 1:
-            raise ValueError(f"limit: got {n}, expected 1 or more, or None for all")
-        if sample_seed is not None and not 0 <= sample_seed < 2**32:
-            raise ValueError(f"sample_seed: got {sample_seed}, expected 0 to {2**32 - 1}")
-        if n is None or n >= len(self):
-            return self
-        if sample_seed is None:
-            return self.select(np.arange(n))
-        # numpy's older generator, because its stream is promised never to change.
-        chosen = np.random.RandomState(sample_seed).permutation(len(self))[:n]
-        return self.select(np.sort(chosen))
+        chosen = choose_positions(len(self), n, sample_seed)
+        return self if chosen is None else self.select(chosen)
 
     # -- writing it
 
@@ -365,6 +356,26 @@ class Index:
             chunk = list(self._decode(first, min(first + _CHUNK_KEYS, len(self))))
             yield (b"," if first else b"") + orjson.dumps(chunk)[1:-1]
         yield b"]\n"
+
+
+def choose_positions(
+    count: int, n: int | None, sample_seed: int | None
+) -> NDArray[np.int64] | None:
+    """Choose which of ``count`` samples a limit of ``n`` keeps; None: all of them.
+
+    Raises:
+        ValueError: As in `Index.limit`.
+    """
+    if n is not None and n < 1:
+        raise ValueError(f"limit: got {n}, expected 1 or more, or None for all")
+    if sample_seed is not None and not 0 <= sample_seed < 2**32:
+        raise ValueError(f"sample_seed: got {sample_seed}, expected 0 to {2**32 - 1}")
+    if n is None or n >= count:
+        return None
+    if sample_seed is None:
+        return np.arange(n)
+    # numpy's older generator, because its stream is promised never to change.
+    return np.sort(np.random.RandomState(sample_seed).permutation(count)[:n])
 
 
 def packed_path(json_path: str | os.PathLike[str]) -> Path:

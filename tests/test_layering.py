@@ -15,6 +15,7 @@ LAYERS = [
     {"errors", "ranges", "threads"},
     {"files", "packed"},
     {"stores", "formats", "index", "labels"},
+    {"shard_index"},
     {"datasets"},
     {"dataloader_mod", "prepare"},
 ]

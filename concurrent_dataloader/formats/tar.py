@@ -1,0 +1,429 @@
+"""Samples in a tar file, in the layout of WebDataset: where they lie, read and written.
+
+The members of a sample stand side by side and share a key: the name up to the first dot after the
+last slash. What follows the dot, in lower case, is the field. So ``n01440764/10026.JPEG`` and
+``n01440764/10026.cls`` are the fields ``jpeg`` and ``cls`` of the sample ``n01440764/10026``.
+
+Headers are POSIX.1-2001 (pax) and its predecessors: ustar, GNU's long names, sizes in base 256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar, cast
+
+from typing_extensions import Buffer
+
+from concurrent_dataloader.errors import ShardFormatError
+from concurrent_dataloader.ranges import ByteRange
+
+BLOCK_BYTES = 512
+END_OF_ARCHIVE = bytes(2 * BLOCK_BYTES)
+
+_ZEROS = bytes(BLOCK_BYTES)
+# Extended headers hold names; one that is longer is damage, and would be read into memory.
+_MAX_EXTENDED_BYTES = 1 << 20
+_SKIP_BYTES = 1 << 20
+_PAX = (b"x", b"X", b"g")
+_LONG_NAME, _LONG_LINK, _SPARSE = b"L", b"K", b"S"
+
+
+T = TypeVar("T")
+
+
+class Member(NamedTuple):
+    """A regular file in a tar."""
+
+    name: str
+    start: int
+    """Offset of its first header, in bytes."""
+
+    data: ByteRange
+    """Its content, without padding."""
+
+    @property
+    def stop(self) -> int:
+        """Offset of what follows its padding."""
+        return self.data.stop + -self.data.stop % BLOCK_BYTES
+
+
+class SampleMembers(NamedTuple):
+    """Where a sample lies."""
+
+    key: str
+    members: dict[str, Member]
+    """By field, in the order of the tar."""
+
+    @property
+    def extent(self) -> ByteRange:
+        """From its first header to the end of its last padding: a piece of a tar by itself."""
+        members = list(self.members.values())
+        return ByteRange(members[0].start, members[-1].stop)
+
+
+class Sample(NamedTuple):
+    """A sample with its bytes."""
+
+    key: str
+    fields: dict[str, bytes]
+    """By field, in the order of the tar."""
+
+    extent: ByteRange
+    """As of `SampleMembers`."""
+
+
+class Readable(Protocol):
+    """What is read front to back."""
+
+    def read(self, size: int, /) -> bytes:
+        """Read ``size`` bytes, or fewer at the end only."""
+        ...
+
+
+class Writable(Protocol):
+    """What is written front to back."""
+
+    def write(self, piece: Buffer, /) -> Any:
+        """Write all of ``piece``."""
+        ...
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Part a member's name into key and field.
+
+    Returns:
+        ``("a/b.c/d", "tar.gz")`` for ``"a/b.c/d.TAR.gz"``; None for what belongs to no sample: a
+        name without a field or a key, or one like ``__this__``.
+    """
+    folder, slash, base = name.rpartition("/")
+    stem, dot, field = base.partition(".")
+    if not dot or not stem or not field or (base.startswith("__") and base.endswith("__")):
+        return None
+    return f"{folder}{slash}{stem}", field.lower()
+
+
+def read_members(file: Readable, where: str, *, offset: int = 0) -> Iterator[Member]:
+    """Yield the regular files of a tar, in order; read front to back, skipping over contents.
+
+    Directories and links are left out. Where ``file`` can seek, contents are not read.
+
+    Args:
+        file: The tar, at its begin, or at the header of any member.
+        where: What errors call it, such as its URL.
+        offset: Where in the tar ``file`` stands; added to all offsets.
+
+    Raises:
+        ShardFormatError: The tar is cut short, a header is damaged, or a member is sparse.
+    """
+    source = _Source(file, where, offset)
+    for member in _read_headers(source):
+        yield member
+        source.skip_to(member.stop)
+
+
+def read_samples(file: Readable, where: str, *, offset: int = 0) -> Iterator[Sample]:
+    """Yield the samples of a tar with all their bytes, in order, read front to back.
+
+    Args:
+        file: As in `read_members`.
+        where: As in `read_members`.
+        offset: As in `read_members`.
+
+    Raises:
+        ShardFormatError: As in `read_members`; or a sample has a field twice.
+    """
+    source = _Source(file, where, offset)
+
+    def read_contents() -> Iterator[tuple[Member, bytes]]:
+        for member in _read_headers(source):
+            content = source.read(member.data.stop - member.data.start)
+            source.skip_to(member.stop)
+            yield member, content
+
+    for key, fields in _group(read_contents(), where):
+        members = {field: member for field, (member, _) in fields.items()}
+        contents = {field: content for field, (_, content) in fields.items()}
+        yield Sample(key, contents, SampleMembers(key, members).extent)
+
+
+def parse_sample(raw: Buffer, where: str) -> Sample:
+    """Read the one sample of which ``raw`` is the extent.
+
+    Raises:
+        ShardFormatError: It is not one whole sample.
+    """
+    body = bytes(raw) + END_OF_ARCHIVE
+    samples = list(read_samples(io.BytesIO(body), where))
+    if len(samples) != 1:
+        raise ShardFormatError(
+            f"{where}: got {len(samples)} samples, expected one; the index does not belong to it"
+        )
+    return samples[0]
+
+
+def group_members(members: Iterable[Member], where: str) -> Iterator[SampleMembers]:
+    """Put members that stand side by side and share a key together; leave out what has no key.
+
+    A key that comes back after another one is another sample: whether that may be is for the
+    caller to say.
+
+    Raises:
+        ShardFormatError: A sample has a field twice.
+    """
+    for key, fields in _group(((member, None) for member in members), where):
+        yield SampleMembers(key, {field: member for field, (member, _) in fields.items()})
+
+
+def check_name(name: str) -> str:
+    """Give back a member's name that stays below the folder it is extracted to.
+
+    Raises:
+        ShardFormatError: It is absolute, or leads out of the folder.
+    """
+    if name.startswith("/") or "\0" in name or ".." in name.split("/"):
+        raise ShardFormatError(
+            f"{name!r}: an unsafe member name, expected one below the folder it lies in"
+        )
+    return name
+
+
+class TarWriter:
+    """Writes samples; the same samples in the same order give the same bytes, on any machine.
+
+    Owner, time and rights are the same for all members. Names that ustar cannot hold, and members
+    of 8 GiB and more, get pax headers.
+    """
+
+    def __init__(self, file: Writable) -> None:
+        """Begin a tar.
+
+        Args:
+            file: Written to front to back; stays the caller's to close.
+        """
+        self._file = file
+        self._md5 = hashlib.md5(usedforsecurity=False)
+        self.size_bytes = 0
+        """Bytes written so far."""
+
+    def write(self, key: str, fields: Mapping[str, Buffer]) -> SampleMembers:
+        """Write a sample, its fields in the order of their names.
+
+        Args:
+            key: Name without field; no dot after its last slash, since that would begin the field.
+            fields: Content by field.
+
+        Returns:
+            Where it lies in the tar.
+
+        Raises:
+            ValueError: The key, or a field, would be read back as another, or there is no field.
+        """
+        if not fields:
+            raise ValueError(f"{key!r}: got no field, expected at least one")
+        members: dict[str, Member] = {}
+        for field, content in sorted(fields.items()):
+            name = f"{key}.{field}"
+            if split_name(name) != (key, field):
+                raise ValueError(
+                    f"{name!r}: would be read as {split_name(name)}, expected key {key!r} and field"
+                    f" {field!r}; no dot in the last part of a key, no upper case in a field"
+                )
+            members[field] = self._write_member(name, content)
+        return SampleMembers(key, members)
+
+    def _write_member(self, name: str, content: Buffer) -> Member:
+        data = memoryview(content).cast("B")
+        start = self.size_bytes
+        header = encode_header(name, data.nbytes)
+        self._put(header)
+        self._put(data)
+        self._put(_ZEROS[: -data.nbytes % BLOCK_BYTES])
+        data_start = start + len(header)
+        return Member(name, start, ByteRange(data_start, data_start + data.nbytes))
+
+    def close(self) -> str:
+        """Write the end of the archive, and give the MD5 of all that was written, in hex."""
+        self._put(END_OF_ARCHIVE)
+        return self._md5.hexdigest()
+
+    def _put(self, piece: Buffer) -> None:
+        self._file.write(piece)
+        self._md5.update(piece)
+        self.size_bytes += memoryview(piece).nbytes
+
+
+def encode_header(name: str, size_bytes: int) -> bytes:
+    """Make the header of a regular file, the same on any machine."""
+    info = tarfile.TarInfo(name)
+    info.size = size_bytes
+    info.mode = 0o644
+    return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+
+
+def count_sample_bytes(key: str, fields: Mapping[str, Buffer]) -> int:
+    """Tell how much of a tar a sample takes, headers and padding included."""
+    total = 0
+    for field, content in fields.items():
+        size = memoryview(content).nbytes
+        total += len(encode_header(f"{key}.{field}", size)) + size + -size % BLOCK_BYTES
+    return total
+
+
+# -- reading
+
+
+class _Source:
+    """A tar being read, and how far."""
+
+    def __init__(self, file: Readable, where: str, offset: int) -> None:
+        self._file = file
+        self.where = where
+        self.offset = offset
+        seekable = getattr(file, "seekable", None)
+        self._end: int | None = None
+        if seekable is not None and seekable():
+            self._seek: Callable[[int, int], int] = cast(BinaryIO, file).seek
+            here = self._seek(0, 1)
+            self._end = self._seek(0, 2)
+            self._seek(here, 0)
+            self._shift = here - offset
+
+    def read_some(self, size: int) -> bytes:
+        """Read ``size`` bytes, or fewer where the tar ends."""
+        pieces: list[bytes] = []
+        left = size
+        while left and (piece := self._file.read(left)):
+            pieces.append(piece)
+            left -= len(piece)
+        self.offset += size - left
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def read(self, size: int) -> bytes:
+        begin = self.offset
+        piece = self.read_some(size)
+        if len(piece) < size:
+            raise self.damage(
+                f"cut short: got {len(piece)} bytes at offset {begin}, expected {size}"
+            )
+        return piece
+
+    def skip_to(self, offset: int) -> None:
+        if self._end is not None:
+            if offset + self._shift > self._end:
+                got = self._end - self._shift - self.offset
+                raise self.damage(
+                    f"cut short: got {got} bytes at offset {self.offset}, "
+                    f"expected {offset - self.offset}"
+                )
+            self._seek(offset + self._shift, 0)
+            self.offset = offset
+            return
+        while self.offset < offset:
+            self.read(min(offset - self.offset, _SKIP_BYTES))
+
+    def damage(self, what: str) -> ShardFormatError:
+        return ShardFormatError(f"{self.where}: {what}; the tar is damaged, fetch or write it anew")
+
+
+def _read_headers(source: _Source) -> Iterator[Member]:
+    """Yield regular files; the source must stand behind the content when the next is asked for."""
+    extended: dict[str, str] = {}
+    start: int | None = None
+    while True:
+        begin = source.offset
+        block = source.read_some(BLOCK_BYTES)
+        if block == _ZEROS:
+            return
+        if len(block) < BLOCK_BYTES:
+            raise source.damage(
+                f"cut short: got {len(block)} bytes at offset {begin}, expected a header or the end"
+                " of the archive"
+            )
+        info = _parse_header(source, block)
+        if start is None:
+            start = begin
+        if info.type in (*_PAX, _LONG_NAME, _LONG_LINK):
+            _read_extended(source, info, extended)
+            continue
+        if info.type == _SPARSE or any(key.startswith("GNU.sparse") for key in extended):
+            raise source.damage(f"sparse member {info.name!r}, expected plain ones")
+        name = extended.get("path", info.name)
+        size = _parse_size(source, extended["size"]) if "size" in extended else info.size
+        member = Member(name, start, ByteRange(source.offset, source.offset + size))
+        extended, start = {}, None
+        if info.isreg():
+            yield member
+        elif info.type not in tarfile.SUPPORTED_TYPES:  # of those only regular files have content
+            source.skip_to(member.stop)
+
+
+def _parse_header(source: _Source, block: bytes) -> tarfile.TarInfo:
+    begin = source.offset - BLOCK_BYTES
+    try:
+        info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        raise source.damage(f"no header at offset {begin}: {error}") from error
+    if info.size < 0:
+        raise source.damage(f"got size {info.size} in the header at offset {begin}")
+    return info
+
+
+def _read_extended(source: _Source, info: tarfile.TarInfo, extended: dict[str, str]) -> None:
+    if info.size > _MAX_EXTENDED_BYTES:
+        raise source.damage(
+            f"got an extended header of {info.size} bytes at offset {source.offset}, expected at "
+            f"most {_MAX_EXTENDED_BYTES}"
+        )
+    body = source.read(info.size)
+    source.skip_to(source.offset + -info.size % BLOCK_BYTES)
+    if info.type == _LONG_NAME:
+        extended["path"] = body.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+    elif info.type in (b"x", b"X"):
+        extended |= _parse_pax(source, body)
+
+
+def _parse_pax(source: _Source, body: bytes) -> dict[str, str]:
+    r"""Read records ``b"<length> <key>=<value>\n"``, of which the length counts itself."""
+    found: dict[str, str] = {}
+    while body and body[0]:
+        length, space, _ = body.partition(b" ")
+        size = int(length) if length.isdigit() and len(length) < 10 else 0
+        record = body[len(length) + 1 : size]
+        key, equals, value = record[:-1].partition(b"=")
+        if not space or not equals or not record.endswith(b"\n") or size > len(body):
+            raise source.damage(f"malformed extended header before offset {source.offset}")
+        found[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+        body = body[size:]
+    return found
+
+
+def _parse_size(source: _Source, text: str) -> int:
+    if not text.isdecimal():
+        raise source.damage(f"got size {text!r} in a header before offset {source.offset}")
+    return int(text)
+
+
+def _group(
+    members: Iterable[tuple[Member, T]], where: str
+) -> Iterator[tuple[str, dict[str, tuple[Member, T]]]]:
+    key: str | None = None
+    fields: dict[str, tuple[Member, T]] = {}
+    for member, content in members:
+        parts = split_name(member.name)
+        if parts is None:
+            continue
+        if parts[0] != key:
+            if key is not None:
+                yield key, fields
+            key, fields = parts[0], {}
+        if parts[1] in fields:
+            raise ShardFormatError(
+                f"{where}: sample {key!r} has field {parts[1]!r} twice, again at offset "
+                f"{member.start}; expected each once"
+            )
+        fields[parts[1]] = member, content
+    if key is not None:
+        yield key, fields

@@ -1,0 +1,10 @@
+"""The verbs of the command line, a module each: its arguments, and the call that does the work.
+
+Each module has ``add_arguments(parser)`` and ``run(options)``; what ``run`` returns is the exit
+status, None for 0. `SUMMARIES` names them, so that ``--help`` imports none but the one asked for.
+"""
+
+SUMMARIES = {
+    "index": "list a bucket or a folder and write an index",
+    "pack": "pack an index into the form that workers map into memory",
+}

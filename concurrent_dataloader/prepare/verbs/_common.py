@@ -1,0 +1,78 @@
+"""What several verbs share: the arguments of a store, and progress."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import get_args
+
+from concurrent_dataloader.stores import Client, WritableStore, open_writable_store
+
+_PLAIN_PROGRESS_OBJECTS = 20_000
+
+
+def add_store_options(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say how a bucket is reached."""
+    group = parser.add_argument_group("the store")
+    group.add_argument(
+        "--endpoint-url", metavar="URL", help="of an S3-compatible service (default: AWS's own)"
+    )
+    group.add_argument(
+        "--credentials",
+        type=Path,
+        metavar="FILE",
+        help="JSON file with keys (default: the standard AWS chain)",
+    )
+    group.add_argument(
+        "--region",
+        metavar="NAME",
+        help="region of the bucket (default: that of the credentials file, of the AWS settings, or"
+        " us-east-1)",
+    )
+    group.add_argument(
+        "--anonymous",
+        action="store_true",
+        help="do not sign requests, for public buckets (default: sign)",
+    )
+    group.add_argument(
+        "--client",
+        choices=get_args(Client),
+        default="obstore",
+        help="library that talks to the bucket (default: %(default)s)",
+    )
+
+
+def store_opener(options: argparse.Namespace) -> Callable[[str], WritableStore]:
+    """Give the function that opens the store at a URL or a folder with the arguments given."""
+    return functools.partial(
+        open_writable_store,
+        client=options.client,
+        credentials=options.credentials,
+        endpoint_url=options.endpoint_url,
+        region=options.region,
+        anonymous=options.anonymous,
+    )
+
+
+@contextlib.contextmanager
+def count_progress(what: str) -> Generator[Callable[[int], None]]:
+    """Show a running count: in place on a terminal, else a line now and then."""
+    if not sys.stderr.isatty():
+        yield functools.partial(_print_count, what)
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}: {task.completed:,.0f} objects"))
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda count: progress.update(task, completed=count)
+
+
+def _print_count(what: str, count: int) -> None:
+    if count % _PLAIN_PROGRESS_OBJECTS == 0 and count:
+        print(f"{what}: {count} objects so far", file=sys.stderr)

@@ -1,0 +1,292 @@
+"""Which samples lie in which shard, and in which bytes of it: every sample is one ranged GET.
+
+The file, beside the shards, is numpy's npz (a zip of arrays, nothing in it is executed):
+
+```text
+header        uint8 (n,)     JSON: version, kind, shards, classes, label_space
+keys          uint8 (n,)     "<key>.<field>" of each sample's payload, UTF-8, one after the other
+key_offsets   int64 (N+1,)   key i is at [key_offsets[i], key_offsets[i + 1])
+shard         int32 (N,)     number of its shard in the header's list
+extent        int64 (N, 2)   start and stop of the whole sample, headers and padding included
+payload       int64 (N, 2)   start and stop of its image, or other payload
+label         int32 (N,)     from 0 on; -1: none
+```
+
+Samples stand in the order of the shards, and of their bytes.
+"""
+
+from __future__ import annotations
+
+import array
+import io
+import os
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self, cast, get_args
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+from typing_extensions import Buffer
+
+from concurrent_dataloader.errors import IndexFormatError
+from concurrent_dataloader.files import write_whole
+from concurrent_dataloader.index import Index, choose_positions
+from concurrent_dataloader.ranges import ByteRange
+
+ShardKind = Literal["tar", "tfrecord"]
+
+NO_LABEL = -1
+
+_VERSION = 1
+
+
+class Shard(NamedTuple):
+    """A file of samples."""
+
+    name: str
+    """Its key, relative to the folder of the index."""
+
+    size_bytes: int
+    md5: str | None = None
+    """Of the whole file, in hex; None where it is not known."""
+
+
+class ShardIndex:
+    """Which samples exist, in which shard and bytes. Immutable; a sample may stand in it twice.
+
+    It pickles with its arrays, 50 to 100 bytes a sample; forked workers share them.
+    """
+
+    def __init__(
+        self,
+        kind: ShardKind,
+        shards: Sequence[Shard],
+        names: Index,
+        arrays: dict[str, NDArray[Any]],
+        classes: Sequence[str] | None,
+        label_space: str | None,
+    ) -> None:
+        """Not for callers: use `load` or a `ShardIndexBuilder`."""
+        self.kind: ShardKind = kind
+        self.shards = tuple(shards)
+        self.names = names
+        """``<key>.<field>`` of each sample's payload, as an index of single files would have it."""
+        self.classes = None if classes is None else tuple(classes)
+        """Name of each class in the order of the labels, where the writer knew them."""
+        self.label_space = label_space
+        """A `LabelSpace`'s value where the classes are ImageNet's; None where that is not known."""
+        self._arrays = arrays
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __repr__(self) -> str:
+        return f"ShardIndex({len(self)} samples in {len(self.shards)} {self.kind} shards)"
+
+    def shard_of(self, position: int) -> Shard:
+        """Give the shard that holds the sample at ``position``."""
+        return self.shards[int(self._arrays["shard"][position])]
+
+    def payload(self, position: int) -> ByteRange:
+        """Give the bytes of the sample's image, or other payload, in its shard."""
+        return ByteRange(*self._arrays["payload"][position].tolist())
+
+    def extent(self, position: int) -> ByteRange:
+        """Give the bytes of the whole sample, headers and padding included."""
+        return ByteRange(*self._arrays["extent"][position].tolist())
+
+    @property
+    def shard_numbers(self) -> NDArray[np.int32]:
+        """Number of each sample's shard, (N,) int32."""
+        return self._arrays["shard"]
+
+    @property
+    def extents(self) -> NDArray[np.int64]:
+        """Start and stop of each sample in its shard, (N, 2) int64, in bytes."""
+        return self._arrays["extent"]
+
+    @property
+    def labels(self) -> NDArray[np.int32] | None:
+        """Label of each sample, (N,) int32; None if no sample has one."""
+        labels = self._arrays["label"]
+        return labels if len(labels) and bool((labels != NO_LABEL).any()) else None
+
+    def select(self, positions: Iterable[int] | NDArray[np.integer[Any]]) -> ShardIndex:
+        """Give a view of some positions, in the order given; all shards stay named."""
+        chosen = np.asarray(
+            positions if isinstance(positions, np.ndarray | Sequence) else list(positions)
+        ).astype(np.int64)
+        arrays = {name: values[chosen] for name, values in self._arrays.items()}
+        return ShardIndex(
+            self.kind,
+            self.shards,
+            self.names.select(chosen),
+            arrays,
+            self.classes,
+            self.label_space,
+        )
+
+    def limit(self, n: int | None, sample_seed: int | None = None) -> ShardIndex:
+        """Give a view of at most ``n`` samples, chosen as `Index.limit` chooses."""
+        chosen = choose_positions(len(self), n, sample_seed)
+        return self if chosen is None else self.select(chosen)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the index, whole or not at all; the same index gives the same bytes."""
+        write_whole(Path(path), [self.to_bytes()])
+
+    def to_bytes(self) -> bytes:
+        """Give the content of the file."""
+        keys = [key.encode("utf-8") for key in self.names.keys()]
+        offsets = np.zeros(len(keys) + 1, np.int64)
+        np.cumsum([len(key) for key in keys], out=offsets[1:])
+        header = {
+            "version": _VERSION,
+            "kind": self.kind,
+            "shards": [shard._asdict() for shard in self.shards],
+            "classes": self.classes,
+            "label_space": self.label_space,
+        }
+        file = io.BytesIO()
+        np.savez(
+            file,
+            allow_pickle=False,
+            header=np.frombuffer(orjson.dumps(header), np.uint8),
+            keys=np.frombuffer(b"".join(keys), np.uint8),
+            key_offsets=offsets,
+            **self._arrays,
+        )
+        return file.getvalue()
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read an index file.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            IndexFormatError: It is no index of shards.
+        """
+        path = Path(path)
+        try:
+            raw = path.read_bytes()
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{path}: no such index of shards; write it with `concurrent-dataloader index`"
+            ) from error
+        return cls.from_bytes(raw, str(path))
+
+    @classmethod
+    def from_bytes(cls, raw: Buffer, where: str) -> Self:
+        """Read the content of an index file.
+
+        Args:
+            raw: The content.
+            where: What errors call it.
+
+        Raises:
+            IndexFormatError: It is no index of shards, or of a later version.
+        """
+        try:
+            with np.load(io.BytesIO(raw), allow_pickle=False) as file:
+                header = orjson.loads(file["header"].tobytes())
+                blob, offsets = file["keys"].tobytes(), file["key_offsets"].tolist()
+                arrays = {name: file[name] for name in ("shard", "extent", "payload", "label")}
+            if header["version"] != _VERSION or header["kind"] not in get_args(ShardKind):
+                raise IndexFormatError(
+                    f"{where}: got version {header['version']!r} and kind {header['kind']!r}, "
+                    f"expected version {_VERSION} and one of {', '.join(get_args(ShardKind))}; "
+                    "update the library, or write the index anew"
+                )
+            keys = [
+                blob[start:stop].decode("utf-8")
+                for start, stop in zip(offsets, offsets[1:], strict=False)
+            ]
+            shards = [Shard(**shard) for shard in header["shards"]]
+            _check_arrays(arrays, len(keys), len(shards))
+            return cls(
+                header["kind"],
+                shards,
+                Index.from_keys(keys),
+                arrays,
+                header["classes"],
+                header["label_space"],
+            )
+        except IndexFormatError:
+            raise
+        except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise IndexFormatError(
+                f"{where}: no index of shards ({error}); write it anew with "
+                "`concurrent-dataloader index`"
+            ) from error
+
+
+def _check_arrays(arrays: dict[str, NDArray[Any]], num_samples: int, num_shards: int) -> None:
+    shapes = {"shard": (), "extent": (2,), "payload": (2,), "label": ()}
+    for name, shape in shapes.items():
+        if arrays[name].shape != (num_samples, *shape) or arrays[name].dtype.kind != "i":
+            raise ValueError(f"array {name}: got {arrays[name].dtype} {arrays[name].shape}")
+    shard, extent, payload = arrays["shard"], arrays["extent"], arrays["payload"]
+    if num_samples and not (
+        bool((shard >= 0).all())
+        and bool((shard < num_shards).all())
+        and bool((extent[:, 0] >= 0).all())
+        and bool((extent[:, 0] <= payload[:, 0]).all())
+        and bool((payload[:, 0] <= payload[:, 1]).all())
+        and bool((payload[:, 1] <= extent[:, 1]).all())
+    ):
+        raise ValueError("a sample lies outside of its shard")
+
+
+class ShardIndexBuilder:
+    """Collects an index, shard after shard."""
+
+    def __init__(self, kind: ShardKind) -> None:
+        self._kind: ShardKind = kind
+        self._shards: list[Shard] = []
+        self._keys: list[str] = []
+        self._shard = array.array("i")
+        self._label = array.array("i")
+        self._extent = array.array("q")
+        self._payload = array.array("q")
+
+    def add_sample(
+        self, name: str, extent: ByteRange, payload: ByteRange, label: int | None
+    ) -> None:
+        """Add a sample of the shard that `add_shard` will end.
+
+        Args:
+            name: ``<key>.<field>`` of its payload.
+            extent: The whole sample.
+            payload: Its image, or other payload.
+            label: From 0 on, or None.
+        """
+        self._keys.append(name)
+        self._shard.append(len(self._shards))
+        self._extent.extend(extent)
+        self._payload.extend(payload)
+        self._label.append(NO_LABEL if label is None else label)
+
+    def add_shard(self, shard: Shard) -> None:
+        """End a shard: the samples added since the last one are its."""
+        self._shards.append(shard)
+
+    def build(
+        self, classes: Sequence[str] | None = None, label_space: str | None = None
+    ) -> ShardIndex:
+        """Give the index.
+
+        Args:
+            classes: Name of each class in the order of the labels, if known.
+            label_space: A `LabelSpace`'s value, if the classes are ImageNet's.
+        """
+        arrays: dict[str, NDArray[Any]] = {
+            "shard": np.array(self._shard, np.int32),
+            "extent": np.array(self._extent, np.int64).reshape(-1, 2),
+            "payload": np.array(self._payload, np.int64).reshape(-1, 2),
+            "label": np.array(self._label, np.int32),
+        }
+        sizes = (arrays["payload"][:, 1] - arrays["payload"][:, 0]).tolist()
+        names = Index.from_keys(self._keys, cast(list[int], sizes))
+        return ShardIndex(self._kind, self._shards, names, arrays, classes, label_space)
