@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import array
 import io
+import itertools
 import os
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -139,7 +140,7 @@ class ShardIndex:
 
     def to_bytes(self) -> bytes:
         """Give the content of the file."""
-        keys = [key.encode("utf-8") for key in self.names.keys()]
+        keys = [key.encode("utf-8") for key in self.names.keys()]  # noqa: SIM118 - no dict
         offsets = np.zeros(len(keys) + 1, np.int64)
         np.cumsum([len(key) for key in keys], out=offsets[1:])
         header = {
@@ -199,10 +200,7 @@ class ShardIndex:
                     f"expected version {_VERSION} and one of {', '.join(get_args(ShardKind))}; "
                     "update the library, or write the index anew"
                 )
-            keys = [
-                blob[start:stop].decode("utf-8")
-                for start, stop in zip(offsets, offsets[1:], strict=False)
-            ]
+            keys = [blob[start:stop].decode("utf-8") for start, stop in itertools.pairwise(offsets)]
             shards = [Shard(**shard) for shard in header["shards"]]
             _check_arrays(arrays, len(keys), len(shards))
             return cls(

@@ -1,0 +1,61 @@
+"""Samples that are to be packed or checked, wherever they lie: what every such command works on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from typing_extensions import Buffer
+
+
+class Box(NamedTuple):
+    """A bounding box, relative to the image: 0 is its left or upper side, 1 the other."""
+
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+
+
+class Source(Protocol):
+    """A fixed list of samples whose bytes can be read in any order, from several threads at once.
+
+    It pickles, so that processes can share the work; what it has opened stays with each process.
+    """
+
+    classes: Sequence[str] | None
+    """Name of each class in the order of the labels; None if samples have no labels."""
+
+    label_space: str | None
+    """A `LabelSpace`'s value where the classes are ImageNet's; None where that is not known."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, position: int) -> str:
+        """Give a sample's path relative to the source, with its ending, as ``n01440764/1.JPEG``."""
+        ...
+
+    def label(self, position: int) -> int | None:
+        """Give a sample's label, from 0 on."""
+        ...
+
+    def boxes(self, position: int) -> Sequence[Box]:
+        """Give a sample's bounding boxes; none where none are known."""
+        ...
+
+    def size_bytes(self, position: int) -> int | None:
+        """Give a sample's size, where it is known without reading it."""
+        ...
+
+    def read(self, position: int) -> Buffer:
+        """Read a sample's bytes, as they are.
+
+        Raises:
+            StoreError: They cannot be had.
+            ShardFormatError: The archive that holds them is damaged.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back what this process has opened, temporary files included. May be called twice."""
+        ...
