@@ -1,0 +1,777 @@
+"""Where records lie in a TFRecord file, what an image record holds; read both, write both.
+
+A file is a row of framed records and nothing else, each readable by one byte range:
+
+```text
+start                                                        stop
+| length, u64 | CRC of length, u32 | payload | CRC of payload, u32 |      little-endian
+```
+
+A payload is a ``tf.train.Example``: a map from a key to a list of bytes, float32 or int64, in
+protobuf's wire format. What ImageNet's TFRecords keep in it is `ImageExample`.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple, NoReturn, Protocol, TypeAlias, TypeGuard
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Buffer
+
+from concurrent_dataloader.errors import ShardFormatError
+from concurrent_dataloader.ranges import ByteRange
+
+_HEAD = struct.Struct("<QI")  # length of the payload, masked CRC of these eight bytes
+_CRC = struct.Struct("<I")
+_FRAME_BYTES = _HEAD.size + _CRC.size
+
+# A length is believed only as far as bytes follow, so that a wrong one cannot fill the memory.
+_MAX_READ_BYTES = 16 << 20
+
+
+class ReadableFile(Protocol):
+    """A binary file that is read front to back, such as a response's body or ``gzip.open``'s."""
+
+    def read(self, size: int, /) -> bytes | None:
+        """Read up to ``size`` bytes; none at the end only."""
+        ...
+
+
+class SeekableFile(ReadableFile, Protocol):
+    """A binary file that says whether it can be read at any offset."""
+
+    def seekable(self) -> bool:
+        """Tell whether `seek` works."""
+        ...
+
+    def seek(self, offset: int, whence: int = ..., /) -> int:
+        """Move to an offset, and give it."""
+        ...
+
+    def tell(self) -> int:
+        """Give the offset of the byte that is read next."""
+        ...
+
+
+class WritableFile(Protocol):
+    """A binary file that takes all bytes it is given, as buffered ones do."""
+
+    def write(self, data: bytes, /) -> int | None:
+        """Write ``data``."""
+        ...
+
+
+class Record(NamedTuple):
+    """A record, and where it lies."""
+
+    start: int
+    """Offset of its frame, with the length and both CRCs."""
+    stop: int
+    """Offset of the byte after its frame."""
+    payload: bytes
+
+    @property
+    def byte_range(self) -> ByteRange:
+        """What to read for `parse_record`."""
+        return ByteRange(self.start, self.stop)
+
+
+def iter_records(file: ReadableFile, where: str, *, start: int = 0) -> Iterator[Record]:
+    """Read a file front to back, and check both CRCs of each record.
+
+    Holds one record at a time. A file of no bytes is one of no records.
+
+    Args:
+        file: Positioned at the beginning of a record. It is left open.
+        where: Names the file in errors.
+        start: Offset of that position.
+
+    Yields:
+        Records in the order of the file.
+
+    Raises:
+        ShardFormatError: The file is damaged, was cut short, is compressed, holds something after
+            its last record, or is no TFRecord file. Records before that place have been yielded.
+    """
+    while head := _read_up_to(file, _HEAD.size):
+        length = _parse_head(head, where, start)
+        payload = _read_up_to(file, length)
+        crc = _read_up_to(file, _CRC.size) if len(payload) == length else b""
+        stop = start + _FRAME_BYTES + length
+        if len(crc) < _CRC.size:
+            _refuse_cut(where, start, stop, _HEAD.size + len(payload) + len(crc))
+        _check_payload(payload, crc, where, ByteRange(start, stop))
+        yield Record(start, stop, payload)
+        start = stop
+
+
+def find_records(file: SeekableFile, where: str) -> Iterator[ByteRange]:
+    """Find where records lie, for an index of byte ranges.
+
+    Where the file is seekable only the lengths are read, 12 bytes a record, and their CRCs are
+    checked; payloads are checked by `parse_record` when they are used. Where it is not, all of it
+    is read and checked as by `iter_records`.
+
+    Args:
+        file: Positioned at the beginning of a record. It is left open, at no certain position.
+        where: Names the file in errors.
+
+    Yields:
+        Ranges of whole frames in the order of the file, without gaps.
+
+    Raises:
+        ShardFormatError: As by `iter_records`, payloads apart.
+    """
+    if not file.seekable():
+        yield from (record.byte_range for record in iter_records(file, where))
+        return
+    start = file.tell()
+    end = file.seek(0, io.SEEK_END)
+    while start < end:
+        file.seek(start)
+        stop = start + _FRAME_BYTES + _parse_head(_read_up_to(file, _HEAD.size), where, start)
+        if stop > end:
+            _refuse_cut(where, start, stop, end - start)
+        yield ByteRange(start, stop)
+        start = stop
+
+
+def parse_record(raw: Buffer, where: str = "record", *, start: int = 0) -> bytes:
+    """Take a record out of its frame, and check both CRCs.
+
+    Args:
+        raw: One whole frame, as read from a byte range that `find_records` gave.
+        where: Names the file in errors.
+        start: Offset of the frame in the file, for errors.
+
+    Raises:
+        ShardFormatError: It is damaged, or not exactly one frame.
+    """
+    view = memoryview(raw).cast("B")
+    length = _parse_head(bytes(view[: _HEAD.size]), where, start)
+    stop = start + _FRAME_BYTES + length
+    if len(view) < _FRAME_BYTES + length:
+        _refuse_cut(where, start, stop, len(view))
+    if len(view) > _FRAME_BYTES + length:
+        raise ShardFormatError(
+            f"{where} [{start}, {start + len(view)}): got {len(view)} bytes, expected the"
+            f" {_FRAME_BYTES + length} of one record; index the file again"
+        )
+    payload = bytes(view[_HEAD.size : -_CRC.size])
+    _check_payload(payload, bytes(view[-_CRC.size :]), where, ByteRange(start, stop))
+    return payload
+
+
+class TFRecordWriter:
+    """Writes records to a file that the caller opens and closes."""
+
+    def __init__(self, file: WritableFile, *, start: int = 0) -> None:
+        """Write to ``file`` from its present position on, which is the offset ``start``."""
+        self._file = file
+        self._stop = start
+        self._num_records = 0
+
+    @property
+    def num_records(self) -> int:
+        """How many records were written here."""
+        return self._num_records
+
+    @property
+    def stop(self) -> int:
+        """Offset of the byte after the last record."""
+        return self._stop
+
+    def write(self, payload: bytes) -> ByteRange:
+        """Write a record, and give the range of its frame.
+
+        Raises:
+            OSError: The file did not take all of it; it then ends within a record.
+        """
+        length = len(payload).to_bytes(8, "little")
+        head = length + _CRC.pack(_masked_crc(length))
+        for part in (head, payload, _CRC.pack(_masked_crc(payload))):
+            num_written = self._file.write(part)
+            if num_written != len(part):
+                raise OSError(
+                    f"record at {self._stop}: the file took {num_written} bytes of {len(part)};"
+                    " open it buffered"
+                )
+        start, self._stop = self._stop, self._stop + _FRAME_BYTES + len(payload)
+        self._num_records += 1
+        return ByteRange(start, self._stop)
+
+
+def _masked_crc(data: bytes) -> int:
+    """CRC-32C (RFC 3720, B.4), rotated and shifted so that data may hold CRCs itself.
+
+    Source: TensorFlow, tensorflow/core/lib/hash/crc32c.h.
+    """
+    crc: int = google_crc32c.value(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def _read_up_to(file: ReadableFile, size: int) -> bytes:
+    """Read ``size`` bytes, or all that are left."""
+    part = file.read(min(size, _MAX_READ_BYTES)) or b""
+    if len(part) == size:
+        return part
+    parts = [part]
+    left = size - len(part)
+    while left and part:
+        part = file.read(min(left, _MAX_READ_BYTES)) or b""
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
+
+
+def _parse_head(head: bytes, where: str, start: int) -> int:
+    """Give the length of a payload."""
+    if len(head) < _HEAD.size:
+        raise ShardFormatError(
+            f"{where} [{start}, {start + len(head)}): got {len(head)} bytes, expected the"
+            f" {_HEAD.size} of a record's length and its CRC; the file was cut short, or something"
+            " follows its last record"
+        )
+    length, got = _HEAD.unpack(head)
+    expected = _masked_crc(head[: -_CRC.size])
+    if got == expected:
+        return length
+    if start == 0 and (compression := _find_compression(head)) is not None:
+        raise ShardFormatError(
+            f"{where}: got a file compressed by {compression}, expected plain TFRecords, which can"
+            " be read by byte range; decompress it once and read the result"
+        )
+    raise ShardFormatError(
+        f"{where} [{start}, {start + _HEAD.size}): CRC of a record's length: got {got:#010x},"
+        f" expected {expected:#010x} for the length {length}; the file is damaged, or no TFRecord"
+        " file"
+    )
+
+
+def _find_compression(head: bytes) -> str | None:
+    """Tell which of TensorFlow's two compressions a file begins with. Source: RFC 1952, 1950."""
+    if head[:2] == b"\x1f\x8b":
+        return "GZIP"
+    if head[0] == 0x78 and int.from_bytes(head[:2], "big") % 31 == 0:
+        return "ZLIB"
+    return None
+
+
+def _check_payload(payload: bytes, crc: bytes, where: str, place: ByteRange) -> None:
+    (got,) = _CRC.unpack(crc)
+    expected = _masked_crc(payload)
+    if got != expected:
+        raise ShardFormatError(
+            f"{where} [{place.start}, {place.stop}): CRC of a record's payload: got {got:#010x},"
+            f" expected {expected:#010x}; the file is damaged, fetch it again"
+        )
+
+
+def _refuse_cut(where: str, start: int, stop: int, num_bytes: int) -> NoReturn:
+    raise ShardFormatError(
+        f"{where} [{start}, {stop}): got {num_bytes} bytes, expected {stop - start}; the file was"
+        " cut short"
+    )
+
+
+Feature: TypeAlias = list[bytes] | NDArray[np.float32] | NDArray[np.int64]
+"""What an Example holds under one key; arrays have one dimension."""
+
+# Source: protobuf.dev/programming-guides/encoding, and tensorflow/core/example/feature.proto.
+_VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
+_WIDTHS = {_FIXED64: 8, _FIXED32: 4}
+_BYTES_LIST, _FLOAT_LIST, _INT64_LIST = 1, 2, 3
+_MAX_TAG = (1 << 32) - 1
+_MAX_VARINT_BYTES = 10
+_UINT64_MASK = (1 << 64) - 1
+
+# Below this a loop is faster than numpy's fixed costs.
+_FEW_BYTES = 256
+
+
+def parse_example(payload: Buffer, where: str = "example") -> dict[str, Feature]:
+    """Read a ``tf.train.Example``. Pure; takes memory in proportion to the payload only.
+
+    As protobuf does it: unknown fields are skipped, lists may be packed or not, of a key that is
+    there twice the last one counts. A feature of no kind is left out.
+
+    Args:
+        payload: One record's.
+        where: Names the record in errors.
+
+    Returns:
+        Features by key, in the order of the payload. Whether an array can be written to is not
+        promised.
+
+    Raises:
+        ShardFormatError: It is not protobuf's wire format, or a key is not UTF-8.
+    """
+    wire = _Wire(bytes(payload), where)
+    features: dict[str, Feature] = {}
+    for message in wire.find_messages(1, 0, wire.size):
+        for entry in wire.find_messages(1, *message):
+            key, feature = wire.read_entry(*entry)
+            if feature is None:
+                features.pop(key, None)
+            else:
+                features[key] = feature
+    return features
+
+
+def serialize_example(features: Mapping[str, Feature]) -> bytes:
+    """Write a ``tf.train.Example``, with its keys sorted, so that equal features are equal bytes.
+
+    Raises:
+        TypeError: A feature is neither a list of bytes nor an array of float32 or int64 with one
+            dimension.
+    """
+    entries = (
+        _field(1, key.encode()) + _field(2, _serialize_feature(key, features[key]))
+        for key in sorted(features)
+    )
+    return _field(1, b"".join(_field(1, entry) for entry in entries))
+
+
+class _Wire:
+    """A payload in protobuf's wire format; parts of it are named by their start and stop."""
+
+    def __init__(self, raw: bytes, where: str) -> None:
+        self._raw = raw
+        self._where = where
+        self.size = len(raw)
+
+    def find_messages(self, number: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Find the messages that stand in a message under one field number."""
+        for got, wire_type, at, end in self._fields(start, stop):
+            if got == number and wire_type == _LENGTH_DELIMITED:
+                yield at, end
+
+    def read_entry(self, start: int, stop: int) -> tuple[str, Feature | None]:
+        """Read a key and its feature, which is None where it has no kind."""
+        key = b""
+        kind = 0
+        lists: list[tuple[int, int]] = []
+        for number, wire_type, at, end in self._fields(start, stop):
+            if wire_type != _LENGTH_DELIMITED:
+                continue
+            if number == 1:
+                key = self._raw[at:end]
+            elif number == 2:
+                for got, list_wire_type, *place in self._fields(at, end):
+                    if list_wire_type != _LENGTH_DELIMITED or got not in (1, 2, 3):
+                        continue
+                    if got != kind:  # protobuf's "oneof": another kind replaces what was there
+                        kind, lists = got, []
+                    lists.append((place[0], place[1]))
+        try:
+            name = key.decode()
+        except UnicodeDecodeError as error:
+            raise self._error(start, f"got the key {key[:80]!r}, expected UTF-8") from error
+        return name, self._read_feature(kind, lists)
+
+    def _read_feature(self, kind: int, lists: list[tuple[int, int]]) -> Feature | None:
+        if kind == _BYTES_LIST:
+            return [
+                self._raw[at:end] for place in lists for at, end in self.find_messages(1, *place)
+            ]
+        if kind == _FLOAT_LIST:
+            blocks = self._read_blocks(lists, _FIXED32)
+            return np.frombuffer(b"".join(blocks), "<f4")
+        if kind == _INT64_LIST:
+            return self._read_varints(b"".join(self._read_blocks(lists, _VARINT)), lists[0][0])
+        return None
+
+    def _read_blocks(self, lists: list[tuple[int, int]], unpacked: int) -> Iterator[bytes]:
+        """Give the bytes of numbers, packed or one by one: joined, they are the same."""
+        for place in lists:
+            for number, wire_type, at, end in self._fields(*place):
+                if number != 1 or wire_type not in (unpacked, _LENGTH_DELIMITED) or at == end:
+                    continue
+                if unpacked == _VARINT and self._raw[end - 1] >= 0x80:
+                    raise self._error(end, "got a list of integers that ends within one")
+                if unpacked == _FIXED32 and (end - at) % 4:
+                    raise self._error(at, f"got {end - at} bytes of float32, expected 4 for each")
+                yield self._raw[at:end]
+
+    def _read_varints(self, block: bytes, at: int) -> NDArray[np.int64]:
+        """Decode whole varints; ``at`` is where they are, for errors."""
+        if len(block) > _FEW_BYTES:
+            decoded = _decode_many_varints(block)
+        else:
+            decoded = _decode_few_varints(block)
+        if decoded is None:
+            raise self._error(at, f"got an integer of more than {_MAX_VARINT_BYTES} bytes")
+        return decoded
+
+    def _fields(self, at: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+        """Give number, wire type, start and stop of each field; of a length's field, without it."""
+        while at < stop:
+            began = at
+            tag, at = self._varint(at, stop)
+            number, wire_type = tag >> 3, tag & 7
+            if not number or tag > _MAX_TAG:
+                raise self._error(began, f"got the field number {number}, which cannot be")
+            if wire_type == _LENGTH_DELIMITED:
+                length, at = self._varint(at, stop)
+                end = at + length
+            elif wire_type == _VARINT:
+                end = self._varint(at, stop)[1]
+            elif wire_type in _WIDTHS:
+                end = at + _WIDTHS[wire_type]
+            else:
+                raise self._error(began, f"got wire type {wire_type}, expected 0, 1, 2 or 5")
+            if end > stop:
+                raise self._error(
+                    began, f"got field {number} of {end - at} bytes, expected {stop - at} at most"
+                )
+            yield number, wire_type, at, end
+            at = end
+
+    def _varint(self, at: int, stop: int) -> tuple[int, int]:
+        """Decode an unsigned number, and give it with the offset after it."""
+        if at < stop and (value := self._raw[at]) < 0x80:  # nearly all of them
+            return value, at + 1
+        value = 0
+        for place, octet in enumerate(self._raw[at : min(stop, at + _MAX_VARINT_BYTES)]):
+            value |= (octet & 0x7F) << 7 * place
+            if octet < 0x80:
+                return value & _UINT64_MASK, at + place + 1
+        raise self._error(at, "got a number that does not end")
+
+    def _error(self, at: int, problem: str) -> ShardFormatError:
+        return ShardFormatError(
+            f"{self._where}: no tf.train.Example: at byte {at} of {self.size} {problem}; was"
+            " it written as another kind of record"
+        )
+
+
+def _decode_few_varints(block: bytes) -> NDArray[np.int64] | None:
+    values: list[int] = []
+    value = shift = 0
+    for octet in block:
+        value |= (octet & 0x7F) << shift
+        shift += 7
+        if shift > 7 * _MAX_VARINT_BYTES:
+            return None
+        if octet < 0x80:
+            values.append(value & _UINT64_MASK)
+            value = shift = 0
+    return np.array(values, np.uint64).view(np.int64)
+
+
+def _decode_many_varints(block: bytes) -> NDArray[np.int64] | None:
+    octets = np.frombuffer(block, np.uint8)
+    ends = np.flatnonzero(octets < 0x80)
+    widths = np.diff(ends, prepend=-1)
+    if widths.max() > _MAX_VARINT_BYTES:
+        return None
+    starts = ends - widths + 1
+    values = np.zeros(ends.size, np.uint64)
+    for place in range(int(widths.max())):
+        reaching = np.flatnonzero(widths > place)
+        sevens = (octets[starts[reaching] + place] & 0x7F).astype(np.uint64)
+        values[reaching] |= sevens << np.uint64(7 * place)
+    return values.view(np.int64)
+
+
+def _serialize_feature(key: str, feature: Feature) -> bytes:
+    if _is_list_of_bytes(feature):
+        return _field(_BYTES_LIST, b"".join(_field(1, value) for value in feature))
+    if isinstance(feature, np.ndarray) and feature.ndim == 1:
+        if feature.dtype == np.float32:
+            return _field(_FLOAT_LIST, _packed(feature.astype("<f4").tobytes()))
+        if feature.dtype == np.int64:
+            unsigned = feature.view(np.uint64).tolist()
+            return _field(_INT64_LIST, _packed(b"".join(map(_encode_varint, unsigned))))
+    got = f"{feature.ndim}-D {feature.dtype}" if isinstance(feature, np.ndarray) else type(feature)
+    raise TypeError(
+        f"feature {key!r}: got {got}, expected a list of bytes or a 1-D array of float32 or int64"
+    )
+
+
+def _is_list_of_bytes(feature: Feature) -> TypeGuard[list[bytes]]:
+    return isinstance(feature, list) and all(type(value) is bytes for value in feature)
+
+
+def _packed(numbers: bytes) -> bytes:
+    return _field(1, numbers) if numbers else b""
+
+
+def _field(number: int, body: bytes) -> bytes:
+    return bytes((number << 3 | _LENGTH_DELIMITED,)) + _encode_varint(len(body)) + body
+
+
+def _encode_varint(value: int) -> bytes:
+    octets = bytearray()
+    while value >= 0x80:
+        octets.append(value & 0x7F | 0x80)
+        value >>= 7
+    octets.append(value)
+    return bytes(octets)
+
+
+class Box(NamedTuple):
+    """A part of an image, relative to its width and height: 0 to 1, x from left, y from top."""
+
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+
+
+class ImageExample(NamedTuple):
+    """What a record of ImageNet's TFRecords holds; None for what it does not say.
+
+    ``colorspace``, ``image_format`` and the sizes are what the writer said. Nothing relies on them:
+    an image that is a PNG, grey or CMYK is decoded as any other.
+    """
+
+    encoded: bytes
+    """The image file, under ``image/encoded``."""
+    label: int | None = None
+    """Counts from 0, whatever ``image/class/label`` counts from."""
+    boxes: tuple[Box, ...] = ()
+    """``image/object/bbox/*``, in their order."""
+    filename: str | None = None
+    synset: str | None = None
+    """WordNet id, under ``image/class/synset``."""
+    text: str | None = None
+    """Name of the class, under ``image/class/text``."""
+    image_format: str | None = None
+    colorspace: str | None = None
+    height: int | None = None
+    width: int | None = None
+    channels: int | None = None
+
+    @property
+    def box(self) -> Box | None:
+        """The smallest box around all boxes."""
+        if not self.boxes:
+            return None
+        lefts, tops, rights, bottoms = zip(*self.boxes, strict=True)
+        return Box(min(lefts), min(tops), max(rights), max(bottoms))
+
+
+_ENCODED = "image/encoded"
+_LABEL = "image/class/label"
+_BOX_LABEL = "image/object/bbox/label"
+_BOX_SIDES = tuple(f"image/object/bbox/{side}" for side in ("xmin", "ymin", "xmax", "ymax"))
+_TEXTS = {
+    "filename": "image/filename",
+    "synset": "image/class/synset",
+    "text": "image/class/text",
+    "image_format": "image/format",
+    "colorspace": "image/colorspace",
+}
+_NUMBERS = {"height": "image/height", "width": "image/width", "channels": "image/channels"}
+
+
+def parse_image_example(
+    payload: Buffer, *, label_base: int, num_classes: int | None = 1000, where: str = "example"
+) -> ImageExample:
+    """Read a record of ImageNet's TFRecords, as TensorFlow's builder lays them out. Pure.
+
+    Args:
+        payload: One record's.
+        label_base: What the records call the first class: 1 in those of TensorFlow's builder,
+            where 0 is the background.
+        num_classes: How many classes there are; None for any number.
+        where: Names the record in errors.
+
+    Returns:
+        What the record says. Text that is not UTF-8 keeps its bytes as backslash escapes.
+
+    Raises:
+        ShardFormatError: It is no ``tf.train.Example``, has no image, a label out of range, or
+            boxes that are none.
+    """
+    features = _ImageFeatures(parse_example(payload, where), where)
+    encoded = features.read_bytes(_ENCODED)
+    if encoded is None:
+        raise features.error(_ENCODED, "got no image", f"one; keys are {features.keys()}")
+    label = features.read_int(_LABEL)
+    if label is not None:
+        label -= label_base
+        if label < 0 or (num_classes is not None and label >= num_classes):
+            most = "or more" if num_classes is None else f"to {label_base + num_classes - 1}"
+            raise features.error(
+                _LABEL,
+                f"got {label + label_base}",
+                f"{label_base} {most} (label_base={label_base}); declare what the labels count"
+                " from, and drop images of the background",
+            )
+    return ImageExample(
+        encoded,
+        label,
+        features.read_boxes(),
+        filename=features.read_text(_TEXTS["filename"]),
+        synset=features.read_text(_TEXTS["synset"]),
+        text=features.read_text(_TEXTS["text"]),
+        image_format=features.read_text(_TEXTS["image_format"]),
+        colorspace=features.read_text(_TEXTS["colorspace"]),
+        height=features.read_int(_NUMBERS["height"]),
+        width=features.read_int(_NUMBERS["width"]),
+        channels=features.read_int(_NUMBERS["channels"]),
+    )
+
+
+def serialize_image_example(example: ImageExample, *, label_base: int) -> bytes:
+    """Write a payload that `parse_image_example` reads, with its keys sorted.
+
+    What is None is left out. Boxes are rounded to float32, and each has the image's label.
+    """
+    features: dict[str, Feature] = {_ENCODED: [example.encoded]}
+    fields = example._asdict()
+    for name, key in _TEXTS.items():
+        if fields[name] is not None:
+            features[key] = [fields[name].encode()]
+    for name, key in _NUMBERS.items():
+        if fields[name] is not None:
+            features[key] = np.array([fields[name]], np.int64)
+    if example.label is not None:
+        features[_LABEL] = np.array([example.label + label_base], np.int64)
+        if example.boxes:
+            features[_BOX_LABEL] = np.repeat(features[_LABEL], len(example.boxes))
+    if example.boxes:
+        sides = np.array(example.boxes, np.float32).T
+        features.update(zip(_BOX_SIDES, sides, strict=True))
+    return serialize_example(features)
+
+
+class _ImageFeatures:
+    """Features of one image, read as the kind that each is to be."""
+
+    def __init__(self, features: dict[str, Feature], where: str) -> None:
+        self._features = features
+        self._where = where
+
+    def keys(self) -> str:
+        keys = ", ".join(map(repr, sorted(self._features)))
+        return keys if len(keys) <= 400 else f"{keys[:400]}..."
+
+    def read_bytes(self, key: str) -> bytes | None:
+        feature = self._features.get(key, [])
+        if not _is_list_of_bytes(feature) or len(feature) > 1:
+            raise self._unexpected(key, "one value of bytes")
+        return feature[0] if feature else None
+
+    def read_text(self, key: str) -> str | None:
+        value = self.read_bytes(key)
+        return None if value is None else value.decode(errors="backslashreplace")
+
+    def read_int(self, key: str) -> int | None:
+        feature = self._features.get(key)
+        if feature is None:
+            return None
+        if isinstance(feature, list) or feature.dtype != np.int64 or feature.size > 1:
+            raise self._unexpected(key, "one int64")
+        return int(feature[0]) if feature.size else None
+
+    def read_boxes(self) -> tuple[Box, ...]:
+        sides = [self._read_floats(key) for key in _BOX_SIDES]
+        counts = [len(side) for side in sides]
+        if len(set(counts)) > 1:
+            raise self.error("image/object/bbox", f"got {counts} sides", "as many of each")
+        boxes = tuple(map(Box._make, zip(*sides, strict=True)))
+        for box in boxes:
+            if not (all(map(math.isfinite, box)) and box.x1 <= box.x2 and box.y1 <= box.y2):
+                raise self.error("image/object/bbox", f"got {box}", "x1 <= x2 and y1 <= y2")
+        return boxes
+
+    def _read_floats(self, key: str) -> list[float]:
+        feature = self._features.get(key)
+        if feature is None:
+            return []
+        if isinstance(feature, list) or feature.dtype != np.float32:
+            raise self._unexpected(key, "float32")
+        return feature.tolist()
+
+    def _unexpected(self, key: str, expected: str) -> ShardFormatError:
+        feature = self._features[key]
+        kind = "bytes" if isinstance(feature, list) else feature.dtype
+        return self.error(key, f"got {len(feature)} of {kind}", expected)
+
+    def error(self, key: str, got: str, expected: str) -> ShardFormatError:
+        return ShardFormatError(f"{self._where}: {key}: {got}, expected {expected}")
+
+
+_SHARD_NAME = re.compile(r"(?s)(.+)-(\d{5,9})-of-(\d{5,9})(\.tfrecords?)?", re.ASCII)
+
+
+class ShardName(NamedTuple):
+    """The name of one of several files, such as ``train-00000-of-01024``."""
+
+    prefix: str
+    """What stands before, folders included: ``train``."""
+    position: int
+    """From 0."""
+    num_shards: int
+    suffix: str = ""
+    """``.tfrecord``, ``.tfrecords`` or nothing."""
+
+    @classmethod
+    def parse(cls, name: str) -> ShardName | None:
+        """Take a name or key apart; None where it is no such name."""
+        found = _SHARD_NAME.fullmatch(name)
+        if found is None or int(found[2]) >= int(found[3]):
+            return None
+        return cls(found[1], int(found[2]), int(found[3]), found[4] or "")
+
+    def at(self, position: int) -> ShardName:
+        """Give the name of another file of the same set."""
+        return self._replace(position=position)
+
+    def __str__(self) -> str:
+        return f"{self.prefix}-{self.position:05d}-of-{self.num_shards:05d}{self.suffix}"
+
+
+def sort_shard_names(names: Iterable[str], where: str, *, allow_missing: bool = False) -> list[str]:
+    """Put the files of one data set in order, and check that all of them are there.
+
+    Args:
+        names: Names or keys in any order, as a glob or a listing gives them.
+        where: Names the folder or prefix in errors.
+        allow_missing: Take a part of the files, too.
+
+    Raises:
+        ShardFormatError: There are none, one is missing or there twice, one has another kind of
+            name, or they belong to more than one data set.
+    """
+    parsed: dict[ShardName, str] = {}
+    for name in names:
+        shard = ShardName.parse(name)
+        if shard is None:
+            raise ShardFormatError(
+                f"{where}: got {name!r}, expected names such as 'train-00000-of-01024'"
+            )
+        if shard in parsed:
+            raise ShardFormatError(
+                f"{where}: got {parsed[shard]!r} and {name!r}, expected each file once"
+            )
+        parsed[shard] = name
+    if not parsed:
+        raise ShardFormatError(
+            f"{where}: got no files, expected names such as 'train-00000-of-01024'"
+        )
+    sets = sorted({shard.at(0) for shard in parsed})
+    if len(sets) != 1:
+        raise ShardFormatError(
+            f"{where}: got {len(sets)} sets of files, {', '.join(map(str, sets[:5]))}, expected"
+            " one such as 'train-00000-of-01024' and its like; name one of them"
+        )
+    if len(parsed) < sets[0].num_shards and not allow_missing:
+        every = map(sets[0].at, range(sets[0].num_shards))
+        absent = itertools.islice((shard for shard in every if shard not in parsed), 3)
+        raise ShardFormatError(
+            f"{where}: got {len(parsed)} files, expected {sets[0].num_shards}; the first missing:"
+            f" {', '.join(map(str, absent))}"
+        )
+    return [parsed[shard] for shard in sorted(parsed)]
