@@ -13,7 +13,7 @@ import concurrent_dataloader
 PACKAGE = Path(concurrent_dataloader.__file__).parent
 LAYERS = [
     {"errors", "ranges", "threads"},
-    {"files", "packed"},
+    {"files", "packed", "shard_names"},
     {"stores", "formats", "index", "labels"},
     {"shard_index"},
     {"datasets"},
