@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -472,13 +473,10 @@ class _MainProcessIter(_PlainMainProcessIter):
         return self._ahead.pop(0)
 
     def _begin_ahead(self) -> None:
-        while len(self._ahead) <= self._batch_pool:
-            try:
-                batch = Batch(super()._next_index())
-            except StopIteration:
-                break
-            self._ahead.append(batch)
-            self._fetched.begin(batch)
+        with contextlib.suppress(StopIteration):
+            while len(self._ahead) <= self._batch_pool:
+                self._ahead.append(Batch(super()._next_index()))
+        self._fetched.begin(*self._ahead)
 
     def close(self) -> None:
         """End the threads that fetch."""

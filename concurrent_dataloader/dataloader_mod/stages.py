@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from torch.utils.data import ConcatDataset, Subset
@@ -18,6 +18,9 @@ class Stages(Protocol):
     has_fetch_async: bool
     """Whether `fetch_async` may be awaited; else ``fetch`` runs in threads in any case."""
 
+    merges_requests: bool
+    """Whether `plan_requests` has something to say; else each position is a request."""
+
     takes_batches: bool
     """Whether a position stands for a whole batch, since the dataset has ``__getitems__``."""
 
@@ -27,6 +30,18 @@ class Stages(Protocol):
 
     def fetch_async(self, position: Any, /) -> Awaitable[Any]:
         """Do as `fetch` does, without blocking the event loop."""
+        ...
+
+    def plan_requests(self, positions: Sequence[Any], /) -> list[list[int]]:
+        """Say which of these are fetched together, as `StagedDataset.plan_requests` does."""
+        ...
+
+    def fetch_many(self, positions: Sequence[Any], /) -> Sequence[Any]:
+        """Do as `fetch` does, for positions that are fetched together."""
+        ...
+
+    def fetch_many_async(self, positions: Sequence[Any], /) -> Awaitable[Sequence[Any]]:
+        """Do as `fetch_many` does, without blocking the event loop."""
         ...
 
     def decode(self, position: Any, fetched: Any, /) -> Any:
@@ -46,12 +61,31 @@ class _StagedStages:
     def __init__(self, dataset: StagedDataset[Any, Any]) -> None:
         self.fetch = dataset.fetch
         self.fetch_async = dataset.fetch_async
+        self.fetch_many = dataset.fetch_many
+        self.fetch_many_async = dataset.fetch_many_async
+        self.plan_requests = dataset.plan_requests
+        self.merges_requests = type(dataset).plan_requests is not StagedDataset.plan_requests
         self.has_fetch_async = type(dataset).fetch_async is not StagedDataset.fetch_async
         self.decode = dataset.decode
         self.finish = dataset.apply_transform
 
 
-class _PlainStages:
+class _EachAlone:
+    """Stages in which each position is a request of its own."""
+
+    merges_requests = False
+
+    def plan_requests(self, positions: Sequence[Any]) -> list[list[int]]:
+        return [[number] for number in range(len(positions))]
+
+    def fetch_many(self, positions: Sequence[Any]) -> Sequence[Any]:
+        raise NotImplementedError
+
+    def fetch_many_async(self, positions: Sequence[Any]) -> Awaitable[Sequence[Any]]:
+        raise NotImplementedError
+
+
+class _PlainStages(_EachAlone):
     """Any other dataset: all of ``__getitem__`` runs in the background, its transform included."""
 
     def __init__(self, dataset: Any, takes_batches: bool) -> None:
@@ -81,6 +115,7 @@ class _SubsetStages:
         self._indices = subset.indices
         self._stages = stages
         self.takes_batches = stages.takes_batches
+        self.merges_requests = stages.merges_requests
         self.has_fetch_async = stages.has_fetch_async
         self.finish = stages.finish
 
@@ -95,6 +130,15 @@ class _SubsetStages:
     def fetch_async(self, position: Any) -> Awaitable[Any]:
         return self._stages.fetch_async(self._translate(position))
 
+    def plan_requests(self, positions: Sequence[Any]) -> list[list[int]]:
+        return self._stages.plan_requests(list(map(self._translate, positions)))
+
+    def fetch_many(self, positions: Sequence[Any]) -> Sequence[Any]:
+        return self._stages.fetch_many(list(map(self._translate, positions)))
+
+    def fetch_many_async(self, positions: Sequence[Any]) -> Awaitable[Sequence[Any]]:
+        return self._stages.fetch_many_async(list(map(self._translate, positions)))
+
     def decode(self, position: Any, fetched: Any) -> Any:
         return self._stages.decode(self._translate(position), fetched)
 
@@ -107,6 +151,7 @@ class _ConcatStages:
     def __init__(self, concat: ConcatDataset[Any], parts: list[Stages]) -> None:
         self._stops = concat.cumulative_sizes
         self._parts = parts
+        self.merges_requests = any(part.merges_requests for part in parts)
         self.has_fetch_async = all(part.has_fetch_async for part in parts)
 
     def _translate(self, position: Any) -> tuple[Stages, int]:
@@ -126,6 +171,27 @@ class _ConcatStages:
     def fetch_async(self, position: Any) -> Awaitable[Any]:
         part, position = self._translate(position)
         return part.fetch_async(position)
+
+    def plan_requests(self, positions: Sequence[Any]) -> list[list[int]]:
+        of_part: dict[int, list[tuple[int, Any]]] = {}
+        for number, position in enumerate(positions):
+            part, own = self._translate(position)
+            of_part.setdefault(self._parts.index(part), []).append((number, own))
+        groups = [
+            [members[member][0] for member in group]
+            for part, members in of_part.items()
+            for group in self._parts[part].plan_requests([own for _, own in members])
+        ]
+        return sorted(groups, key=min)  # what is wanted first is begun first
+
+    def fetch_many(self, positions: Sequence[Any]) -> Sequence[Any]:
+        # A request lies in one part: `plan_requests` made it.
+        parts, own = zip(*map(self._translate, positions), strict=True)
+        return parts[0].fetch_many(list(own))
+
+    def fetch_many_async(self, positions: Sequence[Any]) -> Awaitable[Sequence[Any]]:
+        parts, own = zip(*map(self._translate, positions), strict=True)
+        return parts[0].fetch_many_async(list(own))
 
     def decode(self, position: Any, fetched: Any) -> tuple[Stages, Any]:
         part, position = self._translate(position)

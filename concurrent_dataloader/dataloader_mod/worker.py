@@ -17,6 +17,7 @@ import concurrent.futures
 import contextlib
 import ctypes
 import functools
+import itertools
 import os
 import queue
 import sys
@@ -24,7 +25,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from concurrent_dataloader.dataloader_mod import torch_internals
+from concurrent_dataloader.dataloader_mod import requests, torch_internals
 from concurrent_dataloader.dataloader_mod.fetch import AsyncioFetcher, Fetcher, ThreadedFetcher
 from concurrent_dataloader.dataloader_mod.recycle import RecyclingQueue, SlotPool, collate_into
 from concurrent_dataloader.dataloader_mod.resume import GeneratorWatch, write_generators
@@ -86,16 +87,20 @@ class FetchedDataset:
     def _fetcher(self) -> Fetcher:
         stages, settings = self._stages, self._settings
         if settings.fetch_impl == "asyncio" and stages.has_fetch_async:
-            return AsyncioFetcher(stages.fetch_async, settings.num_fetch_workers)
-        return ThreadedFetcher(stages.fetch, settings.num_fetch_workers)
+            return AsyncioFetcher(requests.make_fetch_async(stages), settings.num_fetch_workers)
+        return ThreadedFetcher(requests.make_fetch(stages), settings.num_fetch_workers)
 
-    def begin(self, batch: Batch) -> None:
-        """Send a batch's samples on their way."""
-        if batch.futures is None:
-            is_one = not self._auto_collation or self._stages.takes_batches
+    def begin(self, *batches: Batch) -> None:
+        """Send samples of batches on their way, unless they are; together where that is cheaper."""
+        new = [batch for batch in batches if batch.futures is None]
+        is_one = not self._auto_collation or self._stages.takes_batches
+        for batch in new:
             # A list, since a sampler may give an iterator, which can be read only once.
             batch.units = [batch.positions] if is_one else list(batch.positions)
-            batch.futures = collections.deque(map(self._fetcher.submit, batch.units))
+        units = [unit for batch in new for unit in batch.units]
+        futures = iter(requests.begin(self._stages, units, self._fetcher.submit))
+        for batch in new:
+            batch.futures = collections.deque(itertools.islice(futures, len(batch.units)))
 
     def __getitems__(self, batch: Batch) -> Any:
         """Finish a batch's samples, in order; called by torch's loop with automatic batching."""
@@ -248,10 +253,12 @@ class Lookahead:
         return not is_batch or not self._settings.takes_counted or self._num_allowed > 0
 
     def _begin(self, num_batches: int) -> None:
-        for item in list(self._ahead)[:num_batches]:
+        begun: list[Batch] = []
+        for item in itertools.islice(self._ahead, num_batches):
             if not isinstance(item, tuple):
                 break
-            self._dataset.begin(item[1])
+            begun.append(item[1])
+        self._dataset.begin(*begun)
 
     def _accept(self, item: Any) -> None:
         if item is BatchTaken:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
+from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 from torch.utils.data import Dataset
@@ -35,6 +36,30 @@ class StagedDataset(Dataset[S], abc.ABC, Generic[D, S]):
         threads.
         """
         return await asyncio.to_thread(self.fetch, position)
+
+    def plan_requests(self, positions: Sequence[int]) -> list[list[int]]:
+        """Say which positions one request can serve, such as near ranges of one file. Pure.
+
+        Args:
+            positions: Those that are begun at the same time.
+
+        Returns:
+            Groups of indices into ``positions``, each of these in just one group, in the order in
+            which the requests are to be made. The default: each alone.
+        """
+        return [[number] for number in range(len(positions))]
+
+    def fetch_many(self, positions: Sequence[int]) -> Sequence[Buffer]:
+        """Read the raw bytes of a group that `plan_requests` made, in its order.
+
+        If it raises anything but a `StoreUnavailableError`, each is fetched by itself, so that the
+        error reaches the sample that it belongs to.
+        """
+        return [self.fetch(position) for position in positions]
+
+    async def fetch_many_async(self, positions: Sequence[int]) -> Sequence[Buffer]:
+        """Read as `fetch_many` does, without blocking the event loop."""
+        return [await self.fetch_async(position) for position in positions]
 
     @abc.abstractmethod
     def decode(self, position: int, raw: Buffer) -> D:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import random
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch.utils.data import Dataset, IterableDataset
 from typing_extensions import Buffer
 
 from concurrent_dataloader.datasets.contract import StagedDataset
+from concurrent_dataloader.errors import KeyNotFoundError
 
 
 def wait_of(position: int) -> float:
@@ -45,6 +48,44 @@ class StagedSquares(StagedDataset[int, tuple[torch.Tensor, int]]):
     def apply_transform(self, decoded: int) -> tuple[torch.Tensor, int]:
         noise = torch.rand(self.num_floats) + random.random() + np.random.rand()
         return noise + decoded**2, decoded
+
+
+class MergedSquares(StagedSquares):
+    """As its parent; positions with the same tens travel in one request, which is counted."""
+
+    def __init__(self, num_samples: int, missing: int | None = None) -> None:
+        super().__init__(num_samples)
+        self.missing = missing
+        self.num_requests = multiprocessing.get_context("fork").Value("i", 0)
+
+    def plan_requests(self, positions: Sequence[int]) -> list[list[int]]:
+        groups: dict[int, list[int]] = {}
+        for number, position in enumerate(positions):
+            groups.setdefault(position // 10, []).append(number)
+        return list(groups.values())
+
+    def _count(self, position: int) -> None:
+        with self.num_requests.get_lock():
+            self.num_requests.value += 1
+        if position == self.missing:
+            raise KeyNotFoundError(f"no object {position}")
+
+    def fetch(self, position: int) -> bytes:
+        self._count(position)
+        return super().fetch(position)
+
+    async def fetch_async(self, position: int) -> bytes:
+        self._count(position)
+        return await super().fetch_async(position)
+
+    def fetch_many(self, positions: Sequence[int]) -> list[bytes]:
+        assert len({position // 10 for position in positions}) == 1
+        self._count(self.missing if self.missing in positions else -1)  # pyright: ignore[reportArgumentType]
+        time.sleep(wait_of(positions[0]))
+        return [str(position).encode() for position in positions]
+
+    async def fetch_many_async(self, positions: Sequence[int]) -> list[bytes]:
+        return self.fetch_many(positions)
 
 
 class ThreadOnlySquares(StagedSquares):

@@ -20,10 +20,9 @@ class Begins(FetchedDataset):
         super().__init__(StagedSquares(100), settings, auto_collation=True)
         self.begun = []
 
-    def begin(self, batch):
-        if batch.futures is None:
-            self.begun.append(batch.positions[0])
-        super().begin(batch)
+    def begin(self, *batches):
+        self.begun += [batch.positions[0] for batch in batches if batch.futures is None]
+        super().begin(*batches)
 
 
 @pytest.fixture
