@@ -8,7 +8,7 @@ import functools
 import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from concurrent_dataloader.stores import Client, WritableStore, open_writable_store
 
@@ -48,14 +48,18 @@ def add_store_options(parser: argparse.ArgumentParser) -> None:
 
 def store_opener(options: argparse.Namespace) -> Callable[[str], WritableStore]:
     """Give the function that opens the store at a URL or a folder with the arguments given."""
-    return functools.partial(
-        open_writable_store,
-        client=options.client,
-        credentials=options.credentials,
-        endpoint_url=options.endpoint_url,
-        region=options.region,
-        anonymous=options.anonymous,
-    )
+    return functools.partial(open_writable_store, **store_settings(options))
+
+
+def store_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Give what `open_store` takes besides the URL, from the arguments given."""
+    return {
+        "client": options.client,
+        "credentials": options.credentials,
+        "endpoint_url": options.endpoint_url,
+        "region": options.region,
+        "anonymous": options.anonymous,
+    }
 
 
 @contextlib.contextmanager
