@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.utils.data
+from PIL import Image
 from torchvision import transforms
 from typing_extensions import Buffer, override
 
@@ -96,6 +97,36 @@ def train_transform() -> Callable[[Any], torch.Tensor]:
             transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
         ]
     )
+
+
+def evaluation_transform() -> Callable[[Any], torch.Tensor]:
+    """Crop in the centre: the same pixels whoever does it, and when."""
+    return transforms.Compose(
+        [
+            transforms.Resize(256),
+            transforms.CenterCrop(224),
+            transforms.ToTensor(),
+            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ]
+    )
+
+
+class PlainImages(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
+    """A data set as users write them: ``__getitem__`` opens a file; the label is the position."""
+
+    def __init__(self, paths: list[pathlib.Path]) -> None:
+        self._paths = paths
+        self._transform = evaluation_transform()
+
+    def __len__(self) -> int:
+        """Count the files."""
+        return len(self._paths)
+
+    @override
+    def __getitem__(self, position: int) -> tuple[torch.Tensor, int]:
+        """Read, decode and transform."""
+        with Image.open(self._paths[position]) as image:
+            return self._transform(image.convert("RGB")), position
 
 
 class PositionedImages(IndexedDataset):

@@ -48,6 +48,7 @@ def test_every_bar_of_the_goals_has_a_case() -> None:
         ("loader_epoch", "200ms"),
         ("loader_epoch", "ram"),
         ("loader_epoch", "local"),
+        ("loader_epoch", "plain"),
         ("loader_epoch", "boto3"),
         ("loader_epoch", "vanilla"),
         ("store_get", "loader"),
