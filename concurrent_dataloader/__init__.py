@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         S3_Dataset,
         S3Dataset,
         ScratchDataset,
+        ShardDataset,
         StagedDataset,
         open_dataset,
     )
@@ -40,6 +41,7 @@ __all__ = [
     "S3Dataset",
     "S3_Dataset",
     "ScratchDataset",
+    "ShardDataset",
     "StagedDataset",
     "open_dataset",
     "open_store",
@@ -52,6 +54,7 @@ _HOMES = {
     "S3Dataset": "concurrent_dataloader.datasets",
     "S3_Dataset": "concurrent_dataloader.datasets",
     "ScratchDataset": "concurrent_dataloader.datasets",
+    "ShardDataset": "concurrent_dataloader.datasets",
     "StagedDataset": "concurrent_dataloader.datasets",
     "open_dataset": "concurrent_dataloader.datasets",
     "open_store": "concurrent_dataloader.stores",

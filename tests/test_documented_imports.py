@@ -22,6 +22,7 @@ EXPORTED = [
     "S3Dataset",
     "S3_Dataset",
     "ScratchDataset",
+    "ShardDataset",
     "StagedDataset",
     "open_dataset",
     "open_store",

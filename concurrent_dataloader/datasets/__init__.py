@@ -8,6 +8,7 @@ from concurrent_dataloader.datasets.opening import (
     ScratchDataset,
     open_dataset,
 )
+from concurrent_dataloader.datasets.shards import ShardDataset
 
 __all__ = [
     "IndexedDataset",
@@ -15,6 +16,7 @@ __all__ = [
     "S3_Dataset",
     "SampleMetadata",
     "ScratchDataset",
+    "ShardDataset",
     "StagedDataset",
     "open_dataset",
 ]

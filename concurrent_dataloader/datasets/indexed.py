@@ -35,6 +35,15 @@ class SampleMetadata(NamedTuple):
     source: str
     """The store's name for the object, such as ``s3://bucket/key``; holds no secret."""
 
+    shard: str = ""
+    """Key of the shard that holds it; empty where the object is the sample."""
+
+    start: int = 0
+    """First byte of it that was read."""
+
+    stop: int = -1
+    """Byte after the last one that was read; -1 for the end of the object."""
+
 
 class _Decoded(NamedTuple):
     image: Any
@@ -99,7 +108,7 @@ class IndexedDataset(StagedDataset[Any, Any]):
         # An array, not a list: counting references to Python objects would copy every page of it
         # into each forked worker.
         self._labels = None if classes is None else classes.labels_of(index.keys())
-        self._decode_raw = _choose_decode(decode)
+        self._decode_raw = choose_decode(decode)
         self._missing_label = missing_label
         self._with_metadata = with_metadata
         self._index_name = index_name
@@ -213,12 +222,20 @@ class IndexedDataset(StagedDataset[Any, Any]):
 
     def _decode_image(self, position: int, raw: Buffer) -> Any:
         try:
-            return self._decode_raw(raw)
+            return self._decode_content(position, raw)
         except LoaderError as error:
-            raise self._explain(error, position, self.store.describe(self.key(position))) from error
+            raise self._explain(error, position, self._source(position)) from error
         except Exception as error:
-            error.add_note(f"{self.store.describe(self.key(position))}: {self._place(position)}")
+            error.add_note(f"{self._source(position)}: {self._place(position)}")
             raise
+
+    def _decode_content(self, position: int, raw: Buffer) -> Any:
+        """Decode what was fetched, without a word on where it comes from in errors."""
+        return self._decode_raw(raw)
+
+    def _source(self, position: int) -> str:
+        """Name for a person where the sample lies."""
+        return self.store.describe(self.key(position))
 
     def _explain(self, error: LoaderError, position: int, source: str | None = None) -> LoaderError:
         """Make an error of the same type that also says which sample it is about."""
@@ -229,7 +246,14 @@ class IndexedDataset(StagedDataset[Any, Any]):
         return f"it is position {position} of {self._index_name}"
 
 
-def _choose_decode(decode: Decode) -> Callable[[Buffer], Any]:
+def choose_decode(decode: Decode) -> Callable[[Buffer], Any]:
+    """Turn what a caller gave as ``decode`` into a function, which pickles if the caller's does.
+
+    Raises:
+        ValueError: There is no decoder of this name.
+        TypeError: It is neither a name, nor a function, nor None.
+        MissingDependencyError: The decoder is not installed.
+    """
     if decode is None:
         return bytes
     if isinstance(decode, str):

@@ -1,0 +1,72 @@
+"""Fields of packed samples: what their names say, and how labels and JSON are written.
+
+Names are as `tar.split_name` gives them: what follows the first dot, in lower case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import orjson
+from typing_extensions import Buffer
+
+from concurrent_dataloader.errors import SampleDecodeError
+
+IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "img", "pgm", "tif", "tiff")
+"""Image files. ``img`` may be of any format."""
+
+RAW_FIELDS = ("rgb", "raw")
+"""Pixels alone: height x width x 3 bytes, without a header."""
+
+TENSOR_FIELD = "pth"
+"""A uint8 tensor as ``torch.save`` writes it."""
+
+LABEL_FIELD = "cls"
+"""An ASCII decimal."""
+
+
+def find_field(wanted: str, fields: Iterable[str]) -> str | None:
+    """Give the first of the alternatives ``"jpg;png;jpeg"`` that is present, or None."""
+    present = set(fields)
+    return next((name for name in wanted.lower().split(";") if name in present), None)
+
+
+def find_payload_field(fields: Sequence[str]) -> str | None:
+    """Tell which field of a sample is its image, or else its content; None if it has but labels."""
+    for name in (*IMAGE_FIELDS, *RAW_FIELDS, TENSOR_FIELD):
+        if name in fields:
+            return name
+    last_parts = {field.rpartition(".")[2]: field for field in reversed(fields)}
+    images = [last_parts[name] for name in IMAGE_FIELDS if name in last_parts]
+    others = [field for field in fields if field not in (LABEL_FIELD, "json", "txt")]
+    return next(iter([*images, *others]), None)
+
+
+def is_image_field(field: str) -> bool:
+    """Tell whether a field becomes an image, to which ``transform`` applies."""
+    return field.rpartition(".")[2] in (*IMAGE_FIELDS, *RAW_FIELDS, TENSOR_FIELD)
+
+
+def read_label(content: Buffer) -> int:
+    """Read a ``cls`` field.
+
+    Raises:
+        SampleDecodeError: It is no decimal from 0 on.
+    """
+    text = bytes(content).strip()
+    if not text.isdigit():
+        raise SampleDecodeError(f"cls: got {text[:20]!r}, expected a decimal such as b'17'")
+    return int(text)
+
+
+def read_json(content: Buffer) -> Any:
+    """Read a ``json`` field.
+
+    Raises:
+        SampleDecodeError: It is no JSON.
+    """
+    try:
+        return orjson.loads(bytes(content))
+    except orjson.JSONDecodeError as error:
+        raise SampleDecodeError(f"json: {error}, expected JSON") from error

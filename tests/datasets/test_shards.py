@@ -1,0 +1,541 @@
+"""Samples in shards by position: the same items as single files', by fewer requests."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import default_collate
+from torchvision.datasets import ImageFolder
+from torchvision.transforms.functional import pil_to_tensor
+from typing_extensions import Buffer
+
+from concurrent_dataloader.dataloader_mod.dataloader import DataLoader
+from concurrent_dataloader.datasets import ShardDataset
+from concurrent_dataloader.errors import (
+    ByteRangeError,
+    IndexFormatError,
+    KeyNotFoundError,
+    SampleDecodeError,
+    ShardFormatError,
+    UnknownClassError,
+)
+from concurrent_dataloader.formats.image import decode_image
+from concurrent_dataloader.formats.tfrecord import (
+    ImageExample,
+    TFRecordWriter,
+    serialize_image_example,
+)
+from concurrent_dataloader.labels import Classes, LabelSpace, imagenet_classes
+from concurrent_dataloader.ranges import ByteRange
+from concurrent_dataloader.shard_index import Shard, ShardIndex, ShardIndexBuilder
+from concurrent_dataloader.stores import Credentials, open_store
+from concurrent_dataloader.stores._memory import MemoryStore
+from concurrent_dataloader.testing import ObjectServer
+from tests.datasets.conftest import IMAGES, encode_image
+from tests.datasets.shard_doubles import pack_tars
+
+CLASSES = ["Dog", "cat", "cat-tail"]
+WNIDS = sorted(entry.wnid for entry in imagenet_classes())
+
+
+def samples_of(keys: list[str]) -> list[tuple[str, dict[str, bytes]]]:
+    found: list[tuple[str, dict[str, bytes]]] = []
+    for key in keys:
+        stem, _, field = key.rpartition(".")
+        label = CLASSES.index(key.partition("/")[0])
+        fields = {field.lower(): IMAGES[key], "cls": b"%d" % label, "json": b'{"bbox":null}'}
+        found.append((stem, fields))
+    return found
+
+
+# As ImageFolder sorts them, over three shards.
+KEYS = [
+    *("Dog/10.jpg", "Dog/5.jpg"),
+    *("cat/1.jpg", "cat/sub/3.jpeg", "cat/sub-a/2.JPEG"),
+    *("cat-tail/0.png", "cat-tail/9.png"),
+]
+SHARDS = {
+    "train-000000.tar": samples_of(KEYS[:3]),
+    "train-000001.tar": samples_of(KEYS[3:4]),
+    "train-000002.tar": samples_of(KEYS[4:]),
+}
+
+
+class CountingStore(MemoryStore):
+    """Remembers what it was asked for."""
+
+    def __init__(self, objects: dict[str, bytes], name: str = "shards") -> None:
+        super().__init__(objects, name)
+        self.asked: list[tuple[str, ByteRange | None]] = []
+
+    def get(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
+        self.asked.append((key, byte_range))
+        return super().get(key, byte_range)
+
+
+def open_shards(**options: Any) -> ShardDataset:
+    bodies, index = pack_tars(SHARDS, classes=CLASSES)
+    return ShardDataset(index, CountingStore(bodies), **options)
+
+
+def asked(dataset: ShardDataset) -> list[tuple[str, ByteRange | None]]:
+    assert isinstance(dataset.store, CountingStore)
+    return dataset.store.asked
+
+
+def items_of(dataset: Any) -> list[tuple[bytes, int]]:
+    return [(image.tobytes(), label) for image, label in (dataset[i] for i in range(len(dataset)))]
+
+
+def open_one(contents: dict[str, bytes], **options: Any) -> ShardDataset:
+    bodies, index = pack_tars({"s.tar": [("a/b", contents)]})
+    return ShardDataset(index, MemoryStore(bodies, "one"), **options)
+
+
+# The same items
+
+
+def test_items_are_those_of_torchvisions_image_folder(image_folder: Path) -> None:
+    oracle = ImageFolder(image_folder)
+    dataset = open_shards()
+
+    assert sorted(items_of(dataset)) == sorted(items_of(oracle))
+    assert [dataset.key(i).lower() for i in range(7)] == [key.lower() for key in KEYS]
+    assert dataset.classes is not None
+    assert [dataset.classes.name(label) for label in range(3)] == oracle.classes
+
+
+def test_a_sample_is_one_ranged_get_of_its_payload_alone() -> None:
+    dataset = open_shards()
+
+    dataset[4]
+
+    ((key, byte_range),) = asked(dataset)
+    assert key == "train-000002.tar"
+    assert byte_range is not None
+    assert byte_range.stop - byte_range.start == len(IMAGES["cat/sub-a/2.JPEG"])
+
+
+def test_the_stages_compose_to_the_item() -> None:
+    dataset = open_shards(transform=np.array)
+
+    raw = dataset.fetch(3)
+    image, label = dataset.apply_transform(dataset.decode(3, raw))
+
+    assert bytes(raw) == bytes(asyncio.run(dataset.fetch_async(3))) == IMAGES[KEYS[3]]
+    np.testing.assert_array_equal(image, dataset[3][0])
+    assert label == dataset[3][1]
+
+
+def test_w_02_the_length_is_that_of_the_index() -> None:
+    """W-02: the epoch had 1,281,167 samples, whatever lay in the shards."""
+    assert len(open_shards()) == 7
+
+
+def test_g_08_a_limit_is_the_head_or_a_seeded_sample_and_len_says_so() -> None:
+    """G-08: a part of the data kept the length of the whole."""
+    whole = open_shards()
+    by_key = {whole.key(i): item for i, item in enumerate(items_of(whole))}
+
+    head, sample = open_shards(limit=2), open_shards(limit=4, sample_seed=3)
+
+    assert items_of(head) == items_of(whole)[:2]
+    assert len(sample) == 4
+    assert items_of(sample) == [by_key[sample.key(i)] for i in range(4)]
+    assert sample.classes is not None
+    assert sample.classes.count == 3
+    with pytest.raises(ValueError, match=r"^limit: got 0"):
+        open_shards(limit=0)
+
+
+def test_positions_are_those_of_a_list() -> None:
+    dataset = open_shards(decode=len)
+
+    assert dataset[-1] == dataset[6]
+    for outside in (7, -8):
+        with pytest.raises(IndexError):
+            dataset[outside]
+
+
+def test_metadata_says_shard_key_and_byte_range() -> None:
+    dataset = open_shards(with_metadata=True, decode=len)
+
+    batch = default_collate([dataset[3], dataset[4]])[2]
+
+    assert list(batch.shard) == ["train-000001.tar", "train-000002.tar"]
+    assert list(batch.key) == ["cat/sub/3.jpeg", "cat/sub-a/2.jpeg"]
+    assert list(batch.source) == [f"memory://shards/{shard}" for shard in batch.shard]
+    assert (batch.stop - batch.start).tolist() == [len(IMAGES[key]) for key in KEYS[3:5]]
+    assert batch.size_bytes.tolist() == (batch.stop - batch.start).tolist()
+    store = dataset.store
+    for key, shard, start, stop in zip(KEYS[3:], *batch[3:], strict=False):
+        assert bytes(store.get(shard, ByteRange(int(start), int(stop)))) == IMAGES[key]
+
+
+def test_it_pickles() -> None:
+    dataset = open_shards(transform=pil_to_tensor, fields=("jpg;png;jpeg", "cls"))
+
+    again = pickle.loads(pickle.dumps(dataset))
+
+    assert torch.equal(again[5][0], dataset[5][0])
+    assert again[5][1] == 2
+
+
+# Near ranges in one request
+
+
+def test_near_samples_come_by_one_request_each_with_its_own_bytes() -> None:
+    dataset = open_shards()
+    positions = [6, 0, 3, 2, 5, 1]
+
+    groups = dataset.plan_requests(positions)
+
+    assert groups == [[0, 4], [1, 3, 5], [2]]
+    for group in groups:
+        chosen = [positions[number] for number in group]
+        num_before = len(asked(dataset))
+        raws = dataset.fetch_many(chosen)
+        assert len(asked(dataset)) == num_before + 1
+        assert [bytes(raw) for raw in raws] == [IMAGES[KEYS[position]] for position in chosen]
+        again = asyncio.run(dataset.fetch_many_async(chosen))
+        assert list(map(bytes, again)) == list(map(bytes, raws))
+
+
+def test_the_gap_and_the_length_bound_what_is_merged() -> None:
+    everything = list(range(7))
+
+    assert len(open_shards(max_gap_bytes=0).plan_requests(everything)) == 7
+    assert len(open_shards(max_request_bytes=1).plan_requests(everything)) == 7
+    assert open_shards().plan_requests([0, 0, 0]) == [[0, 1, 2]]
+    assert open_shards().plan_requests([]) == []
+
+
+def test_positions_that_are_no_group_are_read_all_the_same() -> None:
+    dataset = open_shards()
+
+    raws = dataset.fetch_many([5, 0, 3])
+
+    assert [bytes(raw) for raw in raws] == [IMAGES[KEYS[position]] for position in (5, 0, 3)]
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_gap_bytes": -1}, {"max_request_bytes": 0}, {"fields": "jpg"}, {"fields": ()}]
+)
+def test_settings_that_cannot_be_meant_are_refused(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(ValueError, match=rf"^{name}: got"):
+        open_shards(**options)
+
+
+# Fields and dialects
+
+
+def test_fields_are_picked_by_alternatives_and_decoded_by_their_names() -> None:
+    dataset = open_shards(
+        fields=("png;jpg;jpeg", "json", "cls"),
+        transform=lambda image: image.size,
+        target_transform=lambda label: label * 10,
+        with_metadata=True,
+    )
+
+    size, decoded_json, target, metadata = dataset[5]
+
+    assert (size, decoded_json, target) == ((24, 20), {"bbox": None}, 20)
+    assert metadata.stop - metadata.start == dataset.shard_index.extent(5)[1] - metadata.start
+
+
+def test_a_field_that_is_absent_is_an_error_naming_the_sample() -> None:
+    dataset = open_shards(fields=("jpg;jpeg", "cls"))
+
+    assert dataset[0][0].mode == "RGB"
+    with pytest.raises(SampleDecodeError, match=r"'cat-tail/0': no field 'jpg;jpeg', it has cls"):
+        dataset[5]
+
+
+def test_bytes_stay_bytes_without_a_decoder_and_in_other_fields() -> None:
+    raw = open_one({"jpg": IMAGES["cat/1.jpg"], "note": b"x", "cls": b"3"}, decode=None)
+    other = open_one({"jpg": IMAGES["cat/1.jpg"], "note": b"x"}, fields=("note",))
+
+    assert raw[0] == (IMAGES["cat/1.jpg"], 3)
+    assert other[0] == (b"x",)
+
+
+def test_g_15_shards_without_json_or_with_img_or_a_class_in_the_key_are_read() -> None:
+    """G-15: a reader demanded a json member, which two of four dialects have not."""
+    image = IMAGES["cat/1.jpg"]
+    dialects: list[tuple[str, dict[str, bytes]]] = [
+        ("0000001", {"jpg": image, "cls": b"7"}),
+        ("n01440764_10026", {"jpeg": image, "cls": b"7\n"}),
+        ("12", {"jpg": image, "cls": b"7", "json": b'{"bbox": [0.1, 0.2, 0.3, 0.4]}'}),
+        ("n01440764/10026", {"img": image, "cls": b"7"}),
+    ]
+    bodies, index = pack_tars({"a.tar": dialects})
+    dataset = ShardDataset(index, MemoryStore(bodies))
+
+    expected = decode_image(image).tobytes()
+    assert items_of(dataset) == [(expected, 7)] * 4
+
+
+def pth(value: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+PIXELS = torch.arange(4 * 6 * 3, dtype=torch.uint8).reshape(3, 4, 6)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"pth": pth(PIXELS)},
+        {"pth": pth(PIXELS.permute(1, 2, 0).contiguous())},
+        {"rgb": PIXELS.permute(1, 2, 0).contiguous().numpy().tobytes()},
+    ],
+)
+def test_tensors_and_raw_pixels_become_what_images_do(fields: dict[str, bytes]) -> None:
+    image, _ = open_one(fields, raw_size=(4, 6))[0]
+    tensor, _ = open_one(fields, raw_size=(4, 6), decode="torchvision")[0]
+
+    assert isinstance(image, Image.Image)
+    assert torch.equal(pil_to_tensor(image), PIXELS)
+    assert torch.equal(tensor, PIXELS)
+
+
+def test_raw_pixels_without_a_size_are_a_square() -> None:
+    assert open_one({"raw": bytes(256 * 256 * 3)})[0][0].size == (256, 256)
+    with pytest.raises(SampleDecodeError, match=r"got 72 bytes, expected a square"):
+        open_one({"raw": bytes(72)})[0]
+
+
+class Bomb:
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("/nonexistent/folder/executed"),)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (pth(Bomb()), "pth: "),
+        (pth({"a": 1}), "expected a uint8 tensor"),
+        (pth(torch.zeros(3, 2, 2)), r"got a torch.float32 tensor, expected a uint8 tensor"),
+        (pth(torch.zeros(5, 2, 2, dtype=torch.uint8)), r"got a tensor of shape \(5, 2, 2\)"),
+        (b"no tensor", "pth: "),
+    ],
+)
+def test_what_is_no_tensor_is_an_error_and_executes_nothing(content: bytes, text: str) -> None:
+    with pytest.raises(SampleDecodeError, match=text):
+        open_one({"pth": content})[0]
+
+
+# Labels
+
+
+def test_a_12_labels_in_the_order_of_the_development_kit_are_converted() -> None:
+    """A-12: ids of another order gave torchvision's weights accuracy near chance."""
+    kit_fox, tench = "n02119789", "n01440764"
+    ids = {"a": 1, "b": 450}  # in the kit, kit fox is 1
+    samples = [
+        (key, {"jpg": IMAGES["cat/1.jpg"], "cls": b"%d" % number}) for key, number in ids.items()
+    ]
+    bodies, index = pack_tars({"a.tar": samples}, label_base=1)
+    kit = [entry.wnid for entry in imagenet_classes()]
+
+    dataset = ShardDataset(index, MemoryStore(bodies), label_space=LabelSpace.ILSVRC2012_ID)
+    dataset.convert_labels(LabelSpace.SORTED_WNID)
+
+    assert [dataset.label(0), dataset.label(1)] == [WNIDS.index(kit_fox), WNIDS.index(kit[449])]
+    assert dataset.classes is not None
+    assert dataset.classes.name(WNIDS.index(tench)) == "tench"
+    assert dataset.classes.label_space is LabelSpace.SORTED_WNID
+    with pytest.raises(ValueError, match="label_space"):
+        ShardDataset(index, MemoryStore(bodies)).convert_labels(LabelSpace.SORTED_WNID)
+
+
+def test_a_label_space_that_contradicts_the_index_is_refused() -> None:
+    bodies, index = pack_tars(SHARDS, classes=CLASSES, label_space="sorted_wnid")
+
+    with pytest.raises(ValueError, match=r"^label_space: got 'tf_builder', but .* 'sorted_wnid'"):
+        ShardDataset(index, MemoryStore(bodies), label_space=LabelSpace.TF_BUILDER)
+
+
+def test_classes_of_another_split_are_matched_by_name() -> None:
+    val = {"val.tar": [("x", {"jpg": IMAGES["cat/1.jpg"], "cls": b"0"})]}
+    bodies, index = pack_tars(val, classes=["cat-tail"])
+    train = open_shards()
+
+    dataset = ShardDataset(index, MemoryStore(bodies), train.classes)
+
+    assert dataset.label(0) == 2
+    bodies, index = pack_tars(val, classes=["mouse"])
+    with pytest.raises(UnknownClassError, match="'mouse'"):
+        ShardDataset(index, MemoryStore(bodies), train.classes)
+
+
+def test_classes_of_another_split_count_labels_without_names() -> None:
+    train = Classes.imagenet(LabelSpace.SORTED_WNID)
+    val = {"val.tar": [("x", {"jpg": IMAGES["cat/1.jpg"], "cls": b"0"})]}
+    bodies, index = pack_tars(val)
+
+    same = ShardDataset(index, MemoryStore(bodies), train)
+    kit = ShardDataset(index, MemoryStore(bodies), train, label_space=LabelSpace.ILSVRC2012_ID)
+
+    assert same.label(0) == 0
+    assert kit.label(0) == WNIDS.index("n02119789")
+    with pytest.raises(UnknownClassError, match="got label 1, expected less than the 1"):
+        ShardDataset(
+            pack_tars({"v.tar": [("x", {"jpg": b"", "cls": b"1"})]})[1],
+            MemoryStore(),
+            Classes({"a": 0}),
+        )
+
+
+def test_keys_name_the_classes_where_a_rule_says_so() -> None:
+    dataset = open_shards(label_rule="regex:^([^/]+)/")
+
+    assert [dataset.label(i) for i in range(7)] == [0, 0, 1, 1, 1, 2, 2]
+
+
+def test_shards_without_labels_have_none() -> None:
+    assert open_one({"jpg": IMAGES["cat/1.jpg"]})[0][1] == -1
+    alone = open_one({"jpg": IMAGES["cat/1.jpg"]}, missing_label=None)[0]
+    assert isinstance(alone, Image.Image)
+
+
+# TFRecord
+
+
+def pack_records(examples: list[ImageExample], label_base: int = 1) -> tuple[bytes, ShardIndex]:
+    file = io.BytesIO()
+    writer = TFRecordWriter(file)
+    builder = ShardIndexBuilder("tfrecord")
+    for example in examples:
+        frame = writer.write(serialize_image_example(example, label_base=label_base))
+        builder.add_sample(example.filename or "", frame, frame, example.label)
+    builder.add_shard(Shard("train-00000-of-00001", writer.stop))
+    return file.getvalue(), builder.build()
+
+
+def test_records_are_samples_like_others_and_their_crcs_are_checked() -> None:
+    examples = [
+        ImageExample(IMAGES[key], CLASSES.index(key.partition("/")[0]), filename=key)
+        for key in KEYS
+    ]
+    body, index = pack_records(examples)
+    dataset = ShardDataset(index, MemoryStore({"train-00000-of-00001": body}))
+
+    assert sorted(items_of(dataset)) == sorted(items_of(open_shards()))
+    assert dataset.plan_requests([2, 1]) == [[0, 1]]
+    fields = ShardDataset(index, dataset.store, fields=("jpg", "cls", "image/filename"))[1]
+    assert fields[1:] == (0, [b"Dog/5.jpg"])
+    assert fields[0].tobytes() == decode_image(IMAGES["Dog/5.jpg"]).tobytes()
+    spoilt = bytearray(body)
+    spoilt[index.payload(1).stop - 300] ^= 1
+    with pytest.raises(ShardFormatError, match=r"train-00000-of-00001 .*'Dog/5.jpg'.*CRC"):
+        ShardDataset(index, MemoryStore({"train-00000-of-00001": bytes(spoilt)}))[1]
+
+
+# Damage
+
+
+def test_damage_is_an_error_that_names_shard_sample_and_position() -> None:
+    bodies, index = pack_tars(SHARDS)
+    start, _ = index.payload(1)
+    body = bytearray(bodies["train-000000.tar"])
+    body[start : start + 20] = bytes(20)
+    spoilt = bodies | {"train-000000.tar": bytes(body)}
+    cut = bodies | {"train-000000.tar": bodies["train-000000.tar"][:start]}
+    missing = {name: body for name, body in bodies.items() if name != "train-000000.tar"}
+    index_of_others, _ = pack_tars({"train-000000.tar": SHARDS["train-000001.tar"] * 4})
+
+    def item(objects: dict[str, bytes], **options: Any) -> Any:
+        return ShardDataset(index, MemoryStore(objects), index_name="i.npz", **options)[1]
+
+    where = r"train-000000.tar \[\d+, \d+\) 'Dog/5.jpg': .*position 1 of i.npz"
+    with pytest.raises(SampleDecodeError, match=where):
+        item(spoilt)
+    with pytest.raises(ByteRangeError, match=r"train-000000.tar .*position 1 of i.npz"):
+        item(cut)
+    with pytest.raises(KeyNotFoundError, match=r"train-000000.tar.*position 1 of i.npz"):
+        item(missing)
+    with pytest.raises(ShardFormatError, match=where):
+        item(index_of_others, fields=("jpg",))
+
+
+def test_an_empty_index_is_an_error() -> None:
+    with pytest.raises(IndexFormatError, match="no samples"):
+        ShardDataset(ShardIndexBuilder("tar").build(), MemoryStore())
+
+
+# In loaders
+
+
+@pytest.fixture
+def remote(object_server: ObjectServer) -> Callable[..., ShardDataset]:
+    samples = [
+        (f"{number:07d}", {"jpg": encode_image(number), "cls": b"%d" % (number % 5)})
+        for number in range(48)
+    ]
+    bodies, index = pack_tars(
+        {f"t-{first:02}.tar": samples[first : first + 12] for first in range(0, 48, 12)}
+    )
+    object_server.put_objects("sets", {f"p/{name}": body for name, body in bodies.items()})
+    store = open_store(
+        "s3://sets/p",
+        endpoint_url=object_server.endpoint_url,
+        credentials=Credentials(object_server.access_key, object_server.secret_key),
+    )
+
+    def open_remote(**options: Any) -> ShardDataset:
+        return ShardDataset(index, store, **options)
+
+    return open_remote
+
+
+class RandomCrop:
+    """Draws from torch's generator, as train transforms do."""
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        left, top = torch.randint(0, 4, (2,)).tolist()
+        return pil_to_tensor(image.crop((left, top, left + 16, top + 16)))
+
+
+@pytest.mark.parametrize("fetch_impl", ["threaded", "asyncio"])
+def test_torchs_loader_gives_the_same_shuffled_batches(
+    remote: Callable[..., ShardDataset], fetch_impl: str
+) -> None:
+    dataset = remote(transform=RandomCrop())
+
+    def epoch(loader_class: Any, **options: Any) -> list[list[torch.Tensor]]:
+        torch.manual_seed(3)
+        loader = loader_class(dataset, batch_size=7, shuffle=True, num_workers=1, **options)
+        return list(loader)
+
+    ours = epoch(DataLoader, fetch_impl=fetch_impl)
+    torchs = epoch(torch.utils.data.DataLoader)
+
+    assert len(ours) == len(torchs) == 7
+    for mine, theirs in zip(ours, torchs, strict=True):
+        assert torch.equal(mine[0], theirs[0])
+        assert torch.equal(mine[1], theirs[1])
+
+
+def test_json_and_bytes_of_fields_are_those_written() -> None:
+    content = orjson.dumps({"bbox": [[0.0, 0.5, 1.0, 1.0]], "n": 3})
+
+    got = open_one({"jpg": b"", "json": content, "cls": b"1"}, fields=("json", "cls"))[0]
+
+    assert got == ({"bbox": [[0.0, 0.5, 1.0, 1.0]], "n": 3}, 1)
+    for name, spoilt in (("json", b"{"), ("cls2.cls", b"x1")):
+        with pytest.raises(SampleDecodeError, match=f"{name[-3:]}: "):
+            open_one({"jpg": b"", name: spoilt}, fields=(name,))[0]
