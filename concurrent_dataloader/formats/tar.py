@@ -91,6 +91,18 @@ class Writable(Protocol):
         ...
 
 
+class Digest(Protocol):
+    """A checksum, as those of `hashlib`."""
+
+    def update(self, piece: Buffer, /) -> None:
+        """Add a piece."""
+        ...
+
+    def hexdigest(self) -> str:
+        """Give the checksum of all pieces, in hex."""
+        ...
+
+
 def split_name(name: str) -> tuple[str, str] | None:
     """Part a member's name into key and field.
 
@@ -197,14 +209,15 @@ class TarWriter:
     of 8 GiB and more, get pax headers.
     """
 
-    def __init__(self, file: Writable) -> None:
+    def __init__(self, file: Writable, md5: Digest | None = None) -> None:
         """Begin a tar.
 
         Args:
             file: Written to front to back; stays the caller's to close.
+            md5: What is told of all that is written; None: `hashlib`'s, in this thread.
         """
         self._file = file
-        self._md5 = hashlib.md5(usedforsecurity=False)
+        self._md5: Digest = hashlib.md5(usedforsecurity=False) if md5 is None else md5
         self.size_bytes = 0
         """Bytes written so far."""
 

@@ -1,0 +1,401 @@
+"""Where shards go: whole files only, what an unfinished run left, and what was there before."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import io
+import mmap
+import os
+import queue
+import tempfile
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+from typing_extensions import Buffer
+
+from concurrent_dataloader.errors import KeyNotFoundError, LoaderError
+from concurrent_dataloader.prepare.metadata import METADATA_NAME, Metadata, ShardMetadata
+from concurrent_dataloader.prepare.plan import NamePattern
+from concurrent_dataloader.shard_index import ShardIndex
+from concurrent_dataloader.stores import WritableStore, open_writable_store
+from concurrent_dataloader.stores._local import LocalStore
+
+_WRITE_BUFFER_BYTES = 1 << 18
+
+
+class WrittenShard(NamedTuple):
+    """A shard that is there, and where its samples lie in it."""
+
+    shard: ShardMetadata
+    extents: NDArray[np.int64]
+    """Start and stop of each sample, (n, 2)."""
+
+    payloads: NDArray[np.int64]
+    """Start and stop of each sample's payload, (n, 2)."""
+
+
+class Md5Thread:
+    """MD5 of what is written, computed beside the writing: it takes longer than the writing."""
+
+    _BATCH_BYTES = 1 << 20
+
+    def __init__(self) -> None:
+        self._md5 = hashlib.md5(usedforsecurity=False)
+        self._batch: list[Buffer] = []
+        self._batch_bytes = 0
+        self._batches: queue.Queue[list[Buffer] | None] = queue.Queue(maxsize=8)
+        self._thread = threading.Thread(target=self._run, name="shard-md5", daemon=True)
+        self._thread.start()
+
+    def update(self, piece: Buffer, /) -> None:
+        """Add a piece, which must not change any more."""
+        self._batch.append(piece)
+        self._batch_bytes += memoryview(piece).nbytes
+        if self._batch_bytes >= self._BATCH_BYTES:
+            self._batches.put(self._batch)
+            self._batch, self._batch_bytes = [], 0
+
+    def hexdigest(self) -> str:
+        """Wait for the end, and give the MD5."""
+        self._batches.put(self._batch)
+        self._batch = []
+        self.close()
+        return self._md5.hexdigest()
+
+    def close(self) -> None:
+        """End the thread; may be called twice."""
+        if self._thread.is_alive():
+            self._batches.put(None)
+            self._thread.join()
+
+    def _run(self) -> None:
+        while (batch := self._batches.get()) is not None:
+            for piece in batch:
+                self._md5.update(piece)
+
+
+class ShardTarget:
+    """A folder, or a prefix of a bucket, that gets the shards of a split. It pickles."""
+
+    def __init__(
+        self,
+        target: str | os.PathLike[str] | WritableStore,
+        split: str,
+        *,
+        in_memory: bool = False,
+        scratch: str | None = None,
+    ) -> None:
+        """Name the place; nothing is written yet.
+
+        Args:
+            target: Folder, URL or store.
+            split: Of the shards.
+            in_memory: Whether a shard is composed in memory, not in a temporary file.
+            scratch: Folder of temporary files for a bucket; None: the system's.
+        """
+        is_place = isinstance(target, (str, os.PathLike))
+        self.store = open_writable_store(target) if is_place else target
+        self.folder = Path(self.store.root) if isinstance(self.store, LocalStore) else None
+        self.split = split
+        self._in_memory = in_memory
+        self._scratch = scratch
+
+    @property
+    def state(self) -> str:
+        """Folder of what an unfinished run needs to go on."""
+        return f".unfinished-{self.split}"
+
+    @property
+    def index_name(self) -> str:
+        """Name of the index of byte ranges."""
+        return f"{self.split}-index.npz"
+
+    @property
+    def info_name(self) -> str:
+        """Name of the map from source names to places in shards."""
+        return f"{self.split}-FileInfo.json"
+
+    # -- whole shards
+
+    @contextlib.contextmanager
+    def compose(self, name: str) -> Generator[BinaryIO]:
+        """Give a file to write; it becomes the shard ``name`` at the end, unless something raised.
+
+        Raises:
+            OSError: The target cannot be written, or is full.
+        """
+        if self.folder is not None:
+            with _explain(self.folder / name), self._compose_in_folder(self.folder, name) as file:
+                yield file
+        elif self._in_memory:
+            memory = io.BytesIO()
+            yield memory
+            self.store.put(name, memory.getbuffer())
+        else:
+            where = Path(self._scratch or tempfile.gettempdir())
+            with _explain(where), tempfile.TemporaryFile(dir=where) as file:
+                yield file
+                file.flush()
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                    self.store.put(name, content)
+
+    @contextlib.contextmanager
+    def _compose_in_folder(self, folder: Path, name: str) -> Generator[BinaryIO]:
+        partial = folder / self.state / f"{name}.partial"
+        try:
+            with open(partial, "wb", buffering=_WRITE_BUFFER_BYTES) as file:
+                if self._in_memory:
+                    memory = io.BytesIO()
+                    yield memory
+                    file.write(memory.getbuffer())
+                else:
+                    yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, folder / name)
+        except BaseException:
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                os.unlink(partial)
+            raise
+
+    # -- runs
+
+    @contextlib.contextmanager
+    def lock(self) -> Generator[None]:
+        """Keep other runs from writing the same split into the same folder.
+
+        Raises:
+            BlockingIOError: Another run is writing there.
+            OSError: The folder cannot be made or written.
+        """
+        if self.folder is None:
+            yield
+            return
+        state = self.folder / self.state
+        try:
+            state.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(state / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise type(error)(
+                error.errno, f"{error.strerror}; check the target and its rights", str(self.folder)
+            ) from error
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise BlockingIOError(
+                    error.errno, f"another run is writing the split {self.split!r}", str(state)
+                ) from error
+            yield
+        finally:
+            os.close(descriptor)
+            self._remove_empty_state()
+
+    def _remove_empty_state(self) -> None:
+        if self.folder is not None:
+            state = self.folder / self.state
+            with contextlib.suppress(OSError):
+                if set(os.listdir(state)) <= {"lock"}:
+                    (state / "lock").unlink(missing_ok=True)
+                    state.rmdir()
+
+    def read_metadata(self) -> Metadata | None:
+        """Read ``metadata.json``, if it is there.
+
+        Raises:
+            IndexFormatError: It is there, and is something else.
+        """
+        raw = self._read(METADATA_NAME)
+        return None if raw is None else Metadata.from_bytes(raw, self.store.describe(METADATA_NAME))
+
+    def begin(
+        self,
+        fingerprint: str,
+        names: Sequence[str],
+        pattern: NamePattern,
+        *,
+        overwrite: bool,
+        resume: bool,
+    ) -> dict[str, WrittenShard]:
+        """Make sure that nothing but this run's shards will be there at its end.
+
+        Args:
+            fingerprint: Of source and settings.
+            names: Of the shards that are to be written.
+            pattern: What shards of this split are called.
+            overwrite: Remove what is there of this split.
+            resume: Take shards that a run with the same fingerprint has left.
+
+        Returns:
+            Shards that are there already, by name.
+
+        Raises:
+            FileExistsError: There is something of this split.
+            ValueError: ``metadata.json`` does not list its shards, so that a split cannot be added.
+        """
+        metadata = self.read_metadata()
+        if metadata is not None and metadata.version is None:
+            raise ValueError(
+                f"{self.store.describe(METADATA_NAME)}: written by an older system, which lists no"
+                " shards; choose another target, or remove that data set by hand"
+            )
+        present = self._find_present(metadata, pattern)
+        begun = self._read(f"{self.state}/plan.json")
+        if overwrite:
+            self._clean(metadata, present)
+        elif begun is not None and resume and self._is_same_plan(begun, fingerprint, present):
+            self._refuse([name for name in present if name not in names])
+            return self._read_receipts(names)
+        else:
+            self._refuse(present)
+        self._clean_state()
+        self.store.put(f"{self.state}/plan.json", orjson.dumps({"fingerprint": fingerprint}))
+        return {}
+
+    def _is_same_plan(self, begun: Buffer, fingerprint: str, present: Sequence[str]) -> bool:
+        try:
+            is_same = orjson.loads(bytes(begun))["fingerprint"] == fingerprint
+        except (ValueError, TypeError, KeyError):
+            is_same = False
+        if not is_same and present:
+            raise FileExistsError(
+                f"{self.store.describe(self.state)}: a run with another source or other settings"
+                f" did not finish there; repeat its command, or replace split {self.split!r} with"
+                " --overwrite"
+            )
+        return is_same
+
+    def _refuse(self, present: Sequence[str]) -> None:
+        if present:
+            raise FileExistsError(
+                f"{self.store.describe(present[0])}: already there"
+                + (f", and {len(present) - 1} more files" if len(present) > 1 else "")
+                + f" of split {self.split!r}; choose another target, or replace the split with"
+                " --overwrite"
+            )
+
+    def _find_present(self, metadata: Metadata | None, pattern: NamePattern) -> list[str]:
+        """Give all files of this split that are not the state's."""
+        found = [name for name in self._list(pattern.begin) if pattern.matches(name)]
+        others = [name for name in self._list(f"{self.split}-") if name not in found]
+        found += [name for name in others if name in (self.index_name, self.info_name)]
+        split = None if metadata is None else metadata.splits.get(self.split)
+        listed = () if split is None else (split.shards or ())
+        found += [shard.name for shard in listed if shard.name not in found]
+        return found
+
+    def _list(self, prefix: str) -> list[str]:
+        try:
+            return [info.key for info in self.store.list(prefix) if "/" not in info.key]
+        except KeyNotFoundError:  # no such folder yet
+            return []
+
+    def _clean(self, metadata: Metadata | None, present: Sequence[str]) -> None:
+        """Remove a split, its mention first, so that a run that is killed leaves nothing mixed."""
+        if metadata is not None and self.split in metadata.splits:
+            rest = metadata.with_split(self.split, None)
+            if rest.splits:
+                self.store.put(METADATA_NAME, rest.to_bytes())
+            else:
+                self.store.delete(METADATA_NAME)
+        for name in present:
+            self.store.delete(name)
+
+    def put_receipt(self, written: WrittenShard) -> None:
+        """Keep what a later run must know of a shard that is there."""
+        content = {
+            "shard": dataclasses.asdict(written.shard),
+            "extents": written.extents,
+            "payloads": written.payloads,
+        }
+        raw = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+        self.store.put(self._receipt_name(written.shard.name), raw)
+
+    def _receipt_name(self, name: str) -> str:
+        return f"{self.state}/{name}.json"
+
+    def _read_receipts(self, names: Sequence[str]) -> dict[str, WrittenShard]:
+        kept = set(self._list_state())
+        found: dict[str, WrittenShard] = {}
+        for name in names:
+            if self._receipt_name(name) not in kept:
+                continue
+            receipt = orjson.loads(bytes(self.store.get(self._receipt_name(name))))
+            shard = ShardMetadata(**receipt["shard"])
+            try:
+                size_bytes = self.store.head(name).size_bytes
+            except KeyNotFoundError:
+                continue
+            if size_bytes == shard.size_bytes:
+                places = (
+                    np.array(receipt[what], np.int64).reshape(-1, 2)
+                    for what in ("extents", "payloads")
+                )
+                found[name] = WrittenShard(shard, *places)
+        return found
+
+    def _list_state(self) -> list[str]:
+        try:
+            return [info.key for info in self.store.list(f"{self.state}/")]
+        except KeyNotFoundError:
+            return []
+
+    def _clean_state(self) -> None:
+        for name in self._list_state():
+            if name != f"{self.state}/lock":
+                self.store.delete(name)
+
+    def finish(
+        self, index: bytes, file_info: bytes | None, add: Callable[[Metadata], Metadata]
+    ) -> None:
+        """Write what lies beside the shards, ``metadata.json`` last, and forget the run."""
+        self.store.put(self.index_name, index)
+        if file_info is not None:
+            self.store.put(self.info_name, file_info)
+        metadata = self.read_metadata() or Metadata(splits={})
+        self.store.put(METADATA_NAME, add(metadata).to_bytes())
+        self._clean_state()
+
+    def read_other_indexes(self) -> Iterator[tuple[str, ShardIndex]]:
+        """Give the index of each other split that is whole.
+
+        Raises:
+            IndexFormatError: One is damaged.
+        """
+        metadata = self.read_metadata()
+        for split in metadata.splits if metadata is not None else ():
+            name = f"{split}-index.npz"
+            raw = self._read(name) if split != self.split else None
+            if raw is not None:
+                yield split, ShardIndex.from_bytes(raw, self.store.describe(name))
+
+    def _read(self, name: str) -> Buffer | None:
+        try:
+            return self.store.get(name)
+        except KeyNotFoundError:
+            return None
+
+
+@contextlib.contextmanager
+def _explain(path: Path) -> Generator[None]:
+    """Give an error of the file system the name of what was written."""
+    try:
+        yield
+    except LoaderError:
+        raise
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise type(error)(
+            error.errno,
+            f"{error.strerror}; the shard was not written, make room and run the command again",
+            str(path),
+        ) from error
