@@ -388,6 +388,17 @@ def check_label_rule(rule: LabelRule) -> None:
     _value_finder(rule)
 
 
+def class_finder(rule: LabelRule) -> Callable[[str], str]:
+    """Give the function that a rule stands for: of a key its class, ``""`` if it names none.
+
+    It pickles.
+
+    Raises:
+        ValueError: As in `check_label_rule`.
+    """
+    return _value_finder(rule)
+
+
 def _value_finder(rule: LabelRule) -> Callable[[str], str]:
     """Turn a rule into a function that pickles; it gives ``""`` for a key that names no class."""
     if isinstance(rule, Mapping):

@@ -1,0 +1,20 @@
+"""Samples from wherever they lie: folders, buckets, indexes, archives, shards.
+
+```text
+opening     open_source: finds out what is meant, and puts the parts together
+layouts     what lies in a folder: splits, archives, ImageNet's and Kaggle's layouts
+listing     samples that are objects;  archives  samples in tars
+found       what was found: names, places, strays;  places  bytes by position
+labelling   label of each sample;  class_map  files of classes
+boxes       bounding boxes
+table       the source that comes of it
+```
+"""
+
+from __future__ import annotations
+
+from concurrent_dataloader.prepare.sources.found import IMAGE_SUFFIXES
+from concurrent_dataloader.prepare.sources.opening import NO_LABELS, OnStray, open_source
+from concurrent_dataloader.prepare.sources.table import SampleTable
+
+__all__ = ["IMAGE_SUFFIXES", "NO_LABELS", "OnStray", "SampleTable", "open_source"]

@@ -1,0 +1,338 @@
+"""Opens samples, wherever they lie and however their classes and boxes are given."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from concurrent_dataloader.errors import (
+    ClassesFormatError,
+    KeyNotFoundError,
+    ShardFormatError,
+)
+from concurrent_dataloader.index import choose_positions
+from concurrent_dataloader.labels import LabelRule, LabelSpace, check_label_rule, class_finder
+from concurrent_dataloader.prepare import imagenet
+from concurrent_dataloader.prepare.metadata import METADATA_NAME, Metadata
+from concurrent_dataloader.prepare.sources.archives import is_compressed_tar, is_tar
+from concurrent_dataloader.prepare.sources.class_map import find_rule, parse_class_map
+from concurrent_dataloader.prepare.sources.files import Files, join, split_file_name
+from concurrent_dataloader.prepare.sources.found import IMAGE_SUFFIXES, Found
+from concurrent_dataloader.prepare.sources.labelling import (
+    ClassTable,
+    Labelling,
+    OnUnknown,
+    convert,
+    drop_unknown,
+    label_by_rule,
+    label_by_table,
+    label_by_truth,
+    table_of_meta,
+)
+from concurrent_dataloader.prepare.sources.layouts import Place, Search
+from concurrent_dataloader.prepare.sources.table import SampleTable
+
+OnStray = Literal["skip", "error"]
+
+NO_LABELS = "none"
+"""The label rule of samples whose classes are not wanted."""
+
+PathOrUrl = str | os.PathLike[str]
+
+
+def open_source(
+    text: PathOrUrl,
+    *,
+    split: str | None = None,
+    root: str | None = None,
+    suffixes: Sequence[str] = IMAGE_SUFFIXES,
+    on_stray: OnStray = "skip",
+    label_rule: LabelRule | None = None,
+    class_map: PathOrUrl | None = None,
+    meta_mat: PathOrUrl | None = None,
+    ground_truth: PathOrUrl | None = None,
+    id_base: int | None = None,
+    label_space: LabelSpace | str | None = None,
+    on_unknown: OnUnknown = "error",
+    limit: int | None = None,
+    sample_seed: int | None = None,
+    temporary_folder: str | os.PathLike[str] | None = None,
+    verify_archives: bool = False,
+    **store_options: Any,
+) -> SampleTable:
+    """Open samples to be packed or checked; the caller closes the source.
+
+    What ``text`` may be, as path or ``s3://`` URL (an archive also as ``http(s)://`` URL):
+
+    - a folder or prefix of images, in class folders or flat, nested as deep as you like; links are
+      followed, but not into a folder that holds them;
+    - one with a folder for each split, ``train`` and ``val`` or ``validation``, as torchvision's
+      ImageNet has it; with original archives, ``ILSVRC2012_img_*.tar``; with shards
+      ``train-*.tar``; or in Kaggle's layout, ``ILSVRC/Data/CLS-LOC``;
+    - a JSON or packed index, with ``root``;
+    - a tar: flat, with class folders, of class tars, or a WebDataset shard; ``.tar.gz``,
+      ``.tar.bz2`` and ``.tar.xz`` are unpacked to a temporary file, which `close` removes;
+    - tars by pattern: ``shards/train-{000..146}.tar``, ``shards/train-*.tar``.
+
+    Samples are sorted by name, but for those of an index and of shards, which keep their order.
+    The same content gives the same source on any machine and from any of these.
+
+    Classes are found by the first of these that applies: ``ground_truth``, ``class_map``,
+    ``meta_mat``, the labels of shards, ``label_rule``, a ground truth, development kit or Kaggle
+    solution that lies beside a flat ImageNet validation set, the folder of each sample. Labels
+    are then those of torchvision's ImageFolder, unless a map says otherwise.
+
+    Args:
+        text: Where the samples lie.
+        split: Which part of it: "train", "val", "test".
+        root: What the keys of an index are relative to.
+        suffixes: Endings of samples, in any case; every file is one when empty.
+        on_stray: Whether files that are no samples are counted (`SampleTable.num_stray`), or are
+            an error.
+        label_rule: How a name holds its class, as in `labels.LabelRule`: "parent", "prefix",
+            "regex:PATTERN", ...; "none": samples have no labels.
+        class_map: File of classes: see `parse_class_map`.
+        meta_mat: ``meta.mat``, or the archive of the development kit.
+        ground_truth: File with the class of each image: see `parse_ground_truth`; or the archive
+            of the development kit.
+        id_base: Lowest possible id in ``class_map``, where it does not tell.
+        label_space: Order of ImageNet's classes. None: that of the class map or the shards; for
+            everything else the order of the WordNet ids, as in torchvision's weights.
+        on_unknown: Whether a sample whose class is not known is an error, or left out.
+        limit: Take that many samples.
+        sample_seed: Take them from everywhere, by this seed, instead of from the begin.
+        temporary_folder: Where compressed archives are unpacked.
+        verify_archives: Compare original archives with their published MD5 first.
+        **store_options: What `open_store` takes: ``client``, ``credentials``, ``endpoint_url``...
+
+    Raises:
+        ValueError: An argument cannot be used, or does not tell which samples are meant.
+        StoreError: There is no sample, or the store cannot be read.
+        ShardFormatError: An archive is damaged, not the original, or holds stray files.
+        ClassesFormatError: A file of classes is none, or not of these samples.
+        UnknownClassError: The class of a sample is not known.
+    """
+    if label_rule is not None and label_rule != NO_LABELS:
+        check_label_rule(label_rule)
+    files = Files(store_options)
+    search = Search(
+        files=files,
+        split=split,
+        root=root,
+        suffixes=suffixes,
+        temporary_folder=temporary_folder,
+        check_archive=_ArchiveCheck(files) if verify_archives else _accept,
+    )
+    place = search.run(os.fspath(text))
+    labeller = _Labeller(
+        files=files,
+        place=place,
+        split=split,
+        label_rule=label_rule,
+        class_map=_text(class_map),
+        meta_mat=_text(meta_mat),
+        ground_truth=_text(ground_truth),
+        id_base=id_base,
+        label_space=None if label_space is None else LabelSpace(label_space),
+    )
+    try:
+        _check_found(place.found, on_stray)
+        return _make_table(place, labeller, on_unknown, limit, sample_seed)
+    except BaseException:
+        place.found.places.close()
+        for unpacked in place.unpacked:
+            unpacked.close()
+        raise
+
+
+def _make_table(
+    place: Place,
+    labeller: _Labeller,
+    on_unknown: OnUnknown,
+    limit: int | None,
+    sample_seed: int | None,
+) -> SampleTable:
+    found = place.found
+    labelling = labeller.run()
+    if labelling is not None:
+        known = drop_unknown(found.names, labelling, on_unknown, labeller.explain)
+        if known is not None:
+            num_skipped = len(found.names) - len(known)
+            labelling = dataclasses.replace(labelling.select(known), num_skipped=num_skipped)
+            found = found.select(known)
+    if not len(found.names):
+        raise KeyNotFoundError(f"{found.where}: no sample is of a known class")
+    chosen = choose_positions(len(found.names), limit, sample_seed)
+    if chosen is not None:
+        found = found.select(chosen)
+        labelling = None if labelling is None else labelling.select(chosen)
+    return SampleTable(found, labelling, found.boxes, place.unpacked)
+
+
+def _check_found(found: Found, on_stray: OnStray) -> None:
+    if found.num_stray and on_stray == "error":
+        raise ShardFormatError(
+            f"{found.where}: holds {found.num_stray} stray files such as {found.strays[0]!r},"
+            " expected samples only; remove them, or let stray files be skipped"
+        )
+    if not len(found.names):
+        strays = f", but other files such as {found.strays[0]!r}" if found.strays else ""
+        raise KeyNotFoundError(
+            f"{found.where}: holds no sample{strays}; check the source and the suffixes"
+        )
+
+
+def _text(given: PathOrUrl | None) -> str | None:
+    return None if given is None else os.fspath(given)
+
+
+def _accept(archive: str) -> None:
+    """Take an archive as it is."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _ArchiveCheck:
+    """Compares archives with their published checksums."""
+
+    files: Files
+
+    def __call__(self, archive: str) -> None:
+        with self.files.open_file(archive) as file:
+            imagenet.check_archive(file, split_file_name(archive).name, archive)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Labeller:
+    """Finds the labels of what was found."""
+
+    files: Files
+    place: Place
+    split: str | None
+    label_rule: LabelRule | None
+    class_map: str | None
+    meta_mat: str | None
+    ground_truth: str | None
+    id_base: int | None
+    label_space: LabelSpace | None
+
+    def run(self) -> Labelling | None:
+        """Give the labels, -1 where a class is not known; None if samples are to have none."""
+        if self.label_rule == NO_LABELS:
+            return None
+        labelling, default = self._find()
+        target = self.label_space or default
+        if labelling is None or target is None:
+            return labelling
+        if self.label_space is None and labelling.label_space is None:
+            return labelling
+        return convert(labelling, target)
+
+    def explain(self, name: str) -> str:
+        """Say why a sample has no label."""
+        rule = self.label_rule or "parent"
+        value = "" if rule == NO_LABELS else class_finder(rule)(name)
+        given = self.ground_truth or self.class_map or self.meta_mat
+        what = f"class {value!r} by label_rule {rule!r}" if value else "no class"
+        if given is None:
+            return (
+                f"{name}: names {what}; give label_rule, class_map or ground_truth, or let samples"
+                " of unknown classes be skipped"
+            )
+        inner = ""
+        if self.meta_mat is not None:
+            number = self._read_meta(self.meta_mat).get(value)
+            if number is not None:
+                inner = f", which is an inner node of WordNet (ILSVRC2012_ID {number})"
+        return (
+            f"{name}: got {what}{inner}, expected one of {given}; add it there, choose another"
+            " label_rule, or let samples of unknown classes be skipped"
+        )
+
+    def _find(self) -> tuple[Labelling | None, LabelSpace | None]:
+        """Give the labels, and the label space that they are to be in by default."""
+        sorted_wnid = LabelSpace.SORTED_WNID
+        names = self.place.found.names
+        if self.ground_truth is not None:
+            return self._label_by_truth(self.ground_truth), sorted_wnid
+        if self.class_map is not None:
+            return self._label_by_map(self.class_map), None
+        if self.meta_mat is not None:
+            table = table_of_meta(self._read_meta(self.meta_mat), self.meta_mat)
+            return label_by_table(names, self.label_rule or "parent", table), sorted_wnid
+        if self.label_rule is not None:
+            return label_by_rule(names, self.label_rule), None
+        if self.place.found.labels is not None:
+            return self._label_by_shards(self.place.found.labels), None
+        if not self.place.has_classes or self._begins_with(imagenet.TEST_BASE):
+            return None, None
+        if self._begins_with(imagenet.VAL_BASE) and "/" not in names.key(0):
+            return self._label_by_truth(self._find_truth()), sorted_wnid
+        return label_by_rule(names, "parent"), None
+
+    def _begins_with(self, base: str) -> bool:
+        return imagenet.stem_of(self.place.found.names.key(0)).startswith(base)
+
+    def _read_meta(self, text: str) -> dict[str, int]:
+        if not (is_tar(text) or is_compressed_tar(text)):
+            return imagenet.parse_meta(self.files.read(text), text)
+        with self.files.open_file(text) as file:
+            return imagenet.parse_meta(imagenet.read_devkit(file, text)["meta.mat"], text)
+
+    def _label_by_truth(self, text: str) -> Labelling:
+        meta = None if self.meta_mat is None else self._read_meta(self.meta_mat)
+        if is_tar(text) or is_compressed_tar(text):
+            with self.files.open_file(text) as file:
+                kit = imagenet.read_devkit(file, text)
+            raw = kit[imagenet.GROUND_TRUTH]
+            meta = imagenet.parse_meta(kit["meta.mat"], text) if meta is None else meta
+        else:
+            raw = self.files.read(text)
+        truth = imagenet.parse_ground_truth(raw, text)
+        return label_by_truth(self.place.found.names, truth, meta)
+
+    def _label_by_map(self, text: str) -> Labelling:
+        names = self.place.found.names
+        table = parse_class_map(self.files.read(text), text, self.id_base)
+        if not isinstance(table, ClassTable):
+            return label_by_truth(names, table, None)
+        return label_by_table(names, self.label_rule or find_rule(names, table), table)
+
+    def _label_by_shards(self, labels: Any) -> Labelling:
+        """Take the labels of shards, and the names of their classes from the metadata beside."""
+        count = int(labels.max()) + 1
+        classes, space = tuple(str(label) for label in range(count)), None
+        for folder in self.place.beside:
+            text = join(folder, METADATA_NAME)
+            if not self.files.has(text):
+                continue
+            splits = Metadata.from_bytes(self.files.read(text), text).splits
+            told = splits.get(self.split or "") or next(iter(splits.values()), None)
+            if told is not None and told.classes is not None:
+                if len(told.classes) < count:
+                    raise ClassesFormatError(
+                        f"{text}: names {len(told.classes)} classes, expected {count}, since the"
+                        f" shards hold label {count - 1}"
+                    )
+                return Labelling(labels, told.classes, told.label_space)
+        return Labelling(labels, classes, space)
+
+    def _find_truth(self) -> str:
+        """Look for the classes of a flat ImageNet validation set beside it."""
+        kit = imagenet.DEVKIT.removesuffix(".tar.gz")
+        looked_for = (
+            imagenet.KAGGLE_SOLUTION,
+            imagenet.GROUND_TRUTH,
+            f"data/{imagenet.GROUND_TRUTH}",
+            f"{kit}/data/{imagenet.GROUND_TRUTH}",
+            imagenet.DEVKIT,
+        )
+        for folder in self.place.beside:
+            for name in looked_for:
+                if self.files.has(join(folder, name)):
+                    return join(folder, name)
+        raise ClassesFormatError(
+            f"{self.place.found.where}: a flat folder of validation images, and none of"
+            f" {', '.join(looked_for)} in {' or '.join(self.place.beside)}; give ground_truth"
+        )
