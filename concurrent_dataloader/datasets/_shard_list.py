@@ -1,0 +1,230 @@
+"""Find shards, their sizes and their index, before anything is trained."""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import re
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from concurrent_dataloader.datasets._shard_reader import ShardList
+from concurrent_dataloader.datasets._split import ShardTable
+from concurrent_dataloader.errors import AccessDeniedError, IndexFormatError, KeyNotFoundError
+from concurrent_dataloader.formats.tar import Sample
+from concurrent_dataloader.ranges import ByteRange
+from concurrent_dataloader.shard_index import ShardIndex
+from concurrent_dataloader.shard_names import (
+    ShardSet,
+    expand_shards,
+    find_split,
+    locate_shards,
+    split_url,
+)
+from concurrent_dataloader.stores import open_store, open_writable_store
+from concurrent_dataloader.stores._memory import MemoryStore
+from concurrent_dataloader.stores.base import SizedStore, Store, WritableStore
+
+PIPE, FAKE = "pipe:", "fake:"
+
+_NUM_HEADS_AT_ONCE = 32
+_NUM_FAKES = 1000
+_NUMBERING = re.compile(r"[-_.]?\d*(-of-\d+)?(\.[A-Za-z]\w*)*$")
+
+Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+def open_shards(
+    source: Source,
+    store: Store | None,
+    store_options: dict[str, Any],
+    *,
+    index: ShardIndex | str | os.PathLike[str] | None,
+    allow_pipe: bool,
+) -> tuple[ShardList, ShardTable | None]:
+    """Find the shards and, where there is an index, their samples.
+
+    Raises:
+        ValueError: The source cannot be used.
+        KeyNotFoundError: A shard is not there.
+        IndexFormatError: The index is none, or not that of these shards.
+    """
+    given = [source] if isinstance(source, str | os.PathLike) else source
+    texts = [os.fspath(text) for text in given]
+    if any(text.startswith(FAKE) for text in texts):
+        return _make_up(texts)
+    if any(text.startswith(PIPE) for text in texts):
+        return _take_commands(texts, allow_pipe), None
+    found, store = _locate(texts, store, store_options)
+    names = found.names
+    shard_index = _open_index(index, store, names, store_options)
+    sizes = _find_sizes(store, names) if None in found.sizes else found.sizes
+    shards = ShardList(store, names, sizes)
+    if shard_index is None:
+        return shards, None
+    if not shards.has_ranges:
+        if index != "auto":
+            raise ValueError("index: got one for compressed shards, which have no byte ranges")
+        return shards, None
+    return shards, _match_index(shard_index, shards)
+
+
+def _locate(
+    texts: Sequence[str], store: Store | None, store_options: dict[str, Any]
+) -> tuple[ShardSet, Store]:
+    """Find the names of the shards, and the store in which they are keys."""
+    if store is None:
+        found = locate_shards(texts, functools.partial(_list_below, store_options))
+        store = open_store(found.root, **store_options)
+    elif store_options:
+        raise ValueError(
+            f"store: got one together with {', '.join(sorted(store_options))}, expected one of the "
+            "two"
+        )
+    else:
+        found = locate_shards(texts, functools.partial(_list_in, store))
+        begin = "" if found.root == "." else f"{found.root.rstrip('/')}/"
+        found = found._replace(names=tuple(begin + name for name in found.names))
+    for name in found.names:
+        if name.lower().endswith(".zst"):
+            raise ValueError(
+                f"shards: got {name!r}, expected .tar, .tar.gz, .tar.bz2 or .tar.xz; unpack it"
+            )
+    return found, store
+
+
+def _list_below(store_options: dict[str, Any], root: str, prefix: str) -> Iterable[tuple[str, int]]:
+    return open_writable_store(root, **store_options).list(prefix)
+
+
+def _list_in(store: Store, root: str, prefix: str) -> Iterable[tuple[str, int]]:
+    if not isinstance(store, WritableStore):
+        raise ValueError(
+            f"shards: got a folder or a glob in a {type(store).__name__}, which cannot be listed; "
+            "name the shards, such as by a brace range"
+        )
+    begin = "" if root == "." else f"{root}/"
+    return ((key.removeprefix(begin), size) for key, size in store.list(begin + prefix))
+
+
+def _find_sizes(store: Store, names: Sequence[str]) -> list[int | None]:
+    """Ask how large each shard is; whoever is not there is named here."""
+    if isinstance(store, WritableStore):
+        try:
+            # Of characters, not of folders: what a listing takes.
+            prefix = os.path.commonprefix(names)  # noqa: RUF071 - as the comment says
+            listed = dict(store.list(prefix))
+        except AccessDeniedError:  # there are keys that may read, and not list
+            pass
+        else:
+            lacking = [name for name in names if name not in listed]
+            if lacking:
+                more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+                raise KeyNotFoundError(
+                    f"{store.describe(lacking[0])}{more}: no such shard, expected the "
+                    f"{len(names)} that were named; {len(names) - len(lacking)} of them are there"
+                )
+            return [listed[name] for name in names]
+    if not isinstance(store, SizedStore):
+        return [None] * len(names)
+    with ThreadPoolExecutor(_NUM_HEADS_AT_ONCE) as executor:
+        return [info.size_bytes for info in executor.map(store.head, names)]
+
+
+# -- the index
+
+
+def _open_index(
+    index: ShardIndex | str | os.PathLike[str] | None,
+    store: Store,
+    names: Sequence[str],
+    store_options: dict[str, Any],
+) -> ShardIndex | None:
+    if index is None or isinstance(index, ShardIndex):
+        return index
+    text = os.fspath(index)
+    if text == "auto":
+        return _find_index(store, names)
+    if "://" not in text:
+        return ShardIndex.load(text)
+    root, key = split_url(text)
+    return ShardIndex.from_bytes(open_store(root, **store_options).get(key), text)
+
+
+def index_names(name: str) -> list[str]:
+    """Give the names that the index of a shard may have: ``train-index.npz``."""
+    folder, slash, base = name.rpartition("/")
+    stems = [_NUMBERING.sub("", base), find_split(base)]
+    return [f"{folder}{slash}{stem}-index.npz" for stem in dict.fromkeys(stems) if stem]
+
+
+def _find_index(store: Store, names: Sequence[str]) -> ShardIndex | None:
+    candidates = [index_names(name) for name in (names[0], names[-1])]
+    if candidates[0] != candidates[1]:
+        return None  # several splits, or several folders: none holds them all
+    for key in candidates[0]:
+        try:
+            return ShardIndex.from_bytes(store.get(key), store.describe(key))
+        except (KeyNotFoundError, AccessDeniedError):  # a key that may not list is denied
+            continue
+    return None
+
+
+def _match_index(index: ShardIndex, shards: ShardList) -> ShardTable:
+    """Find the shards in the index, which names them relative to its folder."""
+    numbers = {shard.name: number for number, shard in enumerate(index.shards)}
+    found: list[int] = []
+    for key, size in zip(shards.keys, shards.sizes, strict=True):
+        number = numbers.get(key, numbers.get(key.rpartition("/")[2]))
+        where = shards.store.describe(key)
+        how = "write the index anew with `concurrent-dataloader index`, or give index=None"
+        if number is None:
+            raise IndexFormatError(f"{where}: not in the index beside it, expected there; {how}")
+        expected = index.shards[number].size_bytes
+        if size is not None and size != expected:
+            raise IndexFormatError(
+                f"{where}: got {size} bytes, expected {expected}, as its index says; {how}"
+            )
+        found.append(number)
+    return ShardTable.from_index(index, found)
+
+
+# -- shards that are no objects
+
+
+def _take_commands(texts: Sequence[str], allow_pipe: bool) -> ShardList:
+    if not all(text.startswith(PIPE) for text in texts):
+        raise ValueError("shards: got commands and names, expected one of the two")
+    if not allow_pipe:
+        raise ValueError(
+            "shards: got 'pipe:', which runs a command in a shell, expected names; give "
+            "allow_pipe=True if you trust it"
+        )
+    commands = [text.removeprefix(PIPE) for text in expand_shards(texts)]
+    return ShardList(MemoryStore(), commands, [None] * len(commands), are_commands=True)
+
+
+def _make_up(texts: Sequence[str]) -> tuple[ShardList, ShardTable]:
+    number = texts[0].removeprefix(FAKE)
+    if len(texts) > 1 or not (number.isdecimal() or not number):
+        raise ValueError(f"shards: got {', '.join(map(repr, texts))}, expected 'fake:N' alone")
+    count = int(number) if number else _NUM_FAKES
+    sample = Sample("fake", {"jpg": _draw_photo(), "cls": b"0"}, ByteRange(0, 1))
+    shards = ShardList(MemoryStore(), [f"{FAKE}{count}"], [count], repeated=sample)
+    return shards, ShardTable.from_counts([count])
+
+
+def _draw_photo() -> bytes:
+    """Make a JPEG file of 500 x 375 pixels and about 100 kB, ImageNet's usual size."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (47, 63, 3), np.uint8))
+    smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), np.int16)
+    pixels = np.clip(smooth + rng.integers(-12, 13, smooth.shape), 0, 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=90)
+    return file.getvalue()

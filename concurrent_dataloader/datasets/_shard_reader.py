@@ -1,0 +1,440 @@
+"""The samples of one reader: several shards at once, mixed in a buffer, resumable by offset.
+
+```text
+segments -> slots, a sample from each in turn -> buffer, one drawn of it -> samples
+```
+
+The order depends on the segments, the settings and the seed, never on how fast bytes come.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import orjson
+from typing_extensions import Buffer
+
+from concurrent_dataloader.datasets._shard_streams import (
+    Decompressed,
+    ReadAhead,
+    ShardBytes,
+    Stream,
+    describe_command,
+    is_compressed,
+    skip,
+)
+from concurrent_dataloader.datasets._split import Segment
+from concurrent_dataloader.errors import LoaderError, ShardFormatError
+from concurrent_dataloader.formats.tar import Sample, parse_sample, read_samples
+from concurrent_dataloader.ranges import ByteRange, cover, merge_near
+from concurrent_dataloader.shard_names import find_kind
+from concurrent_dataloader.stores.base import Store
+
+MIN_BUFFERED = 100
+"""Samples in the buffer when the first is drawn of it: the first batch does not wait for it to be
+full. It grows by one with each sample drawn."""
+
+_MAX_GAP_BYTES = 64 << 10
+"""What is read for nothing, when a buffer is fetched again, rather than asked for apart."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ReadSettings:
+    """How a worker reads its shards; the defaults hold 32 MiB a worker."""
+
+    num_open: int = 4
+    """Shards of which samples are taken in turn, when they are shuffled; else it is one."""
+
+    part_bytes: int = 4 << 20
+    """Bytes of a request."""
+
+    max_parts: int = 8
+    """Parts that are under way, or have come and were not used."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_open", 1), ("part_bytes", 512), ("max_parts", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {least} or more")
+
+
+class RawSample(NamedTuple):
+    """A sample as it was read."""
+
+    segment: int
+    """Number of its segment in the reader's list."""
+
+    sample: Sample
+
+
+class ShardList:
+    """Shards, and what their samples are read by. Pickles."""
+
+    def __init__(
+        self,
+        store: Store,
+        keys: Sequence[str],
+        sizes: Sequence[int | None],
+        *,
+        are_commands: bool = False,
+        repeated: Sample | None = None,
+    ) -> None:
+        """Name the shards.
+
+        Args:
+            store: Where they lie.
+            keys: Their keys in it; or commands.
+            sizes: Bytes of each; None where that is not known, and it is read by one request.
+            are_commands: Whether ``keys`` are commands.
+            repeated: The sample of which made-up shards consist; segments then count samples.
+        """
+        self.store = store
+        self.keys = tuple(keys)
+        self.sizes = tuple(sizes)
+        self.are_commands = are_commands
+        self.repeated = repeated
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def describe(self, shard: int) -> str:
+        """Name a shard for a person."""
+        key = self.keys[shard]
+        if self.repeated is not None:
+            return key
+        return describe_command(key) if self.are_commands else self.store.describe(key)
+
+    @property
+    def has_ranges(self) -> bool:
+        """Whether a sample can be read without what comes before it."""
+        return not self.are_commands and not any(is_compressed(key) for key in self.keys)
+
+    def is_records(self, shard: int) -> bool:
+        """Whether a shard is a TFRecord file."""
+        return find_kind(self.keys[shard]) == "tfrecord" and not self.are_commands
+
+    def bytes_of(self, segment: Segment, offset: int | None) -> ShardBytes:
+        """Say what to read for a segment; ``offset``: where its next sample begins."""
+        key = self.keys[segment.shard]
+        if self.are_commands:
+            return ShardBytes(key, None, is_command=True)
+        size = self.sizes[segment.shard]
+        if segment.byte_range is not None:
+            start, stop = segment.byte_range
+            place = ByteRange(start if offset is None else offset, stop)
+            return ShardBytes(key, place, has_end=self.is_records(segment.shard))
+        if size is None:
+            return ShardBytes(key, None)
+        return ShardBytes(key, ByteRange(offset or 0, size))
+
+    def parse(self, shard: int, raw: Buffer) -> Sample:
+        """Read the one sample of which ``raw`` is the extent."""
+        where = self.describe(shard)
+        if not self.is_records(shard):
+            return parse_sample(raw, where)
+        from concurrent_dataloader.formats.tfrecord import parse_record
+
+        return _sample_of_record(parse_record(raw, where), ByteRange(0, 0), where)
+
+    def iter_samples(
+        self, segment: Segment, stream: Stream | None, offset: int | None
+    ) -> Iterator[Sample]:
+        """Read the samples of a segment from where it begins, or from ``offset``."""
+        if self.repeated is not None:
+            assert segment.byte_range is not None, "made-up shards are cut by counts"
+            start, stop = segment.byte_range
+            for place in range(offset or start, stop):
+                yield self.repeated._replace(extent=ByteRange(place, place + 1))
+            return
+        assert stream is not None, "only made-up shards have none"
+        where = self.describe(segment.shard)
+        if self.sizes[segment.shard] == 0:
+            raise ShardFormatError(
+                f"{where}: got 0 bytes, expected a shard; fetch or write it anew"
+            )
+        begin = segment.byte_range.start if segment.byte_range is not None else 0
+        here = begin if offset is None else offset
+        file: Stream | Decompressed = stream
+        if not self.are_commands and is_compressed(self.keys[segment.shard]):
+            file = Decompressed(stream, self.keys[segment.shard], where)
+        is_sought = self.has_ranges and self.sizes[segment.shard] is not None
+        if not is_sought and segment.byte_range is None:
+            skip(file, here)
+        if self.is_records(segment.shard):
+            yield from _iter_record_samples(file, where, here)
+            return
+        yield from read_samples(file, where, offset=here)
+        if not self.has_ranges:
+            file.read_to_end()  # how a command ends, or a checksum, says whether it is whole
+
+
+class _Slot:
+    """A segment that is being read, and how far."""
+
+    def __init__(
+        self,
+        number: int,
+        segment: Segment,
+        shards: ShardList,
+        ahead: ReadAhead,
+        offset: int | None = None,
+        num_read: int = 0,
+    ) -> None:
+        self.number = number
+        self.offset = offset
+        self.num_read = num_read
+        self._shards = shards
+        self._segment = segment
+        self._ahead = ahead
+        self._stream = None if shards.repeated is not None else ahead.open_next()
+        self._samples = shards.iter_samples(segment, self._stream, offset)
+        self._last_key: str | None = None
+
+    def read(self) -> Sample | None:
+        """Read the next sample; None at the end."""
+        try:
+            sample = next(self._samples, None)
+            if sample is None:
+                self._check_count()
+        except LoaderError as error:
+            raise self._explain(error) from error
+        if sample is None:
+            if self._stream is not None:
+                self._ahead.drop(self._stream)
+            return None
+        self.offset = sample.extent.stop
+        self.num_read += 1
+        self._last_key = sample.key
+        return sample
+
+    def _check_count(self) -> None:
+        expected = self._segment.num_samples
+        if expected is not None and self.num_read != expected:
+            raise ShardFormatError(
+                f"{self._shards.describe(self._segment.shard)} {self._segment.byte_range}: got "
+                f"{self.num_read} samples, expected {expected}; the index does not belong to the "
+                "shards, write it anew with `concurrent-dataloader index`"
+            )
+
+    def _explain(self, error: LoaderError) -> LoaderError:
+        after = "its begin" if self._last_key is None else f"sample {self._last_key!r}"
+        where = self._shards.describe(self._segment.shard)
+        return type(error)(f"{error}; it was read after {after} of {where}")
+
+
+class ShardReader:
+    """An iterator over the samples of some segments. One thread may use it; close it at the end."""
+
+    def __init__(
+        self,
+        shards: ShardList,
+        segments: Sequence[Segment],
+        settings: ReadSettings,
+        *,
+        buffer_size: int,
+        seed: str,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Begin to read.
+
+        Args:
+            shards: The shards.
+            segments: What to read of them, in this order.
+            settings: How.
+            buffer_size: Samples of which the next one is drawn; 1: they keep their order, and
+                segments are read one after the other.
+            seed: Seeds the draws.
+            state: What `state` gave of a reader that was made alike: go on there.
+        """
+        self._shards = shards
+        self._segments = segments
+        self._settings = settings
+        self._num_open = settings.num_open if buffer_size > 1 else 1
+        self._buffer_size = buffer_size
+        self._rng = random.Random(seed)
+        self._buffer: list[RawSample] = []
+        self._target = min(buffer_size, MIN_BUFFERED)
+        self._slots: list[_Slot] = []
+        self._cursor = 0
+        self._next_segment = 0
+        self.num_delivered = 0
+        opened: Sequence[Sequence[Any]] = []
+        if state is not None and shards.has_ranges:
+            opened, self._next_segment = state["slots"], state["next_segment"]
+        self._ahead = ReadAhead(
+            shards.store,
+            self._plan_bytes(opened),
+            part_bytes=settings.part_bytes,
+            max_parts=settings.max_parts,
+            num_open=self._num_open,
+        )
+        try:
+            if state is not None:
+                self._restore(state)
+        except BaseException:
+            self.close()
+            raise
+
+    def _plan_bytes(self, opened: Sequence[Sequence[Any]]) -> list[ShardBytes]:
+        if self._shards.repeated is not None:
+            return []
+        places = [(self._segments[number], offset) for number, offset, _ in opened]
+        places += [(segment, None) for segment in self._segments[self._next_segment :]]
+        return [self._shards.bytes_of(segment, offset) for segment, offset in places]
+
+    def __iter__(self) -> ShardReader:
+        """Give itself."""
+        return self
+
+    def __next__(self) -> RawSample:
+        """Give the next sample; waits for its bytes.
+
+        Raises:
+            LoaderError: It cannot be read; says of which shard, and after which sample.
+        """
+        if self._buffer_size <= 1:
+            raw = self._read()
+            if raw is None:
+                raise StopIteration
+            self.num_delivered += 1
+            return raw
+        buffer = self._buffer
+        while len(buffer) < self._target:
+            raw = self._read()
+            if raw is None:
+                self._target = 0
+                break
+            buffer.append(raw)
+        if not buffer:
+            raise StopIteration
+        # Drawn while it is as large as was said; the last one takes the free place.
+        place = self._rng.randrange(len(buffer))
+        buffer[place], buffer[-1] = buffer[-1], buffer[place]
+        drawn = buffer.pop()
+        if self._target:
+            self._target = min(self._target + 1, self._buffer_size)
+        self.num_delivered += 1
+        return drawn
+
+    def shard_of(self, raw: RawSample) -> int:
+        """Give the number of the shard that holds a sample."""
+        return self._segments[raw.segment].shard
+
+    def _read(self) -> RawSample | None:
+        """Read a sample of the slot whose turn it is; None when all is read."""
+        while len(self._slots) < self._num_open and self._open_slot(len(self._slots)):
+            pass
+        while self._slots:
+            self._cursor %= len(self._slots)
+            slot = self._slots[self._cursor]
+            sample = slot.read()
+            if sample is not None:
+                self._cursor += 1
+                return RawSample(slot.number, sample)
+            del self._slots[self._cursor]
+            self._open_slot(self._cursor)
+        return None
+
+    def _open_slot(self, place: int) -> bool:
+        if self._next_segment == len(self._segments):
+            return False
+        number = self._next_segment
+        self._next_segment += 1
+        self._slots.insert(place, _Slot(number, self._segments[number], self._shards, self._ahead))
+        return True
+
+    def close(self) -> None:
+        """End what runs. May be called twice."""
+        self._ahead.close()
+        self._slots = []
+        self._buffer = []
+
+    # -- resuming
+
+    def state(self) -> dict[str, Any]:
+        """Say how far it is: numbers, lists and strings."""
+        version, words, gauss = self._rng.getstate()
+        return {
+            "num_delivered": self.num_delivered,
+            "slots": [[slot.number, slot.offset, slot.num_read] for slot in self._slots],
+            "cursor": self._cursor,
+            "next_segment": self._next_segment,
+            "buffer": [[raw.segment, *raw.sample.extent] for raw in self._buffer],
+            "target": self._target,
+            "rng": [version, list(words), gauss],
+        }
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        if not self._shards.has_ranges:  # what was delivered is read again, and not decoded
+            for _ in range(state["num_delivered"]):
+                next(self)
+            return
+        for number, offset, num_read in state["slots"]:
+            slot = _Slot(
+                number, self._segments[number], self._shards, self._ahead, offset, num_read
+            )
+            self._slots.append(slot)
+        self._cursor = state["cursor"]
+        self._target = state["target"]
+        self.num_delivered = state["num_delivered"]
+        version, words, gauss = state["rng"]
+        self._rng.setstate((version, tuple(words), gauss))
+        self._buffer = self._fetch_again(state["buffer"])
+
+    def _fetch_again(self, places: Sequence[Sequence[int]]) -> list[RawSample]:
+        """Fetch the samples that lay in the buffer, near ones by one request, in their order."""
+        shards = self._shards
+        if shards.repeated is not None:
+            sample = shards.repeated
+            return [
+                RawSample(number, sample._replace(extent=ByteRange(start, stop)))
+                for number, start, stop in places
+            ]
+        by_shard: dict[int, list[int]] = {}
+        for at, (number, _, _) in enumerate(places):
+            by_shard.setdefault(self._segments[number].shard, []).append(at)
+        requests: list[tuple[int, list[int], ByteRange]] = []
+        for shard, members in by_shard.items():
+            ranges = [ByteRange(places[at][1], places[at][2]) for at in members]
+            for group in merge_near(
+                ranges, max_gap_bytes=_MAX_GAP_BYTES, max_length_bytes=self._settings.part_bytes
+            ):
+                chosen = [ranges[member] for member in group]
+                requests.append((shard, [members[member] for member in group], cover(chosen)))
+        futures = [
+            self._ahead.submit(shards.store.get, shards.keys[shard], place)
+            for shard, _, place in requests
+        ]
+        found: dict[int, RawSample] = {}
+        for (shard, members, (begin, _)), future in zip(requests, futures, strict=True):
+            view = memoryview(future.result()).cast("B")
+            for at in members:
+                number, start, stop = places[at]
+                sample = shards.parse(shard, view[start - begin : stop - begin])
+                found[at] = RawSample(number, sample._replace(extent=ByteRange(start, stop)))
+        return [found[at] for at in range(len(places))]
+
+
+def _iter_record_samples(file: Any, where: str, offset: int) -> Iterator[Sample]:
+    from concurrent_dataloader.formats.tfrecord import iter_records
+
+    for record in iter_records(file, where, start=offset):
+        yield _sample_of_record(record.payload, record.byte_range, where)
+
+
+def _sample_of_record(payload: Buffer, extent: ByteRange, where: str) -> Sample:
+    """Give a record the fields that it would have in a tar; the class as the record counts it."""
+    from concurrent_dataloader.formats.tfrecord import parse_image_example
+
+    example = parse_image_example(
+        payload, label_base=0, num_classes=None, where=f"{where} at {extent.start}"
+    )
+    fields = {"img": example.encoded}
+    if example.label is not None:
+        fields["cls"] = b"%d" % example.label
+    box = example.box
+    fields["json"] = orjson.dumps({"bbox": None if box is None else list(box)})
+    key = str(extent.start) if example.filename is None else example.filename.rpartition(".")[0]
+    return Sample(key or str(example.filename), fields, extent)
