@@ -37,15 +37,17 @@ from concurrent_dataloader.prepare.metadata import ShardMetadata
 from concurrent_dataloader.prepare.shard_set import (
     OpenRoot,
     ShardSet,
+    add_copies,
     count_per_shard,
     existing_sizes,
     index_name,
     open_shard_set,
+    place_copies,
+    places_of,
     read_extents,
     write_object,
 )
-from concurrent_dataloader.ranges import ByteRange
-from concurrent_dataloader.shard_index import NO_LABEL, Shard, ShardIndex, ShardIndexBuilder
+from concurrent_dataloader.shard_index import Shard, ShardIndex, ShardIndexBuilder
 from concurrent_dataloader.stores import WritableStore, open_writable_store
 
 _VERSION = 1
@@ -219,12 +221,12 @@ def _write_parts(
     for name, count in zip(names, counts, strict=True):
         positions = range(first, first + count)
         first += count
-        pieces = read_extents(index, positions, lambda shard: (store, shard))
+        pieces = read_extents(index, positions, places_of(shard_set))
         with contextlib.closing(pieces):
             written = write_object(shard_set.location, name, store, _ended(pieces))
-        size_bytes = add_copied(builder, index, positions)
-        if size_bytes != written.size_bytes:
-            raise AssertionError(f"{name}: wrote {written.size_bytes} bytes, planned {size_bytes}")
+        copies = place_copies(index, positions)
+        assert copies.size_bytes == written.size_bytes, f"{name}: planned another size"
+        add_copies(builder, index, positions, copies.extents, copies.payloads)
         builder.add_shard(Shard(name.rpartition("/")[2], written.size_bytes, written.md5))
         part = ShardMetadata(
             name=name, num_samples=count, size_bytes=written.size_bytes, md5=written.md5
@@ -242,28 +244,6 @@ def _write_parts(
     store.put(f"{_folder(num_instances)}/{index_name(shard_set.split)}", parts_index.to_bytes())
     store.put(_manifest_name(shard_set.split, num_instances), manifest.to_bytes())
     return manifest
-
-
-def add_copied(builder: ShardIndexBuilder, index: ShardIndex, positions: Sequence[int]) -> int:
-    """Add samples to the index of a shard in which they stand one after the other.
-
-    Returns:
-        Size of the shard in bytes, its end included.
-    """
-    labels = index.labels
-    start = 0
-    for position in positions:
-        extent, payload = index.extent(position), index.payload(position)
-        shift = start - extent.start
-        label = None if labels is None or labels[position] == NO_LABEL else int(labels[position])
-        builder.add_sample(
-            index.names.key(position),
-            ByteRange(start, extent.stop + shift),
-            ByteRange(payload.start + shift, payload.stop + shift),
-            label,
-        )
-        start = extent.stop + shift
-    return start + len(END_OF_ARCHIVE)
 
 
 def _ended(pieces: Iterator[Buffer]) -> Iterator[Buffer]:

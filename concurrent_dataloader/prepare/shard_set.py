@@ -14,6 +14,7 @@ import io
 import mmap
 import os
 import re
+import tarfile
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -26,8 +27,10 @@ from typing_extensions import Buffer
 
 from concurrent_dataloader.errors import KeyNotFoundError, ShardFormatError
 from concurrent_dataloader.files import write_whole
+from concurrent_dataloader.formats.fields import find_payload_field
 from concurrent_dataloader.formats.tar import (
     BLOCK_BYTES,
+    END_OF_ARCHIVE,
     SampleMembers,
     group_members,
     read_members,
@@ -39,15 +42,12 @@ from concurrent_dataloader.prepare.metadata import METADATA_NAME, Metadata, Spli
 from concurrent_dataloader.prepare.parallel import call_concurrently
 from concurrent_dataloader.prepare.plan import find_duplicate
 from concurrent_dataloader.ranges import ByteRange
-from concurrent_dataloader.shard_index import Shard, ShardIndex, ShardIndexBuilder
+from concurrent_dataloader.shard_index import NO_LABEL, Shard, ShardIndex, ShardIndexBuilder
 from concurrent_dataloader.stores import RangedFile, Store, WritableStore, open_writable_store
 from concurrent_dataloader.threads import DaemonThreads
 
 OpenRoot = Callable[[str], WritableStore]
 """Opens the store at a folder, or at ``s3://bucket/prefix``."""
-
-IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "img")
-"""Fields that hold an image; the first of them is a sample's payload."""
 
 READ_BYTES = 8 << 20
 """Samples that lie side by side are read in pieces of this size, or of one sample."""
@@ -230,17 +230,9 @@ def find_samples(store: Store, shard: Shard) -> Iterator[FoundSample]:
 
 def describe_sample(sample: SampleMembers, label: int | None) -> FoundSample:
     """Say of a sample what its index is to say."""
-    field = payload_field(sample.members)
+    fields = list(sample.members)
+    field = find_payload_field(fields) or fields[0]
     return FoundSample(f"{sample.key}.{field}", sample.extent, sample.members[field].data, label)
-
-
-def payload_field(fields: Iterable[str]) -> str:
-    """Choose the field that is a sample's image, or what stands for it."""
-    names = list(fields)
-    for field in (*IMAGE_FIELDS, *(name for name in names if name not in ("cls", "json"))):
-        if field in names:
-            return field
-    return names[0]
 
 
 def parse_label(content: Buffer) -> int | None:
@@ -260,8 +252,19 @@ def _read_label(file: io.BufferedReader[RangedFile], sample: SampleMembers) -> i
 # -- reading
 
 
+Positions = Sequence[int] | NDArray[np.int64]
+
+Place = tuple[Store, str]
+"""Where a shard lies: the store, and the key in it."""
+
+
+def places_of(shard_set: ShardSet) -> list[Place]:
+    """Give the place of each shard of a set, in the order of its index."""
+    return [(shard_set.store, shard.name) for shard in shard_set.index.shards]
+
+
 def read_extents(
-    index: ShardIndex, positions: Sequence[int], stores: Callable[[str], tuple[Store, str]]
+    index: ShardIndex, positions: Positions, places: Sequence[Place]
 ) -> Generator[Buffer]:
     """Read samples as they lie in their shards, headers and all, one after the other.
 
@@ -271,73 +274,125 @@ def read_extents(
     Args:
         index: Says where they lie.
         positions: Which, in which order.
-        stores: Gives for a shard's name the store and the key.
+        places: Of the index's shards.
 
     Yields:
-        Pieces that are whole samples.
+        Pieces that are whole samples. Close it, or read it to its end.
 
     Raises:
         ShardFormatError: What lies there is no sample.
         StoreError: It cannot be read.
     """
-    planned = plan_reads(index, positions)
 
-    def read(shard_name: str, extent: ByteRange) -> Buffer:
-        store, key = stores(shard_name)
-        piece = store.get(key, extent)
-        if bytes(memoryview(piece)[257:262]) != b"ustar":
+    def read(shard: int, extent: ByteRange) -> Buffer:
+        store, name = places[shard]
+        piece = store.get(name, extent)
+        try:
+            tarfile.TarInfo.frombuf(bytes(memoryview(piece)[:BLOCK_BYTES]), "utf-8", "replace")
+        except tarfile.HeaderError as error:
             raise ShardFormatError(
-                f"{store.describe(key)} [{extent.start}, {extent.stop}): no header of a sample, "
-                "expected one by the index; the index is another set's: write it anew"
-            )
+                f"{store.describe(name)} [{extent.start}, {extent.stop}): no header of a sample"
+                f" ({error}), expected one by the index, which is another set's: write it anew"
+            ) from error
         return piece
 
-    return _read_in_order(read, planned)
+    return _read_in_order(read, plan_reads(index, positions))
 
 
-def plan_reads(index: ShardIndex, positions: Sequence[int]) -> Iterator[tuple[str, ByteRange]]:
-    """Join the extents of samples that follow each other in their shard; pure."""
-    name, start, stop = "", 0, 0
+def plan_reads(index: ShardIndex, positions: Positions) -> Iterator[tuple[int, ByteRange]]:
+    """Join the extents of samples that follow each other in their shard; pure.
+
+    Yields:
+        The shard's number, and a range in it.
+    """
+    numbers, extents = index.shard_numbers, index.extents
+    shard, start, stop = -1, 0, 0
     for position in positions:
-        shard, extent = index.shard_of(position), index.extent(position)
-        if shard.name == name and extent.start == stop and extent.stop - start <= READ_BYTES:
-            stop = extent.stop
+        number, (begin, end) = int(numbers[position]), extents[position].tolist()
+        if number == shard and begin == stop and end - start <= READ_BYTES:
+            stop = end
             continue
         if stop > start:
-            yield name, ByteRange(start, stop)
-        name, (start, stop) = shard.name, extent
+            yield shard, ByteRange(start, stop)
+        shard, start, stop = number, begin, end
     if stop > start:
-        yield name, ByteRange(start, stop)
+        yield shard, ByteRange(start, stop)
 
 
 def _read_in_order(
-    read: Callable[[str, ByteRange], Buffer], planned: Iterable[tuple[str, ByteRange]]
+    read: Callable[[int, ByteRange], Buffer], planned: Iterable[tuple[int, ByteRange]]
 ) -> Generator[Buffer]:
     threads = DaemonThreads(_AHEAD_READS, "read-ahead")
     waiting: collections.deque[tuple[Future[Buffer], int]] = collections.deque()
     ahead_bytes = 0
 
-    def fulfil(future: Future[Buffer], name: str, extent: ByteRange) -> None:
+    def fulfil(future: Future[Buffer], shard: int, extent: ByteRange) -> None:
         try:
-            future.set_result(read(name, extent))
+            future.set_result(read(shard, extent))
         except BaseException as error:  # noqa: BLE001 - goes to whoever waits for the piece
             future.set_exception(error)
 
     try:
-        for name, extent in planned:
+        for shard, extent in planned:
             size = extent.stop - extent.start
             while waiting and (ahead_bytes + size > _AHEAD_BYTES or len(waiting) >= _AHEAD_READS):
                 first, first_size = waiting.popleft()
                 yield first.result()
                 ahead_bytes -= first_size
             future: Future[Buffer] = Future()
-            threads.submit(fulfil, future, name, extent)
+            threads.submit(fulfil, future, shard, extent)
             waiting.append((future, size))
             ahead_bytes += size
         while waiting:
             yield waiting.popleft()[0].result()
     finally:
         threads.stop()
+
+
+class Copies(NamedTuple):
+    """Where samples lie in a shard into which they were copied one after the other."""
+
+    extents: NDArray[np.int64]
+    """Start and stop of each sample, (n, 2)."""
+
+    payloads: NDArray[np.int64]
+    """Start and stop of each sample's payload, (n, 2)."""
+
+    size_bytes: int
+    """Of the shard, its end included."""
+
+
+def place_copies(index: ShardIndex, positions: Positions) -> Copies:
+    """Tell where copies of samples will lie."""
+    old = index.extents[np.asarray(positions, np.int64)]
+    stops = np.cumsum(old[:, 1] - old[:, 0])
+    starts = stops - (old[:, 1] - old[:, 0])
+    payloads = np.array([index.payload(int(position)) for position in positions], np.int64)
+    return Copies(
+        np.stack([starts, stops], axis=1),
+        payloads.reshape(-1, 2) + (starts - old[:, 0])[:, None],
+        (int(stops[-1]) if len(stops) else 0) + len(END_OF_ARCHIVE),
+    )
+
+
+def add_copies(
+    builder: ShardIndexBuilder,
+    index: ShardIndex,
+    positions: Positions,
+    extents: NDArray[np.int64],
+    payloads: NDArray[np.int64],
+) -> None:
+    """Add samples to the index of the shard that they were copied to."""
+    labels = index.labels
+    places = zip(positions, extents.tolist(), payloads.tolist(), strict=True)
+    for position, extent, payload in places:
+        label = NO_LABEL if labels is None else int(labels[position])
+        builder.add_sample(
+            index.names.key(int(position)),
+            ByteRange(*extent),
+            ByteRange(*payload),
+            None if label == NO_LABEL else label,
+        )
 
 
 # -- writing
@@ -397,17 +452,20 @@ def digest_object(store: Store, name: str, size_bytes: int) -> str:
 # -- keys
 
 
-def check_keys(names: Index, where: Callable[[int], str]) -> None:
+def check_keys(names: Index, where: Callable[[int], str]) -> NDArray[np.uint64]:
     """Raise if a key stands twice. Eight bytes a key are held, not the keys.
 
     Args:
         names: ``<key>.<field>`` of each sample.
         where: Says for a position where its sample lies.
 
+    Returns:
+        As `hash_keys`.
+
     Raises:
         ShardFormatError: One does.
     """
-    hashes = np.fromiter((_hash_key(name) for name in names.keys()), np.uint64)  # noqa: SIM118 - no dict
+    hashes = hash_keys(names)
     twice = find_duplicate(hashes)
     if twice is not None:
         first, second = twice
@@ -416,6 +474,12 @@ def check_keys(names: Index, where: Callable[[int], str]) -> None:
             " expected each once; leave one of the two out, or give them other keys with"
             " `concurrent-dataloader map`"
         )
+    return hashes
+
+
+def hash_keys(names: Index) -> NDArray[np.uint64]:
+    """Give 8 bytes that stand for the key of each sample."""
+    return np.fromiter((_hash_key(name) for name in names.keys()), np.uint64)  # noqa: SIM118 - no dict
 
 
 def key_of(name: str) -> str:

@@ -9,4 +9,6 @@ SUMMARIES = {
     "distribute": "cut left-over shards into equal parts, one for each instance",
     "index": "list a bucket or a folder and write an index",
     "pack": "pack an index into the form that workers map into memory",
+    "reshard": "write shards of another size, count or order, made of shards",
+    "validate": "say whether a data set is whole, and what is wrong",
 }

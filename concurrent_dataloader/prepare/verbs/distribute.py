@@ -61,12 +61,11 @@ def run(options: argparse.Namespace) -> int:
 
 def _distribute(location: str, split: str, count: int, open_root: OpenRoot) -> None:
     written: list[ShardMetadata] = []
-    with show_progress(f"{split}, {count} instances", "parts", count) as progress:
+    with show_progress(f"{split}, {count} instances", "parts", count, log_every=1) as progress:
 
         def report(part: ShardMetadata) -> None:
             written.append(part)
-            progress.advance()
-            progress.say(f"{part.name}: {part.num_samples} samples, {part.size_bytes} bytes")
+            progress.advance(f"{part.name}: {part.num_samples} samples, {part.size_bytes} bytes")
 
         manifest = distribute(location, count, split, open_root=open_root, on_part=report)
     whole = (len(manifest.shards) - manifest.num_remainder) // count
