@@ -6,7 +6,8 @@ layouts     what lies in a folder: splits, archives, ImageNet's and Kaggle's lay
 listing     samples that are objects;  archives  samples in tars
 found       what was found: names, places, strays;  places  bytes by position
 labelling   label of each sample;  class_map  files of classes
-boxes       bounding boxes
+boxes       bounding boxes;  box_files  the files that hold them
+files       files that a user names, opened
 table       the source that comes of it
 ```
 """
@@ -14,7 +15,21 @@ table       the source that comes of it
 from __future__ import annotations
 
 from concurrent_dataloader.prepare.sources.found import IMAGE_SUFFIXES
-from concurrent_dataloader.prepare.sources.opening import NO_LABELS, OnStray, open_source
+from concurrent_dataloader.prepare.sources.labelling import OnUnknown
+from concurrent_dataloader.prepare.sources.opening import (
+    AUTO_BOXES,
+    NO_LABELS,
+    OnStray,
+    open_source,
+)
 from concurrent_dataloader.prepare.sources.table import SampleTable
 
-__all__ = ["IMAGE_SUFFIXES", "NO_LABELS", "OnStray", "SampleTable", "open_source"]
+__all__ = [
+    "AUTO_BOXES",
+    "IMAGE_SUFFIXES",
+    "NO_LABELS",
+    "OnStray",
+    "OnUnknown",
+    "SampleTable",
+    "open_source",
+]

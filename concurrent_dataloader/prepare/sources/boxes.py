@@ -68,6 +68,14 @@ class BoxTable:
         """Do nothing."""
 
 
+def merge(boxes: Sequence[Box]) -> tuple[Box, ...]:
+    """Give the one box that holds all of them, which is their union; none of none."""
+    if not boxes:
+        return ()
+    x1, y1, x2, y2 = zip(*boxes, strict=True)
+    return (Box(min(x1), min(y1), max(x2), max(y2)),)
+
+
 def check_box(values: Sequence[float], where: str) -> Box:
     """Give a relative box, with what rounding put outside of the image cut off.
 

@@ -56,6 +56,12 @@ class Place:
     has_classes: bool = True
     """False for a test split, whose classes nobody knows."""
 
+    def close(self) -> None:
+        """Give back what this process has opened, temporary files included."""
+        self.found.places.close()
+        for unpacked in self.unpacked:
+            unpacked.close()
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Search:

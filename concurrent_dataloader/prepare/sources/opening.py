@@ -17,6 +17,13 @@ from concurrent_dataloader.labels import LabelRule, LabelSpace, check_label_rule
 from concurrent_dataloader.prepare import imagenet
 from concurrent_dataloader.prepare.metadata import METADATA_NAME, Metadata
 from concurrent_dataloader.prepare.sources.archives import is_compressed_tar, is_tar
+from concurrent_dataloader.prepare.sources.box_files import (
+    XmlBoxes,
+    boxes_from_table,
+    match_xml,
+    parse_box_table,
+)
+from concurrent_dataloader.prepare.sources.boxes import BoxLookup
 from concurrent_dataloader.prepare.sources.class_map import find_rule, parse_class_map
 from concurrent_dataloader.prepare.sources.files import Files, join, split_file_name
 from concurrent_dataloader.prepare.sources.found import IMAGE_SUFFIXES, Found
@@ -35,6 +42,9 @@ from concurrent_dataloader.prepare.sources.layouts import Place, Search
 from concurrent_dataloader.prepare.sources.table import SampleTable
 
 OnStray = Literal["skip", "error"]
+
+AUTO_BOXES = "auto"
+"""Stands for the bounding boxes that the layout has."""
 
 NO_LABELS = "none"
 """The label rule of samples whose classes are not wanted."""
@@ -56,6 +66,8 @@ def open_source(
     id_base: int | None = None,
     label_space: LabelSpace | str | None = None,
     on_unknown: OnUnknown = "error",
+    boxes: PathOrUrl | None = None,
+    merge_boxes: bool = True,
     limit: int | None = None,
     sample_seed: int | None = None,
     temporary_folder: str | os.PathLike[str] | None = None,
@@ -101,6 +113,11 @@ def open_source(
         label_space: Order of ImageNet's classes. None: that of the class map or the shards; for
             everything else the order of the WordNet ids, as in torchvision's weights.
         on_unknown: Whether a sample whose class is not known is an error, or left out.
+        boxes: Bounding boxes: a table ``name,x1,y1,x2,y2``, relative to the image, ending in
+            ``.csv``; a folder, prefix or tar of XML files as of Pascal VOC; "auto": the XML files
+            of Kaggle's layout. None: those that shards hold, and no others.
+        merge_boxes: Whether the boxes of a sample become one, their union, when they come from a
+            table or XML.
         limit: Take that many samples.
         sample_seed: Take them from everywhere, by this seed, instead of from the begin.
         temporary_folder: Where compressed archives are unpacked.
@@ -139,22 +156,22 @@ def open_source(
     )
     try:
         _check_found(place.found, on_stray)
-        return _make_table(place, labeller, on_unknown, limit, sample_seed)
+        found, labelling = _label(place.found, labeller, on_unknown, limit, sample_seed)
+        finder = _BoxFinder(search, _text(boxes), place.xml_folder, is_merged=merge_boxes)
+        return SampleTable(found, labelling, finder.run(found), place.unpacked)
     except BaseException:
-        place.found.places.close()
-        for unpacked in place.unpacked:
-            unpacked.close()
+        place.close()
         raise
 
 
-def _make_table(
-    place: Place,
+def _label(
+    found: Found,
     labeller: _Labeller,
     on_unknown: OnUnknown,
     limit: int | None,
     sample_seed: int | None,
-) -> SampleTable:
-    found = place.found
+) -> tuple[Found, Labelling | None]:
+    """Give the samples that are wanted, with their labels."""
     labelling = labeller.run()
     if labelling is not None:
         known = drop_unknown(found.names, labelling, on_unknown, labeller.explain)
@@ -168,7 +185,7 @@ def _make_table(
     if chosen is not None:
         found = found.select(chosen)
         labelling = None if labelling is None else labelling.select(chosen)
-    return SampleTable(found, labelling, found.boxes, place.unpacked)
+    return found, labelling
 
 
 def _check_found(found: Found, on_stray: OnStray) -> None:
@@ -201,6 +218,42 @@ class _ArchiveCheck:
     def __call__(self, archive: str) -> None:
         with self.files.open_file(archive) as file:
             imagenet.check_archive(file, split_file_name(archive).name, archive)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _BoxFinder:
+    """Finds the bounding boxes of samples."""
+
+    search: Search
+    text: str | None
+    xml_folder: str | None
+    _: dataclasses.KW_ONLY
+    is_merged: bool
+
+    def run(self, found: Found) -> BoxLookup | None:
+        text = self.text
+        if text is None:
+            return found.boxes
+        if text == AUTO_BOXES:
+            if self.xml_folder is None:
+                raise ValueError(
+                    f"boxes: got {AUTO_BOXES!r} for {found.where}, which is not in Kaggle's layout;"
+                    " expected a table or a folder of XML files"
+                )
+            text = self.xml_folder
+        if text.casefold().endswith(".csv"):
+            table = parse_box_table(self.search.files.read(text), text)
+            return boxes_from_table(found.names, table, text, is_merged=self.is_merged)
+        search = dataclasses.replace(self.search, suffixes=(".xml",), split=None)
+        place = search.run(text)
+        try:
+            rows = match_xml(found.names, place.found)
+        except BaseException:
+            place.close()
+            raise
+        return XmlBoxes(
+            found=place.found, rows=rows, is_merged=self.is_merged, unpacked=place.unpacked
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

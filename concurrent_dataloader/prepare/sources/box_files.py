@@ -1,0 +1,261 @@
+"""Files of bounding boxes: tables of comma-separated values, and one XML file an image."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import os
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+from xml.parsers import expat
+
+import numpy as np
+from numpy.typing import NDArray
+
+from concurrent_dataloader.errors import ShardFormatError
+from concurrent_dataloader.index import Index
+from concurrent_dataloader.prepare.imagenet import stem_of
+from concurrent_dataloader.prepare.source import Box
+from concurrent_dataloader.prepare.sources.archives import UnpackedTar
+from concurrent_dataloader.prepare.sources.boxes import BoxTable, check_box, merge
+from concurrent_dataloader.prepare.sources.found import Found
+
+_NUM_COLUMNS = 5
+_MAX_XML_BYTES = 1 << 20
+_NO_FILE = -1
+_AMBIGUOUS = -2
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+
+
+def parse_box_table(raw: bytes, where: str) -> dict[str, list[Box]]:
+    """Read rows ``name,x1,y1,x2,y2``, relative to the image, with or without a line of titles.
+
+    Args:
+        raw: The content.
+        where: What errors call the file.
+
+    Raises:
+        ValueError: A row is no box.
+    """
+    found: dict[str, list[Box]] = {}
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: no text ({error}), expected rows name,x1,y1,x2,y2") from error
+    for number, row in enumerate(csv.reader(io.StringIO(text)), start=1):
+        if not row:
+            continue
+        try:
+            name, *values = row
+            corners = [float(value) for value in values]
+            if len(row) != _NUM_COLUMNS:
+                raise ValueError(f"{len(row)} columns")
+        except ValueError as error:
+            if number == 1 and len(row) == _NUM_COLUMNS:
+                continue  # titles
+            raise ValueError(
+                f"{where}, line {number}: got {','.join(row)!r} ({error}), expected"
+                " name,x1,y1,x2,y2"
+            ) from error
+        found.setdefault(name, []).append(check_box(corners, f"{where}, line {number}"))
+    return found
+
+
+def boxes_from_table(
+    names: Index, table: dict[str, list[Box]], where: str, *, is_merged: bool
+) -> BoxTable:
+    """Give each sample the boxes of the rows with its name: whole, without folders, or its stem.
+
+    Samples without a row have no box.
+
+    Raises:
+        ValueError: No row belongs to any sample.
+    """
+    num_matched = 0
+
+    def look_up() -> Iterable[Sequence[Box]]:
+        nonlocal num_matched
+        for name in names.keys():  # noqa: SIM118 - no dict
+            base = name[name.rfind("/") + 1 :]
+            boxes = table.get(name) or table.get(base) or table.get(stem_of(base)) or []
+            num_matched += bool(boxes)
+            yield merge(boxes) if is_merged else boxes
+
+    boxes = BoxTable.of(look_up())
+    if not num_matched:
+        raise ValueError(
+            f"{where}: no row belongs to any of the {len(names)} samples, the first of which is"
+            f" {names.key(0)!r}; check the names"
+        )
+    return boxes
+
+
+class Annotation(NamedTuple):
+    """What an XML file says of an image."""
+
+    width: float
+    height: float
+    objects: tuple[tuple[str, tuple[float, ...]], ...]
+    """Class, and xmin, ymin, xmax, ymax in pixels, of each."""
+
+
+def parse_annotation(raw: bytes, where: str) -> Annotation:
+    """Read an image's annotation in the layout of Pascal VOC, as ImageNet's.
+
+    Files with a document type, which might define entities, are refused: nothing is expanded, and
+    nothing is fetched.
+
+    Args:
+        raw: The content.
+        where: What errors call the file.
+
+    Raises:
+        ShardFormatError: It is none.
+    """
+    reader = _AnnotationReader(where)
+    if len(raw) > _MAX_XML_BYTES:
+        raise reader.damage(f"got {len(raw)} bytes, expected {_MAX_XML_BYTES} at most")
+    parser = expat.ParserCreate()
+    parser.StartDoctypeDeclHandler = reader.refuse_doctype
+    parser.StartElementHandler = reader.start
+    parser.CharacterDataHandler = reader.text
+    parser.EndElementHandler = reader.end
+    try:
+        parser.Parse(raw, True)
+        width, height = (float(reader.values[name]) for name in ("width", "height"))
+        objects = tuple(
+            (found.get("name", ""), tuple(float(found[corner]) for corner in _CORNERS))
+            for found in reader.objects
+        )
+    except (expat.ExpatError, KeyError, ValueError) as error:
+        if isinstance(error, ShardFormatError):
+            raise
+        raise reader.damage(f"{type(error).__name__}: {error}") from error
+    if objects and not (width > 0 and height > 0):
+        raise reader.damage(f"got size {width:g} x {height:g}, expected that of the image")
+    return Annotation(width, height, objects)
+
+
+class _AnnotationReader:
+    """Takes size and objects from the events of a parser."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._path: list[str] = []
+        self._text: list[str] = []
+        self.values: dict[str, str] = {}
+        self.objects: list[dict[str, str]] = []
+
+    def damage(self, what: str) -> ShardFormatError:
+        return ShardFormatError(
+            f"{self._where}: no annotation in XML ({what}); expected size and objects with bndbox"
+        )
+
+    def refuse_doctype(self, *declared: object) -> None:
+        raise self.damage("it has a document type, which is refused")
+
+    def start(self, name: str, attributes: dict[str, str]) -> None:
+        self._path.append(name)
+        self._text.clear()
+        if self._path[1:] == ["object"]:
+            self.objects.append({})
+
+    def text(self, piece: str) -> None:
+        self._text.append(piece)
+
+    def end(self, name: str) -> None:
+        value = "".join(self._text).strip()
+        match self._path[1:]:
+            case ["size", ("width" | "height") as side]:
+                self.values[side] = value
+            case ["object", "name"]:
+                self.objects[-1]["name"] = value
+            case ["object", "bndbox", corner] if corner in _CORNERS:
+                self.objects[-1][corner] = value
+            case _:
+                pass
+        self._path.pop()
+        self._text.clear()
+
+
+def relative_boxes(annotation: Annotation) -> tuple[Box, ...]:
+    """Give the boxes of an annotation relative to its image.
+
+    Corners are put in order, and what lies outside of the image is cut off, since ImageNet's own
+    files have both.
+    """
+    boxes: list[Box] = []
+    for _, (xmin, ymin, xmax, ymax) in annotation.objects:
+        across = sorted(min(1.0, max(0.0, x / annotation.width)) for x in (xmin, xmax))
+        down = sorted(min(1.0, max(0.0, y / annotation.height)) for y in (ymin, ymax))
+        boxes.append(Box(across[0], down[0], across[1], down[1]))
+    return tuple(boxes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class XmlBoxes:
+    """Boxes in one XML file an image, each read when it is asked for.
+
+    Shapes:
+        rows: (N,) int64, position of a sample's file in ``found``; -1: it has none.
+    """
+
+    found: Found
+    rows: NDArray[np.int64]
+    is_merged: bool
+    unpacked: tuple[UnpackedTar, ...] = ()
+
+    def annotation(self, position: int) -> Annotation | None:
+        """Read what the file of a sample says; None if there is none.
+
+        Raises:
+            ShardFormatError: It is no annotation.
+        """
+        row = int(self.rows[position])
+        if row == _NO_FILE:
+            return None
+        places = self.found.places
+        return parse_annotation(bytes(places.read(row)), places.describe(row))
+
+    def boxes(self, position: int) -> tuple[Box, ...]:
+        """Give the boxes of a sample; raises as `annotation`."""
+        annotation = self.annotation(position)
+        boxes = () if annotation is None else relative_boxes(annotation)
+        return merge(boxes) if self.is_merged else boxes
+
+    def select(self, positions: NDArray[np.int64]) -> XmlBoxes:
+        """Give those of some samples, in the order given."""
+        return dataclasses.replace(self, rows=self.rows[positions])
+
+    def close(self) -> None:
+        """Give back what this process has opened."""
+        self.found.places.close()
+        for unpacked in self.unpacked:
+            unpacked.close()
+
+
+def match_xml(names: Index, found: Found) -> NDArray[np.int64]:
+    """Find for each sample the XML file of its name, else the only one of its file name.
+
+    Raises:
+        ValueError: No file belongs to any sample.
+    """
+    by_path: dict[str, int] = {}
+    by_stem: dict[str, int] = {}
+    for row, name in enumerate(found.names.keys()):
+        by_path[os.path.splitext(name)[0]] = row
+        stem = stem_of(name)
+        by_stem[stem] = _AMBIGUOUS if stem in by_stem else row
+    rows = np.full(len(names), _NO_FILE, np.int64)
+    for position, name in enumerate(names.keys()):
+        row = by_path.get(os.path.splitext(name)[0])
+        if row is None:
+            row = by_stem.get(stem_of(name), _NO_FILE)
+        rows[position] = max(row, _NO_FILE)
+    if not (rows != _NO_FILE).any():
+        raise ValueError(
+            f"{found.where}: no XML file belongs to any of the {len(names)} samples, the first of"
+            f" which is {names.key(0)!r}; check the names"
+        )
+    return rows
