@@ -1,0 +1,586 @@
+"""LMDB databases of records: opened safely, read by position or front to back, and written.
+
+The only module that knows the client library. A database is one file, or a folder with a
+``data.mdb`` in it. It is opened read-only and without a lock file, at first use in each process,
+once for all that read it there, since LMDB must not have a file open twice in a process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import threading
+import weakref
+from collections.abc import Generator, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from concurrent_dataloader.errors import MissingDependencyError, ShardFormatError
+from concurrent_dataloader.formats.lmdb_record import (
+    LABELS_KEY,
+    METADATA_KEY,
+    OLDER_KEYS_KEY,
+    DatabaseMetadata,
+    Record,
+    older_key,
+    pack_metadata,
+    parse_labels,
+    parse_metadata,
+    parse_older_keys,
+    parse_older_record,
+    parse_record,
+    position_of_key,
+    record_key,
+)
+
+if TYPE_CHECKING:
+    import lmdb
+
+DEFAULT_MAP_BYTES = 64 << 20
+COMMIT_BYTES = 64 << 20
+"""Records are written to the disk in portions of this size, which is what a killed run loses."""
+
+_COMMIT_RECORDS = 4096
+# Leaves, branches and the list of free pages, for which a portion may need pages besides.
+_SLACK_BYTES = 16 << 20
+_PAGE_HEADER_BYTES = 16
+_RIGHTS = 0o666  # less the umask, as for other files
+
+
+def _import_lmdb() -> Any:
+    try:
+        import lmdb
+    except ImportError as error:
+        raise MissingDependencyError(
+            "LMDB databases need the package lmdb, which is not installed; run `pip install lmdb`"
+        ) from error
+    return lmdb
+
+
+def _explain(where: str, error: Exception) -> str:
+    reason = " ".join(str(error).split()).removeprefix(f"{where}: ")
+    return f"{where}: {reason}"
+
+
+@contextlib.contextmanager
+def _naming_damage(where: str) -> Generator[None]:
+    """Say of what the client library finds wrong in a database which database it is."""
+    try:
+        yield
+    except _import_lmdb().Error as error:
+        raise ShardFormatError(
+            f"{_explain(where, error)}; the database is damaged: copy it again, or write it anew"
+        ) from error
+
+
+# -- environments, one a file and process
+
+
+class _Opened:
+    """An environment of this process; ends with the last one that refers to it."""
+
+    def __init__(self, environment: lmdb.Environment) -> None:
+        self.environment = environment
+        self._finalizer = weakref.finalize(self, environment.close)
+        self._finalizer.atexit = False
+
+
+# By device and inode. Guarded by `_opening`.
+_opened: weakref.WeakValueDictionary[tuple[int, int], _Opened] = weakref.WeakValueDictionary()
+_opening = threading.RLock()
+
+
+def _close_inherited() -> None:
+    """After a fork: a child opens databases itself. Closing its copies leaves the parent's alone.
+
+    Without lock files that is no more than to unmap and to close a descriptor of the child's.
+    """
+    global _opening
+    _opening = threading.RLock()
+    for opened in list(_opened.values()):
+        opened.environment.close()
+    _opened.clear()
+
+
+os.register_at_fork(after_in_child=_close_inherited)
+
+
+def _open(path: Path, readahead: bool) -> _Opened:
+    lmdb = _import_lmdb()
+    data_path = find_data_file(path)
+    with _opening:
+        status = data_path.stat()
+        opened = _opened.get((status.st_dev, status.st_ino))
+        if opened is None:
+            try:
+                environment = lmdb.open(
+                    os.fspath(path),
+                    subdir=data_path != path,
+                    readonly=True,
+                    create=False,
+                    lock=False,
+                    readahead=readahead,
+                )
+            except (lmdb.Error, OSError) as error:
+                _refuse(data_path, status.st_size, error)
+            opened = _Opened(environment)
+            _check_whole(environment, data_path, status.st_size)
+            _opened[status.st_dev, status.st_ino] = opened
+        return opened
+
+
+def find_data_file(path: Path) -> Path:
+    """Give the file that holds a database's data.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    data_path = path / "data.mdb" if path.is_dir() else path
+    if not data_path.exists():
+        raise FileNotFoundError(
+            f"{path}: no such LMDB database; write one with `concurrent-dataloader lmdb`"
+        )
+    return data_path
+
+
+def _refuse(path: Path, size_bytes: int, error: Exception) -> NoReturn:
+    if not os.access(path, os.R_OK):
+        raise PermissionError(f"{path}: may not be read; check its rights") from error
+    raise ShardFormatError(
+        f"{path}: got {size_bytes} bytes that are no LMDB database ({_explain(str(path), error)});"
+        " copy it again, or write it anew"
+    ) from error
+
+
+def _check_whole(environment: lmdb.Environment, path: Path, size_bytes: int) -> None:
+    """Raise if the file ends before its last page; the kernel would kill whoever reads on."""
+    pages = environment.info()["last_pgno"] + 1
+    expected = pages * environment.stat()["psize"]
+    if size_bytes < expected:
+        raise ShardFormatError(
+            f"{path}: got {size_bytes} bytes, expected {expected} or more; the database was cut"
+            " short: copy it again, or write it anew"
+        )
+
+
+# -- reading
+
+
+class LmdbFile:
+    """Records of a database, by position or front to back. A value: it pickles by its arguments.
+
+    Threads may share it. What it gives are copies, which stay when the database is closed.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        readahead: bool = False,
+        allow_pickle: bool = False,
+    ) -> None:
+        """Look at a database, and close it again.
+
+        Args:
+            path: Its file, or its folder.
+            readahead: Whether the kernel reads ahead of what is asked for: good front to back, bad
+                at random. Whoever opens a file first in a process decides.
+            allow_pickle: Also read databases of the older system, which are pickles or msgpack;
+                nothing but lists, numbers, bytes and numpy's arrays is taken out of them.
+
+        Raises:
+            FileNotFoundError: There is no such database.
+            ShardFormatError: It is cut short, not complete, or none of ours.
+            MissingDependencyError: lmdb is not installed.
+        """
+        self.path = Path(path).expanduser()
+        self.readahead = readahead
+        self.allow_pickle = allow_pickle
+        self._kept: tuple[int, _Opened] | None = None
+        self.metadata: DatabaseMetadata | None = None
+        """None for a database of the older system."""
+        self._keys: NDArray[np.bytes_] | None = None
+        self._num_records = self._read_count()
+        self.close()
+
+    def __len__(self) -> int:
+        return self._num_records
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r}, {len(self)} records)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
+
+    def close(self) -> None:
+        """Give the database back; the next read opens it again. May be called twice."""
+        self._kept = None
+
+    def read(self, position: int) -> Record:
+        """Read a record, and check it.
+
+        Raises:
+            ShardFormatError: It is damaged or not there.
+        """
+        return self.parse(position, self.read_raw(position))
+
+    def read_raw(self, position: int) -> bytes:
+        """Read a record as it is stored; `parse` takes it apart.
+
+        Raises:
+            ShardFormatError: It is not there.
+        """
+        opened = self._open()
+        with (
+            _naming_damage(str(self.path)),
+            opened.environment.begin(buffers=True) as transaction,
+        ):
+            view = transaction.get(self._key(position))
+            if view is None:
+                raise self._missing(position)
+            return self._take(view)
+
+    def scan_raw(self, positions: Iterable[int]) -> Iterator[tuple[int, bytes]]:
+        """Read records by one cursor, in the order given, each when it is asked for.
+
+        Raises:
+            ShardFormatError: One is not there.
+        """
+        opened = self._open()  # kept until the last one, whatever becomes of `self`
+        with (
+            _naming_damage(str(self.path)),
+            opened.environment.begin(buffers=True) as transaction,
+            transaction.cursor() as cursor,
+        ):
+            for position in positions:
+                if not cursor.set_key(self._key(position)):
+                    raise self._missing(position)
+                yield position, self._take(cursor.value())
+
+    def parse(self, position: int, raw: bytes) -> Record:
+        """Take a record apart, and check it; its payload is a view of ``raw``.
+
+        Raises:
+            ShardFormatError: It is damaged.
+        """
+        where = self.describe(position)
+        if self.metadata is None:
+            return parse_older_record(raw, where)
+        return parse_record(raw, where)
+
+    def labels(self) -> NDArray[np.int32] | None:
+        """Read all labels, (N,) int32, -1 for none; None where the database does not list them."""
+        if self.metadata is None:
+            return None
+        opened = self._open()
+        with opened.environment.begin(buffers=True) as transaction:
+            view = transaction.get(LABELS_KEY)
+            if view is None:
+                raise ShardFormatError(f"{self.path}: has no labels; write the database anew")
+            return parse_labels(view, len(self), str(self.path))
+
+    def describe(self, position: int) -> str:
+        """Name a record for a person."""
+        return f"{self.path}, record {position}"
+
+    def _take(self, view: memoryview) -> bytes:
+        """Copy a value out of the map, which does not outlive its transaction."""
+        return bytes(view)
+
+    def _open(self) -> _Opened:
+        kept = self._kept
+        if kept is None or kept[0] != os.getpid():
+            kept = self._kept = os.getpid(), _open(self.path, self.readahead)
+        return kept[1]
+
+    def _key(self, position: int) -> bytes:
+        if not 0 <= position < self._num_records:
+            raise IndexError(
+                f"{self.path}: got position {position}, expected 0 to {self._num_records - 1}"
+            )
+        if self.metadata is not None:
+            return record_key(position)
+        return older_key(position) if self._keys is None else bytes(self._keys[position])
+
+    def _missing(self, position: int) -> ShardFormatError:
+        return ShardFormatError(
+            f"{self.describe(position)}: not there, although the database says that it is; copy it"
+            " again, or write it anew"
+        )
+
+    def _read_count(self) -> int:
+        opened = self._open()
+        with (
+            _naming_damage(str(self.path)),
+            opened.environment.begin(buffers=True) as transaction,
+        ):
+            ours = transaction.get(METADATA_KEY)
+            if ours is None:
+                return self._read_older_count(transaction)
+            self.metadata = parse_metadata(ours, str(self.path))
+            if not self.metadata.complete:
+                raise ShardFormatError(
+                    f"{self.path}: the run that wrote it did not finish; run it again"
+                )
+            num_found = _count_records(transaction)
+        if num_found != self.metadata.num_records:
+            raise ShardFormatError(
+                f"{self.path}: got {num_found} records, expected {self.metadata.num_records}; copy"
+                " it again, or write it anew"
+            )
+        return num_found
+
+    def _read_older_count(self, transaction: lmdb.Transaction[memoryview]) -> int:
+        where = str(self.path)
+        listed = transaction.get(OLDER_KEYS_KEY)
+        if listed is None and transaction.get(older_key(0)) is None:
+            raise ShardFormatError(
+                f"{where}: an LMDB database, but none of ours; expected one that"
+                " `concurrent-dataloader lmdb` wrote"
+            )
+        if not self.allow_pickle:
+            raise ShardFormatError(
+                f"{where}: written by an older system, as pickles or msgpack; if you trust where"
+                " it came from, read it with allow_pickle=True, and better write it anew"
+            )
+        if listed is None:
+            raise ShardFormatError(
+                f"{where}: has no key '__keys__', so the run that wrote it did not finish; write"
+                " it anew"
+            )
+        keys = parse_older_keys(listed, where)
+        if any(key != older_key(position) for position, key in enumerate(keys)):
+            self._keys = np.array(keys, np.bytes_)
+        return len(keys)
+
+
+def _count_records(transaction: lmdb.Transaction[Any]) -> int:
+    with transaction.cursor() as cursor:
+        position = position_of_key(cursor.key()) if cursor.last() else None
+        return 0 if position is None else position + 1
+
+
+# -- writing
+
+
+class _Portion(NamedTuple):
+    num_records: int
+    num_bytes: int
+
+
+class LmdbWriter:
+    """Writes records one after the other, in portions, each of which is on the disk or not.
+
+    One process may write to a file at a time. The map grows as it is needed: the file is never
+    larger than what is in it, and is not sparse.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        map_bytes: int = DEFAULT_MAP_BYTES,
+        commit_bytes: int = COMMIT_BYTES,
+    ) -> None:
+        """Open a file for writing; makes it, or goes on with what it holds.
+
+        Args:
+            path: The file; its folder exists.
+            map_bytes: Address space to begin with; doubled as often as need be.
+            commit_bytes: Size of a portion, and thus of what is held in memory.
+
+        Raises:
+            ValueError: A size is not above 0.
+            OSError: It cannot be written, or another process is writing it.
+            ShardFormatError: What it holds is no database, or is damaged.
+            MissingDependencyError: lmdb is not installed.
+        """
+        for name, value in (("map_bytes", map_bytes), ("commit_bytes", commit_bytes)):
+            if value < 1:
+                raise ValueError(f"{name}: got {value}, expected 1 or more")
+        self._lmdb = _import_lmdb()
+        self._path = path
+        self._commit_bytes = commit_bytes
+        self._transaction: Any = None
+        self._portion = _Portion(0, 0)
+        self._lock_file = _lock(path)
+        try:
+            self._environment = self._open(map_bytes)
+        except BaseException:
+            os.close(self._lock_file)
+            raise
+        self._page_bytes = self._environment.stat()["psize"]
+        self._is_open = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def read_metadata(self) -> DatabaseMetadata | None:
+        """Read what the file says of itself; None if it is new."""
+        with (
+            _naming_damage(str(self._path)),
+            self._environment.begin(buffers=True) as transaction,
+        ):
+            raw = transaction.get(METADATA_KEY)
+            return None if raw is None else parse_metadata(raw, str(self._path))
+
+    def count_records(self) -> int:
+        """Count the records that are on the disk."""
+        with _naming_damage(str(self._path)), self._environment.begin() as transaction:
+            return _count_records(transaction)
+
+    def put_record(self, position: int, packed: bytes) -> None:
+        """Add a record; its position is one more than that of the one before.
+
+        Raises:
+            OSError: The disk is full, or fails.
+        """
+        pages_bytes = self._count_bytes(packed)
+        portion = self._portion
+        if portion.num_records and (
+            portion.num_bytes + pages_bytes > self._commit_bytes
+            or portion.num_records == _COMMIT_RECORDS
+        ):
+            self.commit()
+            portion = self._portion
+        if self._transaction is None:
+            self._make_room(max(self._commit_bytes, pages_bytes))
+        self._put(record_key(position), packed, append=True)
+        self._portion = _Portion(portion.num_records + 1, portion.num_bytes + pages_bytes)
+
+    def put_metadata(self, metadata: DatabaseMetadata, labels: bytes | None = None) -> None:
+        """Add what the database says of itself, and its labels where they are known.
+
+        Raises:
+            OSError: The disk is full, or fails.
+        """
+        self.commit()
+        packed = pack_metadata(metadata)
+        self._make_room(len(packed) + len(labels or b""))
+        if labels is not None:
+            self._put(LABELS_KEY, labels)
+        self._put(METADATA_KEY, packed)
+        self.commit()
+
+    def commit(self) -> None:
+        """Put what was added on the disk.
+
+        Raises:
+            OSError: The disk is full, or fails.
+        """
+        if self._transaction is None:
+            return
+        transaction, self._transaction = self._transaction, None
+        self._portion = _Portion(0, 0)
+        with self._translated():
+            try:
+                transaction.commit()
+            except BaseException:
+                transaction.abort()
+                raise
+
+    def close(self) -> None:
+        """Drop what was not committed, and close the file. May be called twice."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        if self._transaction is not None:
+            self._transaction.abort()
+            self._transaction = None
+        self._environment.close()
+        os.close(self._lock_file)
+
+    def _open(self, map_bytes: int) -> lmdb.Environment:
+        try:
+            environment = self._lmdb.open(
+                os.fspath(self._path),
+                subdir=False,
+                lock=False,
+                map_size=map_bytes,
+                mode=_RIGHTS,
+                readahead=False,
+            )
+        except self._lmdb.Error as error:
+            size_bytes = self._path.stat().st_size
+            raise ShardFormatError(
+                f"{self._path}: got {size_bytes} bytes that are no LMDB database"
+                f" ({_explain(str(self._path), error)}); remove it, and write it anew"
+            ) from error
+        try:
+            # A new file has no page yet, but is said to have two.
+            if self._path.stat().st_size:
+                _check_whole(environment, self._path, self._path.stat().st_size)
+        except BaseException:
+            environment.close()
+            raise
+        return environment
+
+    def _count_bytes(self, packed: bytes) -> int:
+        """Count what a record takes in the file, in whole pages."""
+        return -(-(len(packed) + _PAGE_HEADER_BYTES) // self._page_bytes) * self._page_bytes
+
+    def _make_room(self, more_bytes: int) -> None:
+        """Double the map until so much more fits; only between transactions."""
+        info = self._environment.info()
+        used_bytes = (info["last_pgno"] + 1) * self._page_bytes
+        map_bytes = info["map_size"]
+        while map_bytes < used_bytes + more_bytes + _SLACK_BYTES:
+            map_bytes *= 2
+        if map_bytes != info["map_size"]:
+            self._environment.set_mapsize(map_bytes)
+
+    def _put(self, key: bytes, value: bytes, *, append: bool = False) -> None:
+        with self._translated():
+            if self._transaction is None:
+                self._transaction = self._environment.begin(write=True)
+            self._transaction.put(key, value, append=append)
+
+    @contextlib.contextmanager
+    def _translated(self) -> Generator[None]:
+        try:
+            yield
+        except self._lmdb.Error as error:
+            raise self._as_os_error(error) from error
+
+    def _as_os_error(self, error: Exception) -> OSError:
+        """Tell a full disk, a quota and a limit of the file's size from what else fails."""
+        where = str(self._path)
+        try:
+            # LMDB calls a write that was cut short an input/output error, whatever the reason.
+            self._try_to_grow()
+        except OSError as reason:
+            if reason.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                return OSError(
+                    reason.errno,
+                    f"{reason.strerror}; make room and run it again: it goes on where it stopped",
+                    where,
+                )
+        return OSError(errno.EIO, _explain(where, error), where)
+
+    def _try_to_grow(self) -> None:
+        size_bytes = os.fstat(self._lock_file).st_size
+        try:
+            os.posix_fallocate(self._lock_file, size_bytes, self._commit_bytes)
+        finally:
+            os.ftruncate(self._lock_file, size_bytes)
+
+
+def _lock(path: Path) -> int:
+    """Make the file if need be, and keep other processes from writing it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _RIGHTS)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise BlockingIOError(
+            error.errno, "another process is writing it; wait for it to end", str(path)
+        ) from error
+    return descriptor
