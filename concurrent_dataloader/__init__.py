@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         ScratchDataset,
         ShardDataset,
         StagedDataset,
+        StreamedShards,
         open_dataset,
     )
     from concurrent_dataloader.index import Index
@@ -43,6 +44,7 @@ __all__ = [
     "ScratchDataset",
     "ShardDataset",
     "StagedDataset",
+    "StreamedShards",
     "open_dataset",
     "open_store",
 ]
@@ -56,6 +58,7 @@ _HOMES = {
     "ScratchDataset": "concurrent_dataloader.datasets",
     "ShardDataset": "concurrent_dataloader.datasets",
     "StagedDataset": "concurrent_dataloader.datasets",
+    "StreamedShards": "concurrent_dataloader.datasets",
     "open_dataset": "concurrent_dataloader.datasets",
     "open_store": "concurrent_dataloader.stores",
 }

@@ -15,6 +15,7 @@ NAMES = (
     "loader_epoch",
     "store_get",
     "first_batch",
+    "shard_read",
     "index_load",
     "memory",
     "dataset_item",

@@ -9,6 +9,7 @@ from concurrent_dataloader.datasets.opening import (
     open_dataset,
 )
 from concurrent_dataloader.datasets.shards import ShardDataset
+from concurrent_dataloader.datasets.streamed import StreamedShards
 
 __all__ = [
     "IndexedDataset",
@@ -18,5 +19,6 @@ __all__ = [
     "ScratchDataset",
     "ShardDataset",
     "StagedDataset",
+    "StreamedShards",
     "open_dataset",
 ]
