@@ -119,7 +119,7 @@ def run(options: argparse.Namespace) -> int:
 def _tell(progress: Progress, copied: Copied) -> None:
     if copied.error is not None:
         progress.say(f"{copied.key}: not copied: {' '.join(str(copied.error).split())}")
-    progress.advance()
+    progress.advance(copied.key)
 
 
 def _open_target(options: argparse.Namespace) -> WritableStore:

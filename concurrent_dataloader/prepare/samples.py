@@ -1,0 +1,230 @@
+"""Can a sample be used? One at a time, and again from the report of an earlier run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+from typing import Any, Literal, NamedTuple, get_args
+
+import orjson
+from typing_extensions import Buffer
+
+from concurrent_dataloader.errors import (
+    IndexFormatError,
+    LoaderError,
+    MissingDependencyError,
+    ShardFormatError,
+    UnknownClassError,
+)
+from concurrent_dataloader.formats.fields import IMAGE_FIELDS, find_payload_field
+from concurrent_dataloader.formats.image import decode_image
+from concurrent_dataloader.formats.tar import END_OF_ARCHIVE, read_samples
+from concurrent_dataloader.labels import Classes
+from concurrent_dataloader.prepare.checksums import Finding
+from concurrent_dataloader.ranges import ByteRange
+from concurrent_dataloader.shard_names import find_kind
+from concurrent_dataloader.stores.base import Store
+
+SampleKind = Literal["tar", "tfrecord", "object", "payload", "lmdb"]
+"""What a byte range holds: a tar sample with its headers, a framed record, a whole file, an image
+file inside of something; or a record of a database, which ``sample`` gives the number of."""
+
+_MAX_ERROR_CHARACTERS = 500
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Rules:
+    """What a sample has to satisfy, beside that its image can be decoded."""
+
+    num_classes: int | None = None
+    """Labels are 0 to this, less one, and each sample has one; None: any label, or none."""
+
+    label_base: int = 1
+    """What TFRecords call the first class."""
+
+    classes: Classes | None = None
+    """Of single files: each must belong to one of these."""
+
+
+class BadSample(NamedTuple):
+    """A sample that cannot be used."""
+
+    key: str
+    """The shard or file, relative to the data set."""
+
+    sample: str
+    """Its own key within the shard; empty where that could not be read."""
+
+    byte_range: ByteRange | None
+    """None: the whole object."""
+
+    kind: SampleKind
+    error: str
+
+    def to_finding(self) -> Finding:
+        """Say so in a line."""
+        place = "" if self.byte_range is None else f" [{self.byte_range[0]}, {self.byte_range[1]})"
+        sample = f" sample {self.sample!r}" if self.sample else ""
+        return Finding(f"{self.key}{place}{sample}", "sample", self.error)
+
+    def to_line(self) -> bytes:
+        """Give its line in a report, JSON."""
+        content = {
+            "key": self.key,
+            "range": None if self.byte_range is None else list(self.byte_range),
+            "sample": self.sample,
+            "kind": self.kind,
+            "error": self.error,
+        }
+        return orjson.dumps(content, option=orjson.OPT_APPEND_NEWLINE)
+
+
+class Seen(NamedTuple):
+    """A sample that was looked at."""
+
+    key: str
+    digest: bytes
+    """Of its payload; eight bytes."""
+
+    label: int | None
+
+
+class ParsedSample(NamedTuple):
+    """A sample that was taken out of its shard, and is still to be checked."""
+
+    key: str
+    image: Buffer | None
+    """None where it has no image file, but a tensor for instance."""
+
+    payload: Buffer
+    label: int | None
+
+
+def parse_tar_fields(fields: dict[str, bytes], key: str, where: str) -> ParsedSample:
+    """Find image and class among the fields of a tar sample.
+
+    Raises:
+        ShardFormatError: There is nothing that could be an image, or the class is no number.
+    """
+    label: int | None = None
+    if "cls" in fields:
+        text = fields["cls"].strip()
+        if not text.isdigit() or len(text) > 9:
+            raise ShardFormatError(f"{where}: got class {text[:20]!r}, expected a number from 0 on")
+        label = int(text)
+    name = find_payload_field(list(fields))
+    if name is None:
+        raise ShardFormatError(f"{where}: got fields {', '.join(fields)}, expected an image")
+    is_image = name.rpartition(".")[2] in IMAGE_FIELDS
+    return ParsedSample(key, fields[name] if is_image else None, fields[name], label)
+
+
+def parse_record(raw: Buffer, rules: Rules, where: str, start: int) -> ParsedSample:
+    """Find image and class in a framed TFRecord.
+
+    Raises:
+        ShardFormatError: It is damaged, or no image record, or its class is out of range.
+    """
+    tfrecord = open_tfrecord()
+    payload = tfrecord.parse_record(raw, where, start=start)
+    example = tfrecord.parse_image_example(
+        payload, label_base=rules.label_base, num_classes=rules.num_classes, where=where
+    )
+    return ParsedSample(example.filename or "", example.encoded, example.encoded, example.label)
+
+
+def check_sample(parsed: ParsedSample, rules: Rules) -> None:
+    """Decode an image, and look at its label.
+
+    Raises:
+        LoaderError: It cannot be used.
+    """
+    if parsed.image is not None:
+        decode_image(parsed.image)
+    label, count = parsed.label, rules.num_classes
+    if count is not None and label is None:
+        raise UnknownClassError(f"got no class, expected 0 to {count - 1}")
+    if count is not None and label is not None and not 0 <= label < count:
+        raise UnknownClassError(f"got class {label}, expected 0 to {count - 1}")
+
+
+def open_tfrecord() -> Any:
+    """Import the format, which needs an optional package.
+
+    Raises:
+        MissingDependencyError: It is not installed.
+    """
+    try:
+        from concurrent_dataloader.formats import tfrecord
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"TFRecord: {error}; install it with `pip install google-crc32c`"
+        ) from error
+    return tfrecord
+
+
+def see_sample(parsed: ParsedSample) -> Seen:
+    """Keep of a sample what is compared with others."""
+    digest = hashlib.blake2b(parsed.payload, digest_size=8, usedforsecurity=False).digest()
+    return Seen(parsed.key, digest, parsed.label)
+
+
+def one_line(error: Exception) -> str:
+    """Give what an error says, as one line that is not too long."""
+    return " ".join(str(error).split())[:_MAX_ERROR_CHARACTERS]
+
+
+# -- reports of bad samples
+
+
+def read_report(raw: Buffer, where: str) -> list[BadSample]:
+    """Read what `BadSample.to_line` wrote, a line each; more keys than these are left alone.
+
+    Raises:
+        IndexFormatError: A line is no such object.
+    """
+    samples: list[BadSample] = []
+    for number, line in enumerate(bytes(raw).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = orjson.loads(line)
+            span = entry.get("range")
+            byte_range = None if span is None else ByteRange(int(span[0]), int(span[1]))
+            kind = entry.get("kind") or ("object" if span is None else "payload")
+            if not isinstance(entry["key"], str) or kind not in get_args(SampleKind):
+                raise ValueError(f"got key {entry['key']!r} and kind {kind!r}")
+            sample = str(entry.get("sample") or "")
+            samples.append(
+                BadSample(entry["key"], sample, byte_range, kind, str(entry.get("error")))
+            )
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            raise IndexFormatError(
+                f"{where}, line {number}: no bad sample ({type(error).__name__}: {error}), expected"
+                ' an object with "key", and "range" where it is not the whole object'
+            ) from error
+    return samples
+
+
+def check_again(store: Store, sample: BadSample, rules: Rules) -> BadSample | None:
+    """Look at a sample of a report again; None if nothing is wrong with it any more."""
+    if sample.byte_range is not None and find_kind(sample.key) == "compressed tar":
+        error = "a compressed tar has no byte ranges; look at all of it again with --deep"
+        return sample._replace(error=error)
+    try:
+        raw = store.get(sample.key, sample.byte_range)
+        start = 0 if sample.byte_range is None else sample.byte_range.start
+        if sample.kind == "tar":
+            for found in read_samples(io.BytesIO(bytes(raw) + END_OF_ARCHIVE), sample.key):
+                check_sample(parse_tar_fields(found.fields, found.key, sample.key), rules)
+        elif sample.kind == "tfrecord":
+            check_sample(parse_record(raw, rules, sample.key, start), rules)
+        elif sample.kind == "object" and rules.classes is not None:
+            label = int(rules.classes.labels_of([sample.key])[0])
+            check_sample(ParsedSample(sample.key, raw, raw, label), rules)
+        else:
+            decode_image(raw)
+    except LoaderError as error:
+        return sample._replace(error=one_line(error))
+    return None
