@@ -270,10 +270,36 @@ class TarWriter:
 
 def encode_header(name: str, size_bytes: int) -> bytes:
     """Make the header of a regular file, the same on any machine."""
+    if len(name) > _PLAIN_NAME_BYTES or size_bytes >= _PLAIN_SIZE_BYTES or not name.isascii():
+        return _encode_any_header(name, size_bytes)
+    # The same bytes, from the header of an empty name: 2 instead of 13 us, twice a sample.
+    raw_name, size = name.encode("ascii"), b"%011o" % size_bytes
+    checksum = _PLAIN_CHECKSUM + sum(raw_name) + sum(size)
+    return b"".join(
+        (
+            raw_name.ljust(_PLAIN_NAME_BYTES, b"\0"),
+            _PLAIN_HEADER[100:124],
+            size,
+            _PLAIN_HEADER[135:148],
+            b"%06o" % checksum,
+            _PLAIN_HEADER[154:],
+        )
+    )
+
+
+def _encode_any_header(name: str, size_bytes: int) -> bytes:
     info = tarfile.TarInfo(name)
     info.size = size_bytes
     info.mode = 0o644
     return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+
+
+# What ustar has room for: more takes an extended header.
+_PLAIN_NAME_BYTES = 100
+_PLAIN_SIZE_BYTES = 8 << 30
+_PLAIN_HEADER = _encode_any_header("", 0)
+# With the size left out, whose eleven digits are zeros there.
+_PLAIN_CHECKSUM = int(_PLAIN_HEADER[148:154], 8) - 11 * ord("0")
 
 
 def count_sample_bytes(key: str, fields: Mapping[str, Buffer]) -> int:

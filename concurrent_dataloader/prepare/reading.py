@@ -15,8 +15,8 @@ from concurrent_dataloader.threads import DaemonThreads
 _AHEAD_BYTES = 64 << 20
 # Handing a sample over between threads costs some 0.05 ms, and a read from a disk's cache less than
 # 0.1 ms; one that takes longer than this waits for something.
-_SLOW_READ_S = 0.5e-3
-_MIN_TIMED_READS = 4
+_SLOW_READ_S = 2e-3
+_NUM_TIMED_READS = 7
 
 
 class Reader:
@@ -32,9 +32,8 @@ class Reader:
         self._source = source
         self._num_readers = num_readers
         self._threads: DaemonThreads | None = None
-        self._mean_s = 0.0  # of the reads in this thread, the last eight or so
+        self._durations_s: collections.deque[float] = collections.deque(maxlen=_NUM_TIMED_READS)
         self._mean_bytes = 0.0
-        self._num_timed = 0
 
     def read(self, positions: Sequence[int]) -> Iterator[Buffer]:
         """Yield samples in the order of ``positions``.
@@ -46,7 +45,7 @@ class Reader:
         while self._threads is None and done < len(positions):
             yield self._read_timed(positions[done])
             done += 1
-            if self._num_timed >= _MIN_TIMED_READS and self._mean_s > _SLOW_READ_S:
+            if self._is_slow():
                 self._threads = DaemonThreads(self._num_readers, "shard-reader")
         if self._threads is not None:
             yield from self._read_ahead(self._threads, positions[done:])
@@ -54,9 +53,16 @@ class Reader:
     def _read_timed(self, position: int) -> Buffer:
         begin = time.perf_counter()
         raw = self._source.read(position)
-        self._mean_s += (time.perf_counter() - begin - self._mean_s) / 8
-        self._num_timed += 1
+        self._durations_s.append(time.perf_counter() - begin)
         return raw
+
+    def _is_slow(self) -> bool:
+        """Tell by the median, since a single read may have waited for a busy machine."""
+        durations_s = sorted(self._durations_s)
+        return (
+            len(durations_s) == _NUM_TIMED_READS
+            and durations_s[_NUM_TIMED_READS // 2] > _SLOW_READ_S
+        )
 
     def _read_ahead(self, threads: DaemonThreads, positions: Sequence[int]) -> Iterator[Buffer]:
         waiting: collections.deque[tuple[Future[Buffer], float]] = collections.deque()

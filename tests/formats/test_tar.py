@@ -18,6 +18,7 @@ from concurrent_dataloader.formats.tar import (
     TarWriter,
     check_name,
     count_sample_bytes,
+    encode_header,
     group_members,
     parse_sample,
     read_members,
@@ -267,3 +268,14 @@ def test_damage_is_an_error_or_leaves_samples_whole(tail: bytes, at: int, patch:
         list(read_members(Stream(bytes(raw)), "t"))
     except ShardFormatError:
         pass
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jpg", "n" * 96 + ".jpg", "n" * 97 + ".jpg", "ü.jpg", "a b/c.x"]
+)
+@pytest.mark.parametrize("size_bytes", [0, 1, 511, 8 << 20, (8 << 30) - 1, 8 << 30])
+def test_headers_are_those_of_pythons_tarfile(name: str, size_bytes: int) -> None:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = size_bytes, 0o644
+
+    assert encode_header(name, size_bytes) == info.tobuf(tarfile.PAX_FORMAT, "utf-8")

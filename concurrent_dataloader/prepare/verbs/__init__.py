@@ -10,5 +10,6 @@ SUMMARIES = {
     "index": "list a bucket or a folder and write an index",
     "pack": "pack an index into the form that workers map into memory",
     "reshard": "write shards of another size, count or order, made of shards",
+    "shard": "pack images into tar or TFRecord shards",
     "validate": "say whether a data set is whole, and what is wrong",
 }

@@ -1,41 +1,61 @@
-"""What the verbs that read samples share: the arguments that say where these lie."""
+"""The arguments that say which samples are meant, and which class each has."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import get_args
 
 from concurrent_dataloader.labels import LabelSpace
 from concurrent_dataloader.prepare.sources import (
-    AUTO_BOXES,
     IMAGE_SUFFIXES,
-    NO_LABELS,
     OnStray,
-    OnUnknown,
     SampleTable,
     open_source,
 )
+from concurrent_dataloader.prepare.verbs._common import store_settings
+from concurrent_dataloader.prepare.verbs._config import BOOL, INT, TEXT, Kind, list_of, one_of
 
-SOURCE_HELP = (
-    "samples: a folder, s3://bucket[/prefix], an index (with --root), a .tar, .tar.gz, .tar.bz2 or"
-    " .tar.xz, a tar of class tars, shards such as 'train-{000..146}.tar', or a folder in"
-    " torchvision's or Kaggle's layout of ImageNet"
-)
+OWN_BOXES = "own"
+"""The bounding boxes that a source has already, as shards may."""
+
+_SPACES = tuple(space.value for space in LabelSpace)
+
+
+def parse_list(text: str) -> tuple[str, ...]:
+    """Read words that are parted by commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+SOURCE_KINDS: dict[str, Kind] = {
+    "root": TEXT,
+    "suffix": list_of(parse_list),
+    "on_stray": one_of(*get_args(OnStray)),
+    "label_rule": TEXT,
+    "class_map": TEXT,
+    "meta_mat": TEXT,
+    "ground_truth": TEXT,
+    "id_base": INT,
+    "label_space": one_of(*_SPACES),
+    "on_unknown": one_of("error", "skip"),
+    "boxes": TEXT,
+    "limit": INT,
+    "limit_seed": INT,
+    "verify_archives": BOOL,
+}
+"""What each of these options may be in a configuration file."""
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that say what the samples, their classes and boxes are.
-
-    ``source``, ``--split`` and the store's are the verb's to add.
-    """
-    group = parser.add_argument_group("the source")
+    """Add the arguments."""
+    group = parser.add_argument_group("the samples")
     group.add_argument(
-        "--root", metavar="URL", help="folder or bucket that the keys of an index are relative to"
+        "--root",
+        metavar="URL",
+        help="folder or bucket of the keys, if SOURCE is an index (default: that of the index)",
     )
     group.add_argument(
         "--suffix",
-        type=_suffixes,
+        type=parse_list,
         default=",".join(IMAGE_SUFFIXES),
         metavar="LIST",
         help="endings of samples, in any case, parted by commas; '' takes every file"
@@ -45,106 +65,80 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         "--on-stray",
         choices=get_args(OnStray),
         default="skip",
-        help="what is done with files that are no samples: skip and count them, or stop"
-        " (default: %(default)s)",
+        help="what to do about files that are no samples (default: %(default)s)",
     )
-    group.add_argument("--limit", type=int, metavar="N", help="take N samples only (default: all)")
     group.add_argument(
-        "--sample-seed",
+        "--limit", type=int, metavar="N", help="take that many samples (default: all)"
+    )
+    group.add_argument(
+        "--limit-seed",
         type=int,
-        metavar="SEED",
-        help="take those N from everywhere, by this seed (default: the first N)",
-    )
-    group.add_argument(
-        "--temporary-folder",
-        type=Path,
-        metavar="FOLDER",
-        help="where compressed archives are unpacked (default: the system's temporary folder)",
+        metavar="N",
+        help="take them from everywhere, by this seed (default: take the first)",
     )
     group.add_argument(
         "--verify-archives",
-        action="store_true",
-        help="compare ImageNet's original archives with their MD5 first (default: do not)",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="compare ImageNet's archives with their published MD5 first"
+        " (default: --no-verify-archives)",
     )
-    _add_class_options(parser)
+    group.add_argument(
+        "--boxes",
+        metavar="PLACE",
+        help="also pack bounding boxes: from a .csv table, a folder or tar of XML files, 'auto' for"
+        f" those of Kaggle's layout, '{OWN_BOXES}' for those that shards have (default: none)",
+    )
+    _add_class_options(parser.add_argument_group("their classes"))
 
 
-def _add_class_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("classes and boxes")
+def _add_class_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--label-rule",
         metavar="RULE",
-        help="how a name holds its class: parent (its last folder), prefix (its file name up to"
-        f" the first '_'), regex:PATTERN (the first group), or {NO_LABELS} (default: parent, or"
-        " what the layout says)",
+        help="how a name holds its class: parent (its folder), prefix, number, regex:PATTERN (the"
+        " first group), or none for samples without classes (default: parent)",
     )
     group.add_argument(
-        "--class-map",
-        metavar="FILE",
-        help="JSON map of classes, or of file names, to ids or class names; or a list of classes",
+        "--class-map", metavar="FILE", help="JSON file of classes, or of samples (default: none)"
     )
     group.add_argument(
         "--meta-mat",
         metavar="FILE",
-        help="meta.mat of ImageNet's development kit, or the kit's archive",
+        help="meta.mat of ImageNet's development kit, or its archive (default: none)",
     )
     group.add_argument(
         "--ground-truth",
         metavar="FILE",
-        help="class of each image, a line each; or 'name class' lines, Kaggle's"
-        " LOC_val_solution.csv, or the archive of the development kit",
+        help="file with the class of each image, by its number (default: one that lies beside)",
     )
     group.add_argument(
         "--id-base",
         type=int,
         choices=(0, 1),
-        help="lowest possible id in --class-map (default: found out)",
+        help="what ids of the class map count from (default: what the file says)",
     )
     group.add_argument(
         "--label-space",
-        choices=[s.value for s in LabelSpace if s is not LabelSpace.CUSTOM],
-        help="order of ImageNet's classes (default: that of --class-map or the shards, else"
-        " sorted_wnid, torchvision's)",
+        choices=_SPACES,
+        help="order of ImageNet's classes (default: that of the map, or sorted_wnid)",
     )
     group.add_argument(
         "--on-unknown",
-        choices=get_args(OnUnknown),
+        choices=("error", "skip"),
         default="error",
-        help="what is done with samples whose class is not known (default: %(default)s)",
-    )
-    group.add_argument(
-        "--boxes",
-        metavar="FILE",
-        help="bounding boxes: a .csv of name,x1,y1,x2,y2 relative to the image; a folder or tar of"
-        f" XML files; '{AUTO_BOXES}': those of Kaggle's layout (default: those of shards)",
-    )
-    group.add_argument(
-        "--merge-boxes",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="whether the boxes of a sample become one, their union (default: --merge-boxes)",
+        help="what to do about a sample whose class is not known (default: %(default)s)",
     )
 
 
-def _suffixes(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def open_source_of(options: argparse.Namespace, *, split: str | None) -> SampleTable:
-    """Open the source that the arguments name; the caller closes it.
-
-    Args:
-        options: With ``source``, and the arguments of `add_source_options` and `add_store_options`.
-        split: Which part of it.
-
-    Raises:
-        LoaderError: As `open_source`.
-    """
+def open_samples(options: argparse.Namespace, text: str, split: str | None) -> SampleTable:
+    """Open the samples that the arguments mean; the caller closes them."""
+    suffixes = options.suffix
     return open_source(
-        options.source,
+        text,
         split=split,
         root=options.root,
-        suffixes=options.suffix,
+        suffixes=parse_list(suffixes) if isinstance(suffixes, str) else suffixes,
         on_stray=options.on_stray,
         label_rule=options.label_rule,
         class_map=options.class_map,
@@ -153,15 +147,10 @@ def open_source_of(options: argparse.Namespace, *, split: str | None) -> SampleT
         id_base=options.id_base,
         label_space=options.label_space,
         on_unknown=options.on_unknown,
-        boxes=options.boxes,
-        merge_boxes=options.merge_boxes,
+        boxes=None if options.boxes == OWN_BOXES else options.boxes,
         limit=options.limit,
-        sample_seed=options.sample_seed,
-        temporary_folder=options.temporary_folder,
+        sample_seed=options.limit_seed,
+        temporary_folder=options.scratch,
         verify_archives=options.verify_archives,
-        client=options.client,
-        credentials=options.credentials,
-        endpoint_url=options.endpoint_url,
-        region=options.region,
-        anonymous=options.anonymous,
+        **store_settings(options),
     )

@@ -1,0 +1,365 @@
+"""``shard``: pack samples into tar or TFRecord shards."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import get_args
+
+from concurrent_dataloader.prepare.metadata import Payload, ShardMetadata, SplitMetadata
+from concurrent_dataloader.prepare.shard import (
+    DEFAULT_MAX_BYTES,
+    KeyStyle,
+    ShardSettings,
+    check_splits,
+    write_shards,
+)
+from concurrent_dataloader.prepare.sources import SampleTable
+from concurrent_dataloader.prepare.steps import (
+    DEFAULT_QUALITY,
+    STEPS,
+    Preparation,
+    Step,
+    parse_steps,
+)
+from concurrent_dataloader.prepare.verbs._common import add_store_options, store_opener
+from concurrent_dataloader.prepare.verbs._config import (
+    BOOL,
+    INT,
+    SIZE,
+    TEXT,
+    Kind,
+    add_config_option,
+    apply_config,
+    list_of,
+    one_of,
+    parse_size,
+)
+from concurrent_dataloader.prepare.verbs._source import (
+    SOURCE_KINDS,
+    add_source_options,
+    open_samples,
+    parse_list,
+)
+from concurrent_dataloader.shard_index import ShardKind
+
+DESCRIPTION = (
+    "Pack the samples of SOURCE into shards in TARGET, shuffled as a whole by a seed, with an index"
+    " of byte ranges and metadata.json. SOURCE is a folder, a bucket, an index, a tar, a tar of"
+    " class tars, shards, or ImageNet as Kaggle or torchvision lays it out; TARGET is a folder or"
+    " s3://bucket/prefix. Files are packed as they are unless a payload, steps or a function are"
+    " asked for. The same seed gives the same bytes on any machine, with any number of processes. A"
+    " run that was stopped goes on when the command is given again."
+)
+
+_DEFAULT_SPLITS = ("train",)
+
+
+def _steps(text: str) -> tuple[Step, ...]:
+    try:
+        return parse_steps(parse_list(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+KINDS: dict[str, Kind] = {
+    "splits": list_of(parse_list),
+    "format": one_of(*get_args(ShardKind)),
+    "pattern": TEXT,
+    "maxcount": INT,
+    "maxsize": SIZE,
+    "samples_per_shard": INT,
+    "shuffle": BOOL,
+    "seed": INT,
+    "key_style": one_of(*get_args(KeyStyle)),
+    "key_prefix": TEXT,
+    "data_type": TEXT,
+    "payload": one_of(*get_args(Payload)),
+    "quality": INT,
+    "steps": list_of(_steps),
+    "function": TEXT,
+    "file_info": BOOL,
+    "processes": INT,
+    "readers": INT,
+    "in_memory": BOOL,
+    "scratch": TEXT,
+    "overwrite": BOOL,
+    "resume": BOOL,
+    "endpoint_url": TEXT,
+    "credentials": TEXT,
+    "region": TEXT,
+    "anonymous": BOOL,
+    "client": TEXT,
+    **SOURCE_KINDS,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the verb."""
+    parser.add_argument("source", metavar="SOURCE", help="where the samples are")
+    parser.add_argument("target", metavar="TARGET", help="folder, or s3://bucket/prefix, to write")
+    parser.add_argument(
+        "--splits",
+        "--split",
+        type=parse_list,
+        metavar="LIST",
+        help="split to write, or several, parted by commas, as train,val: each from its part of"
+        " SOURCE (default: train, from all of SOURCE)",
+    )
+    _add_shard_options(parser.add_argument_group("the shards"))
+    _add_payload_options(parser.add_argument_group("what is packed"))
+    _add_run_options(parser.add_argument_group("the run"))
+    add_source_options(parser)
+    add_store_options(parser)
+    add_config_option(parser, KINDS)
+
+
+def _add_shard_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--format",
+        choices=get_args(ShardKind),
+        default="tar",
+        help="tar in the layout of WebDataset, or tfrecord as TensorFlow's ImageNet"
+        " (default: %(default)s)",
+    )
+    group.add_argument(
+        "--pattern",
+        metavar="NAME",
+        help="names of shards, such as imagenet-train-%%06d.tar (default: SPLIT-%%06d.tar, or"
+        " SPLIT-%%05d-of-%%05d)",
+    )
+    group.add_argument(
+        "--maxcount", type=int, metavar="N", help="samples of a shard, at most (default: no limit)"
+    )
+    group.add_argument(
+        "--maxsize",
+        type=parse_size,
+        default=DEFAULT_MAX_BYTES,
+        metavar="SIZE",
+        help="bytes of a shard, as 3e9, 300MB, 1GiB, or none; only a sample that is larger alone"
+        " exceeds it (default: %(default)s)",
+    )
+    group.add_argument(
+        "--samples-per-shard",
+        type=int,
+        metavar="N",
+        help="put exactly N into each shard but the last, whatever its size; not with --maxcount"
+        " (default: as many as fit)",
+    )
+    group.add_argument(
+        "--shuffle",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether all samples are shuffled (default: --shuffle)",
+    )
+    group.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the shuffling, recorded in metadata.json (default: %(default)s)",
+    )
+    group.add_argument(
+        "--key-style",
+        choices=get_args(KeyStyle),
+        default="path",
+        help="what a sample is called: its path in SOURCE, its file name's stem, or SPLIT- and its"
+        " number; dots in names become underscores (default: %(default)s)",
+    )
+    group.add_argument(
+        "--key-prefix",
+        metavar="TEXT",
+        help="what stands before each key (default: SPLIT- for numbers, else nothing)",
+    )
+    group.add_argument(
+        "--data-type",
+        metavar="NAME",
+        help="field of the image, as jpg (default: the file's ending in lower case, or that of the"
+        " payload)",
+    )
+    group.add_argument(
+        "--file-info",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also write SPLIT-FileInfo.json: class, shard and offset of each source file"
+        " (default: --file-info)",
+    )
+
+
+def _add_payload_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--payload",
+        choices=get_args(Payload),
+        help="file as it is, JPEG encoded anew, uint8 tensor (CHW), raw RGB of one size, or PPM"
+        " (default: file; jpeg with --steps or --quality)",
+    )
+    group.add_argument(
+        "--quality",
+        type=int,
+        metavar="N",
+        help=f"of JPEG encoding, 0 to 100 (default: {DEFAULT_QUALITY}, if there is any)",
+    )
+    group.add_argument(
+        "--steps",
+        type=_steps,
+        default=(),
+        metavar="LIST",
+        help=f"steps to bake in, of {', '.join(f'{name}(n)' for name in STEPS)}, parted by commas;"
+        " recorded in metadata.json (default: none)",
+    )
+    group.add_argument(
+        "--function",
+        metavar="MODULE:NAME",
+        help="function of yours that gets the bytes of each file and gives others, called first"
+        " (default: none)",
+    )
+
+
+def _add_run_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="shards written at once (default: %(default)s)",
+    )
+    group.add_argument(
+        "--readers",
+        type=int,
+        default=64,
+        metavar="N",
+        help="samples read at once in each process, where reading waits (default: %(default)s)",
+    )
+    group.add_argument(
+        "--in-memory",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="compose shards in memory instead of a file (default: --no-in-memory)",
+    )
+    group.add_argument(
+        "--scratch",
+        type=Path,
+        metavar="FOLDER",
+        help="for temporary files: shards for a bucket, archives that are unpacked (default: the"
+        " system's)",
+    )
+    group.add_argument(
+        "--overwrite",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="remove what TARGET holds of the split first (default: --no-overwrite, refuse)",
+    )
+    group.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on after a run of the same command that was stopped (default: --resume)",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Pack each split."""
+    apply_config(options, KINDS)
+    settings = {split: _settings(options, split) for split in options.splits or _DEFAULT_SPLITS}
+    with contextlib.ExitStack() as stack:
+        sources: dict[str, SampleTable] = {}
+        for split in settings:
+            part = split if options.splits else None
+            source = open_samples(options, options.source, part)
+            sources[split] = stack.enter_context(contextlib.closing(source))
+        if len(settings) > 1:
+            check_splits([(sources[split], settings[split]) for split in settings])
+        for split in settings:
+            _write(options, sources[split], settings[split])
+
+
+def _settings(options: argparse.Namespace, split: str) -> ShardSettings:
+    if options.samples_per_shard is not None and options.maxcount is not None:
+        raise ValueError(
+            f"--samples-per-shard: got {options.samples_per_shard} and --maxcount"
+            f" {options.maxcount}, expected one of the two"
+        )
+    is_exact = options.samples_per_shard is not None
+    is_encoded = bool(options.steps) or options.quality is not None
+    return ShardSettings(
+        split=split,
+        kind=options.format,
+        pattern=options.pattern,
+        seed=options.seed if options.shuffle else None,
+        max_count=options.samples_per_shard if is_exact else options.maxcount,
+        max_bytes=None if is_exact else options.maxsize,
+        key_style=options.key_style,
+        key_prefix=options.key_prefix,
+        field=options.data_type,
+        boxes=options.boxes is not None,
+        preparation=Preparation(
+            payload=options.payload or ("jpeg" if is_encoded else "file"),
+            steps=options.steps,
+            quality=options.quality,
+            function=options.function,
+        ),
+    )
+
+
+def _write(options: argparse.Namespace, source: SampleTable, settings: ShardSettings) -> None:
+    target = store_opener(options)(options.target)
+    with contextlib.closing(target), _shard_progress(settings.split) as on_shard:
+        split = write_shards(
+            source,
+            target,
+            settings,
+            num_processes=options.processes,
+            num_readers=options.readers,
+            overwrite=options.overwrite,
+            resume=options.resume,
+            in_memory=options.in_memory,
+            scratch=options.scratch,
+            file_info=options.file_info,
+            on_shard=on_shard,
+        )
+    print(f"{options.target}: {_total(settings.split, split)}")
+    if source.num_stray:
+        print(f"{source.where}: {source.num_stray} stray files left out, as {source.strays[0]!r}")
+    if source.num_unlabelled:
+        print(f"{source.where}: {source.num_unlabelled} samples of unknown class left out")
+
+
+def _total(name: str, split: SplitMetadata) -> str:
+    shards = split.shards or ()
+    size_bytes = sum(shard.size_bytes for shard in shards)
+    return f"{name}: {split.num_samples} samples, {len(shards)} shards, {size_bytes} bytes"
+
+
+@contextlib.contextmanager
+def _shard_progress(split: str) -> Generator[Callable[[ShardMetadata, int], None]]:
+    """Show a bar on a terminal, else a line for each shard."""
+    if not sys.stderr.isatty():
+        yield _print_shard
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    done = TextColumn("shards, {task.fields[samples]} samples, {task.fields[size]:.1f} MB")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), done)
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
+        samples, size_bytes = 0, 0
+        task = bar.add_task(split, total=None, samples=0, size=0.0)
+
+        def on_shard(shard: ShardMetadata, num_shards: int) -> None:
+            nonlocal samples, size_bytes
+            samples += shard.num_samples
+            size_bytes += shard.size_bytes
+            bar.update(task, advance=1, total=num_shards, samples=samples, size=size_bytes / 1e6)
+
+        yield on_shard
+
+
+def _print_shard(shard: ShardMetadata, num_shards: int) -> None:
+    print(
+        f"{shard.name}: {shard.num_samples} samples, {shard.size_bytes} bytes, of {num_shards}"
+        " shards",
+        file=sys.stderr,
+    )
