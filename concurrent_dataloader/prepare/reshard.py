@@ -20,6 +20,7 @@ from typing_extensions import Buffer
 
 from concurrent_dataloader.errors import ShardFormatError
 from concurrent_dataloader.formats.tar import END_OF_ARCHIVE
+from concurrent_dataloader.index import Index
 from concurrent_dataloader.prepare.distribute import describe_shards, share
 from concurrent_dataloader.prepare.metadata import ShardMetadata, SplitMetadata
 from concurrent_dataloader.prepare.plan import (
@@ -162,7 +163,11 @@ def reshard(
         recipe = _Recipe(*merge_sets(sets), place)
         plan = plan_shards(recipe.index, settings)
         stack.enter_context(place.lock())
-        _check_keys(recipe, plan)
+        check_target_keys(
+            place,
+            recipe.index.names.select(plan.order),
+            lambda at: recipe.index.shard_of(int(plan.order[at])).name,
+        )
         names = settings.names.names(plan.num_shards)
         written = place.begin(
             str(described.fingerprint), names, settings.names, overwrite=overwrite, resume=resume
@@ -328,15 +333,19 @@ def _fingerprint(sets: Sequence[ShardSet], settings: ReshardSettings) -> str:
     return digest.hexdigest()
 
 
-def _check_keys(recipe: _Recipe, plan: ShardPlan) -> None:
-    """Raise if two samples of the new split share a key, or one of another split has it."""
-    names = recipe.index.names.select(plan.order)
+def check_target_keys(place: ShardTarget, names: Index, where: Callable[[int], str]) -> None:
+    """Raise if two samples of a new split share a key, or one of another split there has it.
 
-    def where(at: int) -> str:
-        return recipe.index.shard_of(int(plan.order[at])).name
+    Args:
+        place: Gets the split.
+        names: ``<key>.<field>`` of each sample.
+        where: Says for a position in ``names`` where the sample lies.
 
+    Raises:
+        ShardFormatError: They do.
+    """
     hashes = check_keys(names, where)
-    for split, index in recipe.place.read_other_indexes():
+    for split, index in place.read_other_indexes():
         common = np.flatnonzero(np.isin(hashes, hash_keys(index.names)))
         if len(common):
             at = int(common[0])

@@ -8,6 +8,7 @@ SUMMARIES = {
     "copy": "copy a data set between buckets and folders",
     "distribute": "cut left-over shards into equal parts, one for each instance",
     "index": "list a bucket or a folder and write an index",
+    "map": "put every sample of a set of shards through a function",
     "pack": "pack an index into the form that workers map into memory",
     "reshard": "write shards of another size, count or order, made of shards",
     "shard": "pack images into tar or TFRecord shards",

@@ -1,0 +1,282 @@
+"""Put every sample of a set of shards through a function, and write what it gives into new shards.
+
+Shard ``i`` of the new set holds what became of the samples of shard ``i`` of the old one, in their
+order: the bytes do not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib
+import io
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from typing_extensions import Buffer
+
+from concurrent_dataloader.errors import LoaderError
+from concurrent_dataloader.formats.tar import Sample, TarWriter, check_name, read_samples
+from concurrent_dataloader.prepare.distribute import describe_shards
+from concurrent_dataloader.prepare.metadata import ShardMetadata, SplitMetadata
+from concurrent_dataloader.prepare.plan import NamePattern
+from concurrent_dataloader.prepare.pool import open_pool
+from concurrent_dataloader.prepare.reshard import SplitAt, check_target_keys, refuse_same_place
+from concurrent_dataloader.prepare.shard_set import (
+    READ_BYTES,
+    FoundSample,
+    OpenRoot,
+    Place,
+    ShardSet,
+    describe_sample,
+    find_samples,
+    open_shard_set,
+    parse_label,
+    places_of,
+)
+from concurrent_dataloader.prepare.target import ShardTarget, WrittenShard
+from concurrent_dataloader.shard_index import Shard, ShardIndexBuilder
+from concurrent_dataloader.stores import RangedFile, open_writable_store
+
+KEY = "__key__"
+"""In what the function gives: the key of the new sample, in the place of the old one."""
+
+Fields = Mapping[str, Buffer]
+
+SampleFunction = Callable[[str, dict[str, bytes]], Fields | Sequence[Fields] | None]
+"""Gets a sample's key, and its content by field. Gives the new content, or a list of several
+samples, which are called ``<key>_0`` and so on unless they say `KEY`, or None to drop it."""
+
+
+def map_shards(
+    source: SplitAt,
+    target: str | os.PathLike[str],
+    function: str,
+    *,
+    open_root: OpenRoot = open_writable_store,
+    num_processes: int = 1,
+    overwrite: bool = False,
+    resume: bool = True,
+    on_shard: Callable[[ShardMetadata, int], None] = lambda shard, num_shards: None,
+) -> SplitMetadata:
+    """Write new shards with the names of the old ones, with their index and metadata.
+
+    Args:
+        source: The split to read.
+        target: Folder or URL of the new shards; not that of the old ones.
+        function: ``module:function``, a `SampleFunction`; imported in each process.
+        open_root: Opens the stores; pickles if there are several processes.
+        num_processes: Each works on whole shards.
+        overwrite: Remove what is there of the split first.
+        resume: Whether to go on after a run that did not finish, if neither the source nor the
+            module of the function has changed since.
+        on_shard: Called with each shard as it is there, and with their number.
+
+    Returns:
+        What ``metadata.json`` says of the split.
+
+    Raises:
+        FileNotFoundError: The source has no such shards.
+        FileExistsError: The target holds this split already.
+        ValueError: There is no such function, or it drops all samples.
+        LoaderError: The function raised, or gave what cannot be written; names shard and key.
+        ShardFormatError: A shard is damaged, or two new samples share a key.
+        StoreError: A store cannot be read or written.
+    """
+    load_function(function)
+    with contextlib.ExitStack() as stack:
+        old = open_shard_set(source.location, source.split, open_root)
+        stack.callback(old.store.close)
+        place = ShardTarget(open_root(os.fspath(target)), source.split)
+        stack.callback(place.store.close)
+        refuse_same_place(old.store, place.store)
+        recipe = _Recipe(places_of(old), old.index.shards, old.index.classes, place, function)
+        names = [shard.name for shard in old.index.shards]
+        num_shards = len(names)
+        stack.enter_context(place.lock())
+        fingerprint = _fingerprint(old, function)
+        written = place.begin(
+            fingerprint, names, _find_pattern(names), overwrite=overwrite, resume=resume
+        )
+        samples: dict[str, list[FoundSample]] = {}
+        for name, shard in written.items():
+            found = Shard(name, shard.shard.size_bytes)
+            samples[name] = list(find_samples(place.store, found))
+            on_shard(shard.shard, num_shards)
+        tasks = [number for number, name in enumerate(names) if name not in written]
+        pool = stack.enter_context(open_pool(recipe, num_processes))
+        for shard, found in pool.run(_map_shard, tasks):
+            place.put_receipt(shard)
+            written[shard.shard.name] = shard
+            samples[shard.shard.name] = found
+            on_shard(shard.shard, num_shards)
+        result = dataclasses.replace(
+            old.split_metadata,
+            num_samples=sum(map(len, samples.values())),
+            shards=tuple(written[name].shard for name in names),
+            function=function,
+            fingerprint=fingerprint,
+        )
+        _finish(old, place, result, [samples[name] for name in names])
+        return result
+
+
+def load_function(name: str) -> SampleFunction:
+    """Import a function.
+
+    Raises:
+        ValueError: It is not called ``module:function``, or cannot be imported.
+    """
+    module, colon, path = name.partition(":")
+    if not colon or not module or not path:
+        raise ValueError(f"function: got {name!r}, expected 'module:function'")
+    try:
+        function = functools.reduce(getattr, path.split("."), importlib.import_module(module))
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"function: got {name!r}, which cannot be imported ({error}); expected"
+            " 'module:function' on the Python path"
+        ) from error
+    if not callable(function):
+        raise ValueError(
+            f"function: got {name!r}, a {type(function).__name__}; expected a function"
+        )
+    return cast(SampleFunction, function)
+
+
+def _fingerprint(old: ShardSet, function: str) -> str:
+    digest = hashlib.blake2b(digest_size=16, usedforsecurity=False)
+    digest.update(repr((describe_shards(old.index), function)).encode())
+    # Who mends the function must not get shards of both.
+    file = importlib.import_module(function.partition(":")[0]).__file__
+    if file is not None:
+        digest.update(Path(file).read_bytes())
+    return digest.hexdigest()
+
+
+def _find_pattern(names: Sequence[str]) -> NamePattern:
+    """Give the pattern of the shards' names: numbers instead of their last digits."""
+    digits = list(re.finditer(r"\d+", names[0], re.ASCII))
+    if not digits:
+        raise ValueError(f"{names[0]}: got a shard's name without a number, expected one")
+    last = digits[-1]
+    begin, end = (
+        text.replace("%", "%%") for text in (names[0][: last.start()], names[0][last.end() :])
+    )
+    return NamePattern(f"{begin}%0{len(last[0])}d{end}")
+
+
+def _finish(
+    old: ShardSet,
+    place: ShardTarget,
+    result: SplitMetadata,
+    samples: Sequence[Sequence[FoundSample]],
+) -> None:
+    if result.num_samples == 0:
+        raise ValueError(
+            f"function: {result.function!r} dropped all samples of {old.location}; expected one to"
+            " be left at least"
+        )
+    shards = result.shards or ()
+    builder = ShardIndexBuilder("tar")
+    for shard, found in zip(shards, samples, strict=True):
+        for sample in found:
+            builder.add_sample(*sample)
+        builder.add_shard(Shard(shard.name, shard.size_bytes, shard.md5))
+    index = builder.build(old.index.classes, old.index.label_space)
+    check_target_keys(place, index.names, lambda at: place.store.describe(index.shard_of(at).name))
+    place.finish(index.to_bytes(), None, lambda metadata: metadata.with_split(old.split, result))
+
+
+# -- shards
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Recipe:
+    """What all shards of a run share."""
+
+    places: list[Place]
+    shards: tuple[Shard, ...]
+    classes: tuple[str, ...] | None
+    place: ShardTarget
+    function: str
+
+
+def _map_shard(recipe: _Recipe, number: int) -> tuple[WrittenShard, list[FoundSample]]:
+    function = load_function(recipe.function)
+    (store, key), shard = recipe.places[number], recipe.shards[number]
+    where = store.describe(key)
+    found: list[FoundSample] = []
+    with (
+        recipe.place.compose(shard.name) as target,
+        io.BufferedReader(RangedFile(store, key, shard.size_bytes), READ_BYTES) as file,
+    ):
+        writer = TarWriter(target)
+        for old in read_samples(file, where):
+            try:
+                found.extend(_write(writer, new, recipe.classes) for new in _apply(function, old))
+            except Exception as error:
+                # Whatever the user's function raises goes to the user, with its traceback.
+                raise LoaderError(
+                    f"{where}: sample {old.key!r}: function {recipe.function!r}:"
+                    f" {type(error).__name__}: {error}; mend it, or let it return None to drop the"
+                    " sample"
+                ) from error
+        md5 = writer.close()
+    metadata = ShardMetadata(
+        name=shard.name, num_samples=len(found), size_bytes=writer.size_bytes, md5=md5
+    )
+    places = (
+        np.array([sample[what] for sample in found], np.int64).reshape(-1, 2) for what in (1, 2)
+    )
+    return WrittenShard(metadata, *places), found
+
+
+def _apply(function: SampleFunction, old: Sample) -> Iterator[tuple[str, dict[str, Buffer]]]:
+    """Yield key and fields of each sample that the function makes of one."""
+    result: Any = function(old.key, dict(old.fields))
+    if result is None:
+        return
+    if isinstance(result, Mapping):
+        yield _check_fields(cast("Mapping[Any, Any]", result), old.key)
+        return
+    if not isinstance(result, (list, tuple)):
+        raise TypeError(f"gave a {type(result).__name__}, expected a dict, a list of them, or None")
+    for number, fields in enumerate(cast("Sequence[Any]", result)):
+        if not isinstance(fields, Mapping):
+            raise TypeError(f"gave a list with a {type(fields).__name__}, expected dicts")
+        yield _check_fields(cast("Mapping[Any, Any]", fields), f"{old.key}_{number}")
+
+
+def _check_fields(fields: Mapping[Any, Any], key: str) -> tuple[str, dict[str, Buffer]]:
+    checked: dict[str, Buffer] = {}
+    new_key: Any = key
+    for field, content in fields.items():
+        if field == KEY:
+            new_key = content
+        elif isinstance(field, str) and isinstance(content, (bytes, bytearray, memoryview)):
+            checked[field] = content
+        else:
+            raise TypeError(
+                f"gave {type(content).__name__} as field {field!r}, expected bytes by a name"
+            )
+    if not isinstance(new_key, str):
+        raise TypeError(f"gave a {type(new_key).__name__} as {KEY}, expected a str")
+    return check_name(new_key), checked
+
+
+def _write(
+    writer: TarWriter, new: tuple[str, dict[str, Buffer]], classes: tuple[str, ...] | None
+) -> FoundSample:
+    key, fields = new
+    label = parse_label(fields["cls"]) if "cls" in fields else None
+    if "cls" in fields and (label is None or (classes is not None and label >= len(classes))):
+        expected = "a number" if classes is None else f"0 to {len(classes) - 1}"
+        raise ValueError(f"gave {bytes(fields['cls'])[:20]!r} as field 'cls', expected {expected}")
+    return describe_sample(writer.write(key, fields), label)
