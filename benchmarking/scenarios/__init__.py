@@ -16,6 +16,7 @@ NAMES = (
     "store_get",
     "first_batch",
     "shard_read",
+    "shard_write",
     "index_load",
     "memory",
     "dataset_item",
