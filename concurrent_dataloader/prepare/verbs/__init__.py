@@ -5,6 +5,7 @@ status, None for 0. `SUMMARIES` names them, so that ``--help`` imports none but 
 """
 
 SUMMARIES = {
+    "advise": "say how many shards to make, how large, and why",
     "copy": "copy a data set between buckets and folders",
     "distribute": "cut left-over shards into equal parts, one for each instance",
     "index": "list a bucket or a folder and write an index",
