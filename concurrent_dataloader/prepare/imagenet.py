@@ -75,28 +75,26 @@ class ImageNumber(NamedTuple):
     number: int
 
 
-def is_known_archive(name: str) -> bool:
-    """Tell whether the checksum of an archive of this name is known."""
-    return name in ARCHIVE_MD5
-
-
-def check_archive(file: BinaryIO, name: str, where: str) -> None:
+def check_archive(
+    file: BinaryIO, name: str, where: str, *, md5_by_name: Mapping[str, str] = ARCHIVE_MD5
+) -> None:
     """Compare an original archive with its published MD5; reads it whole.
 
     Args:
         file: The archive, at its begin.
         name: Its original file name.
         where: What errors call it.
+        md5_by_name: The published ones.
 
     Raises:
         ValueError: There is no checksum for this name.
         ShardFormatError: It is not the original.
     """
-    expected = ARCHIVE_MD5.get(name)
+    expected = md5_by_name.get(name)
     if expected is None:
         raise ValueError(
             f"{where}: no checksum is known for {name!r}, expected one of"
-            f" {', '.join(ARCHIVE_MD5)}; leave the check out"
+            f" {', '.join(md5_by_name)}; leave the check out"
         )
     md5 = hashlib.md5(usedforsecurity=False)
     while chunk := file.read(_CHUNK_BYTES):

@@ -5,7 +5,7 @@ opening     open_source: finds out what is meant, and puts the parts together
 layouts     what lies in a folder: splits, archives, ImageNet's and Kaggle's layouts
 listing     samples that are objects;  archives  samples in tars
 found       what was found: names, places, strays;  places  bytes by position
-labelling   label of each sample;  class_map  files of classes
+labeller    chooses what says the classes;  labelling  labels by it;  class_map  files of classes
 boxes       bounding boxes;  box_files  the files that hold them
 files       files that a user names, opened
 table       the source that comes of it
@@ -15,10 +15,10 @@ table       the source that comes of it
 from __future__ import annotations
 
 from concurrent_dataloader.prepare.sources.found import IMAGE_SUFFIXES
+from concurrent_dataloader.prepare.sources.labeller import NO_LABELS
 from concurrent_dataloader.prepare.sources.labelling import OnUnknown
 from concurrent_dataloader.prepare.sources.opening import (
     AUTO_BOXES,
-    NO_LABELS,
     OnStray,
     open_source,
 )

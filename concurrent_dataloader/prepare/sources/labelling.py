@@ -83,6 +83,11 @@ def label_by_table(names: Index, rule: LabelRule, table: ClassTable) -> Labellin
     return Labelling(labels, table.classes, table.label_space)
 
 
+def label_by_values(values: list[str], table: ClassTable) -> Labelling:
+    """Look up the class of each sample, given in their order; -1 where it is not in the table."""
+    return Labelling(_look_up(values, table.labels), table.classes, table.label_space)
+
+
 def space_of(classes: Sequence[str]) -> str | None:
     """Tell whether classes are ImageNet's by WordNet id, and in which of its orders."""
     by_devkit = [entry.wnid for entry in imagenet_classes()]
@@ -227,8 +232,7 @@ def label_by_truth(names: Index, truth: GroundTruth, meta: Mapping[str, int] | N
     else:
         by_stem = truth.by_stem or {}
         values = [by_stem.get(stem_of(name), "") for name in names.keys()]  # noqa: SIM118 - no dict
-    table = _truth_table(names, truth, meta)
-    return Labelling(_look_up(values, table.labels), table.classes, table.label_space)
+    return label_by_values(values, _truth_table(names, truth, meta))
 
 
 def _image_numbers(names: Index, truth: GroundTruth) -> list[int]:

@@ -23,6 +23,7 @@ from concurrent_dataloader.prepare.sources.archives import (
     tar_stem,
     unpack_tar,
 )
+from concurrent_dataloader.prepare.sources.box_files import XmlBoxes, match_xml
 from concurrent_dataloader.prepare.sources.files import Files, is_remote, join, split_file_name
 from concurrent_dataloader.prepare.sources.found import Found, Sieve
 from concurrent_dataloader.prepare.sources.listing import find_indexed, find_listed
@@ -268,6 +269,22 @@ class Search:
             xml_folder=join(text, f"{base}Annotations/CLS-LOC/{self.split}"),
             has_classes=self.split != "test",
         )
+
+
+def find_xml(search: Search, text: str, names: Index, *, is_merged: bool) -> XmlBoxes:
+    """Find the XML files of samples in a folder, prefix or tar; the caller closes them.
+
+    Raises:
+        ValueError: None belongs to any sample.
+        StoreError: There are none.
+    """
+    place = dataclasses.replace(search, suffixes=(".xml",), split=None).run(text)
+    try:
+        rows = match_xml(names, place.found)
+    except BaseException:
+        place.close()
+        raise
+    return XmlBoxes(found=place.found, rows=rows, is_merged=is_merged, unpacked=place.unpacked)
 
 
 def _keep_listed(found: Found, raw: bytes, where: str) -> Found:

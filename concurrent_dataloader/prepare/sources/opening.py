@@ -8,46 +8,32 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from concurrent_dataloader.errors import (
-    ClassesFormatError,
     KeyNotFoundError,
     ShardFormatError,
 )
 from concurrent_dataloader.index import choose_positions
-from concurrent_dataloader.labels import LabelRule, LabelSpace, check_label_rule, class_finder
+from concurrent_dataloader.labels import LabelRule, LabelSpace, check_label_rule
 from concurrent_dataloader.prepare import imagenet
-from concurrent_dataloader.prepare.metadata import METADATA_NAME, Metadata
-from concurrent_dataloader.prepare.sources.archives import is_compressed_tar, is_tar
 from concurrent_dataloader.prepare.sources.box_files import (
-    XmlBoxes,
     boxes_from_table,
-    match_xml,
     parse_box_table,
 )
 from concurrent_dataloader.prepare.sources.boxes import BoxLookup
-from concurrent_dataloader.prepare.sources.class_map import find_rule, parse_class_map
-from concurrent_dataloader.prepare.sources.files import Files, join, split_file_name
+from concurrent_dataloader.prepare.sources.files import Files, split_file_name
 from concurrent_dataloader.prepare.sources.found import IMAGE_SUFFIXES, Found
+from concurrent_dataloader.prepare.sources.labeller import NO_LABELS, Labeller
 from concurrent_dataloader.prepare.sources.labelling import (
-    ClassTable,
     Labelling,
     OnUnknown,
-    convert,
     drop_unknown,
-    label_by_rule,
-    label_by_table,
-    label_by_truth,
-    table_of_meta,
 )
-from concurrent_dataloader.prepare.sources.layouts import Place, Search
+from concurrent_dataloader.prepare.sources.layouts import Search, find_xml
 from concurrent_dataloader.prepare.sources.table import SampleTable
 
 OnStray = Literal["skip", "error"]
 
 AUTO_BOXES = "auto"
 """Stands for the bounding boxes that the layout has."""
-
-NO_LABELS = "none"
-"""The label rule of samples whose classes are not wanted."""
 
 PathOrUrl = str | os.PathLike[str]
 
@@ -143,10 +129,9 @@ def open_source(
         check_archive=_ArchiveCheck(files) if verify_archives else _accept,
     )
     place = search.run(os.fspath(text))
-    labeller = _Labeller(
-        files=files,
+    labeller = Labeller(
+        search=search,
         place=place,
-        split=split,
         label_rule=label_rule,
         class_map=_text(class_map),
         meta_mat=_text(meta_mat),
@@ -166,7 +151,7 @@ def open_source(
 
 def _label(
     found: Found,
-    labeller: _Labeller,
+    labeller: Labeller,
     on_unknown: OnUnknown,
     limit: int | None,
     sample_seed: int | None,
@@ -244,148 +229,4 @@ class _BoxFinder:
         if text.casefold().endswith(".csv"):
             table = parse_box_table(self.search.files.read(text), text)
             return boxes_from_table(found.names, table, text, is_merged=self.is_merged)
-        search = dataclasses.replace(self.search, suffixes=(".xml",), split=None)
-        place = search.run(text)
-        try:
-            rows = match_xml(found.names, place.found)
-        except BaseException:
-            place.close()
-            raise
-        return XmlBoxes(
-            found=place.found, rows=rows, is_merged=self.is_merged, unpacked=place.unpacked
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Labeller:
-    """Finds the labels of what was found."""
-
-    files: Files
-    place: Place
-    split: str | None
-    label_rule: LabelRule | None
-    class_map: str | None
-    meta_mat: str | None
-    ground_truth: str | None
-    id_base: int | None
-    label_space: LabelSpace | None
-
-    def run(self) -> Labelling | None:
-        """Give the labels, -1 where a class is not known; None if samples are to have none."""
-        if self.label_rule == NO_LABELS:
-            return None
-        labelling, default = self._find()
-        target = self.label_space or default
-        if labelling is None or target is None:
-            return labelling
-        if self.label_space is None and labelling.label_space is None:
-            return labelling
-        return convert(labelling, target)
-
-    def explain(self, name: str) -> str:
-        """Say why a sample has no label."""
-        rule = self.label_rule or "parent"
-        value = "" if rule == NO_LABELS else class_finder(rule)(name)
-        given = self.ground_truth or self.class_map or self.meta_mat
-        what = f"class {value!r} by label_rule {rule!r}" if value else "no class"
-        if given is None:
-            return (
-                f"{name}: names {what}; give label_rule, class_map or ground_truth, or let samples"
-                " of unknown classes be skipped"
-            )
-        inner = ""
-        if self.meta_mat is not None:
-            number = self._read_meta(self.meta_mat).get(value)
-            if number is not None:
-                inner = f", which is an inner node of WordNet (ILSVRC2012_ID {number})"
-        return (
-            f"{name}: got {what}{inner}, expected one of {given}; add it there, choose another"
-            " label_rule, or let samples of unknown classes be skipped"
-        )
-
-    def _find(self) -> tuple[Labelling | None, LabelSpace | None]:
-        """Give the labels, and the label space that they are to be in by default."""
-        sorted_wnid = LabelSpace.SORTED_WNID
-        names = self.place.found.names
-        if self.ground_truth is not None:
-            return self._label_by_truth(self.ground_truth), sorted_wnid
-        if self.class_map is not None:
-            return self._label_by_map(self.class_map), None
-        if self.meta_mat is not None:
-            table = table_of_meta(self._read_meta(self.meta_mat), self.meta_mat)
-            return label_by_table(names, self.label_rule or "parent", table), sorted_wnid
-        if self.label_rule is not None:
-            return label_by_rule(names, self.label_rule), None
-        if self.place.found.labels is not None:
-            return self._label_by_shards(self.place.found.labels), None
-        if not self.place.has_classes or self._begins_with(imagenet.TEST_BASE):
-            return None, None
-        if self._begins_with(imagenet.VAL_BASE) and "/" not in names.key(0):
-            return self._label_by_truth(self._find_truth()), sorted_wnid
-        return label_by_rule(names, "parent"), None
-
-    def _begins_with(self, base: str) -> bool:
-        return imagenet.stem_of(self.place.found.names.key(0)).startswith(base)
-
-    def _read_meta(self, text: str) -> dict[str, int]:
-        if not (is_tar(text) or is_compressed_tar(text)):
-            return imagenet.parse_meta(self.files.read(text), text)
-        with self.files.open_file(text) as file:
-            return imagenet.parse_meta(imagenet.read_devkit(file, text)["meta.mat"], text)
-
-    def _label_by_truth(self, text: str) -> Labelling:
-        meta = None if self.meta_mat is None else self._read_meta(self.meta_mat)
-        if is_tar(text) or is_compressed_tar(text):
-            with self.files.open_file(text) as file:
-                kit = imagenet.read_devkit(file, text)
-            raw = kit[imagenet.GROUND_TRUTH]
-            meta = imagenet.parse_meta(kit["meta.mat"], text) if meta is None else meta
-        else:
-            raw = self.files.read(text)
-        truth = imagenet.parse_ground_truth(raw, text)
-        return label_by_truth(self.place.found.names, truth, meta)
-
-    def _label_by_map(self, text: str) -> Labelling:
-        names = self.place.found.names
-        table = parse_class_map(self.files.read(text), text, self.id_base)
-        if not isinstance(table, ClassTable):
-            return label_by_truth(names, table, None)
-        return label_by_table(names, self.label_rule or find_rule(names, table), table)
-
-    def _label_by_shards(self, labels: Any) -> Labelling:
-        """Take the labels of shards, and the names of their classes from the metadata beside."""
-        count = int(labels.max()) + 1
-        classes, space = tuple(str(label) for label in range(count)), None
-        for folder in self.place.beside:
-            text = join(folder, METADATA_NAME)
-            if not self.files.has(text):
-                continue
-            splits = Metadata.from_bytes(self.files.read(text), text).splits
-            told = splits.get(self.split or "") or next(iter(splits.values()), None)
-            if told is not None and told.classes is not None:
-                if len(told.classes) < count:
-                    raise ClassesFormatError(
-                        f"{text}: names {len(told.classes)} classes, expected {count}, since the"
-                        f" shards hold label {count - 1}"
-                    )
-                return Labelling(labels, told.classes, told.label_space)
-        return Labelling(labels, classes, space)
-
-    def _find_truth(self) -> str:
-        """Look for the classes of a flat ImageNet validation set beside it."""
-        kit = imagenet.DEVKIT.removesuffix(".tar.gz")
-        looked_for = (
-            imagenet.KAGGLE_SOLUTION,
-            imagenet.GROUND_TRUTH,
-            f"data/{imagenet.GROUND_TRUTH}",
-            f"{kit}/data/{imagenet.GROUND_TRUTH}",
-            imagenet.DEVKIT,
-        )
-        for folder in self.place.beside:
-            for name in looked_for:
-                if self.files.has(join(folder, name)):
-                    return join(folder, name)
-        raise ClassesFormatError(
-            f"{self.place.found.where}: a flat folder of validation images, and none of"
-            f" {', '.join(looked_for)} in {' or '.join(self.place.beside)}; give ground_truth"
-        )
+        return find_xml(self.search, text, found.names, is_merged=self.is_merged)
