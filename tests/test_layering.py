@@ -18,6 +18,7 @@ LAYERS = [
     {"shard_index"},
     {"datasets"},
     {"dataloader_mod", "prepare"},
+    {"imagenet_loader"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 ALONE = {"testing"}
@@ -26,9 +27,10 @@ CLIENTS = {
     "aiobotocore": {"_aiobotocore"},
     "aiohttp": {"_aiohttp", "_aiobotocore"},
     "boto3": {"_boto3"},
+    "lmdb": {"lmdb_file"},
     "obstore": {"_obstore"},
 }
-MAY_IMPORT_TORCH = {"datasets", "dataloader_mod", "formats"}
+MAY_IMPORT_TORCH = {"datasets", "dataloader_mod", "formats", "imagenet_loader"}
 
 
 def room_of(path: Path) -> str:
