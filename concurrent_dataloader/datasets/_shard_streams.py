@@ -20,7 +20,7 @@ import os
 import signal
 import subprocess
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -264,22 +264,30 @@ class ReadAhead:
         self.refill()
 
     def refill(self) -> None:
-        """Ask for what may be asked for: first of the streams that are read, then of the next."""
-        num_held = 0
+        """Ask for what may be asked for: first of the streams that are read, then of the next.
+
+        Those that are read hold ``max_parts`` at most (one each, where they are more than that), so
+        the next ones get what is left when these come to their ends.
+        """
+        num_left = self._max_parts
         for stream in self._active:
             while stream.num_held < self._window and stream.begin():
                 pass
-            num_held += stream.num_held
-        num_held += sum(stream.num_held for stream in self._upcoming)
-        while num_held < self._max_parts:
-            if not (self._upcoming and self._upcoming[-1].begin()):
-                # As many ahead as there can be parts, since each stream has one at least.
-                if not self._waiting or len(self._upcoming) >= self._max_parts:
-                    return
-                self._upcoming.append(self._open())
-                if not self._upcoming[-1].begin():
-                    continue
-            num_held += 1
+            num_left -= stream.num_held
+        for stream in self._upcoming:
+            num_left -= stream.num_held
+        for stream in self._each_upcoming():
+            while num_left > 0 and stream.num_held < self._window and stream.begin():
+                num_left -= 1
+            if num_left <= 0:
+                return
+
+    def _each_upcoming(self) -> Iterator[Stream]:
+        """Give the streams that come next, and open as many as there can be parts."""
+        yield from list(self._upcoming)
+        while self._waiting and len(self._upcoming) < self._max_parts:
+            self._upcoming.append(self._open())
+            yield self._upcoming[-1]
 
     def submit(self, call: Callable[..., Buffer], *arguments: Any) -> Future[Buffer]:
         """Run a call in a thread."""
@@ -326,8 +334,8 @@ def _read_pipe(process: subprocess.Popen[bytes], pipe: IO[bytes], size: int, whe
 
 def describe_command(command: str) -> str:
     """Name a command for a person, without its arguments, which may hold secrets."""
-    words = command.split()
-    return f"pipe:{words[0] if words else ''} ..."
+    program = command.split()[0] if command.split() else ""
+    return "pipe:..." if "=" in program else f"pipe:{program} ..."
 
 
 # -- compressed streams

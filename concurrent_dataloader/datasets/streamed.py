@@ -188,6 +188,8 @@ class StreamedShards(IterableDataset[Any]):
         # Shared with workers: the epoch, how often it was set, and samples skipped by each worker.
         self._shared = torch.zeros(2 + _NUM_COUNTS, dtype=torch.int64).share_memory_()
         self._num_set = 0
+        # Of this process: the epoch that was set last, and iterations since.
+        self._first_epoch: int | None = None
         self._iteration = -1
         self._running: tuple[ShardReader, _Epoch, Reader] | None = None
         self._state: dict[str, Any] | None = None
@@ -253,12 +255,13 @@ class StreamedShards(IterableDataset[Any]):
         """
         self._find_rank()
         reader = self._find_reader()
-        epoch = self._next_epoch(reader)
         state = None
         if self._resumes and self._state is not None:
-            state = self._state["reader"]
             self._check_state(self._state, reader)
-            epoch = _Epoch(*self._state["epoch"])
+            self._notice_set_epoch()
+            state, epoch = self._state["reader"], _Epoch(*self._state["epoch"])
+        else:
+            epoch = self._next_epoch(reader)
         self._resumes, self._state = False, None
         shard_reader = ShardReader(
             self._shards,
@@ -365,12 +368,18 @@ class StreamedShards(IterableDataset[Any]):
             return Reader(rank, world_size)
         return Reader(rank, world_size, info.id, info.num_workers)
 
-    def _next_epoch(self, reader: Reader) -> _Epoch:
+    def _notice_set_epoch(self) -> bool:
         num_set = int(self._shared[1])
-        self._iteration = 0 if num_set != self._num_set else self._iteration + 1
-        self._num_set = num_set
-        if num_set:
-            epoch = int(self._shared[0]) + self._iteration
+        if num_set == self._num_set:
+            return False
+        self._num_set, self._first_epoch, self._iteration = num_set, int(self._shared[0]), 0
+        return True
+
+    def _next_epoch(self, reader: Reader) -> _Epoch:
+        if not self._notice_set_epoch():
+            self._iteration += 1
+        if self._first_epoch is not None:
+            epoch = self._first_epoch + self._iteration
             return _Epoch(epoch, epoch)
         info = get_worker_info()
         if info is None:
@@ -409,7 +418,8 @@ class StreamedShards(IterableDataset[Any]):
                 f"state_dict: got version {state.get('version')!r}, expected {_STATE_VERSION} of "
                 f"a {type(self).__name__}"
             )
-        self._iteration, self._num_set = state["iteration"], int(self._shared[1])
+        self._first_epoch, self._iteration = state["first_epoch"], state["iteration"]
+        self._num_set = int(self._shared[1])
         self._running = None
         self._resumes = state["reader"] is not None
         self._state = state if self._resumes else None
@@ -420,6 +430,7 @@ class StreamedShards(IterableDataset[Any]):
         return {
             "version": _STATE_VERSION,
             "made_for": self._describe_settings(reader),
+            "first_epoch": self._first_epoch,
             "iteration": self._iteration,
             "epoch": None if epoch is None else list(epoch),
             "reader": position,
