@@ -56,7 +56,7 @@ def test_order_sizes_and_length_are_right_for_any_batches_g10(
 
 
 BUILDS: dict[str, type] = {"default": dict}
-"""What becomes of a mapping that cannot be made of a mapping; torch's own collating does the same."""
+"""What becomes of a mapping that cannot be made of a dict, as in torch's own collating."""
 
 
 def build(kind: str, numbers: range) -> Any:
