@@ -21,6 +21,7 @@ from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.shard_index import ShardIndex
 from concurrent_dataloader.shard_names import (
     ShardSet,
+    Split,
     expand_shards,
     find_split,
     locate_shards,
@@ -44,6 +45,7 @@ def open_shards(
     store: Store | None,
     store_options: dict[str, Any],
     *,
+    split: Split | None,
     index: ShardIndex | str | os.PathLike[str] | None,
     allow_pipe: bool,
 ) -> tuple[ShardList, ShardTable | None]:
@@ -61,6 +63,7 @@ def open_shards(
     if any(text.startswith(PIPE) for text in texts):
         return _take_commands(texts, allow_pipe), None
     found, store = _locate(texts, store, store_options)
+    found = _choose_split(found, split, ", ".join(texts))
     names = found.names
     shard_index = _open_index(index, store, names, store_options)
     sizes = _find_sizes(store, names) if None in found.sizes else found.sizes
@@ -96,6 +99,29 @@ def _locate(
                 f"shards: got {name!r}, expected .tar, .tar.gz, .tar.bz2 or .tar.xz; unpack it"
             )
     return found, store
+
+
+def _choose_split(found: ShardSet, split: Split | None, where: str) -> ShardSet:
+    """Keep the shards of one split; that of a single one is not asked."""
+    splits = [find_split(name) for name in found.names]
+    if split is None:
+        several = sorted({name for name in splits if name is not None})
+        if len(several) > 1:
+            raise ValueError(
+                f"split: got None for {where} with shards of {' and '.join(several)}, expected one "
+                "of these, which would be mixed"
+            )
+        return found
+    chosen = [number for number, name in enumerate(splits) if name == split]
+    if not chosen:
+        raise KeyNotFoundError(
+            f"{where}: no shard of {split!r}, expected {split!r} in the names of some; got "
+            f"{found.names[0]!r} and {len(found.names) - 1} more"
+        )
+    return found._replace(
+        names=tuple(found.names[number] for number in chosen),
+        sizes=tuple(found.sizes[number] for number in chosen),
+    )
 
 
 def _list_below(store_options: dict[str, Any], root: str, prefix: str) -> Iterable[tuple[str, int]]:
@@ -191,7 +217,20 @@ def _match_index(index: ShardIndex, shards: ShardList) -> ShardTable:
                 f"{where}: got {size} bytes, expected {expected}, as its index says; {how}"
             )
         found.append(number)
+    if not index_is_in_order(index):
+        raise IndexFormatError(
+            f"{shards.store.describe(shards.keys[0])}: got an index whose samples do not stand in "
+            "the order of their bytes, expected a whole one, not a part of it"
+        )
     return ShardTable.from_index(index, found)
+
+
+def index_is_in_order(index: ShardIndex) -> bool:
+    """Tell whether samples stand in the order of the shards and of their bytes."""
+    numbers, extents = index.shard_numbers, index.extents
+    steps = np.diff(numbers)
+    is_after = extents[1:, 0] >= extents[:-1, 1]
+    return bool(((steps > 0) | ((steps == 0) & is_after)).all())
 
 
 # -- shards that are no objects

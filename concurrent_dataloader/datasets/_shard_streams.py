@@ -173,6 +173,7 @@ class PipedStream(Stream):
             stdout=subprocess.PIPE,
             start_new_session=True,
         )
+        self._owner_pid = os.getpid()
         assert self._process.stdout is not None, "it is a pipe"
         self._pipe = self._process.stdout
         self._is_over = False
@@ -203,6 +204,8 @@ class PipedStream(Stream):
     @override
     def close(self) -> None:
         self._is_over = True
+        if os.getpid() != self._owner_pid:  # a forked child forgets it, and must not end it
+            return
         pipe = self._pipe
         if self._process.poll() is None:
             try:

@@ -29,6 +29,7 @@ from concurrent_dataloader.datasets._split import (
 from concurrent_dataloader.datasets.indexed import Decode
 from concurrent_dataloader.errors import ShardFormatError
 from concurrent_dataloader.shard_index import ShardIndex
+from concurrent_dataloader.shard_names import Split
 from concurrent_dataloader.stores.base import Store
 
 __all__ = ["ReadSettings", "StreamedShards"]
@@ -83,6 +84,7 @@ class StreamedShards(IterableDataset[Any]):
         self,
         shards: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         *,
+        split: Split | None = None,
         transform: Callable[[Any], Any] | None = None,
         target_transform: Callable[[int], Any] | None = None,
         fields: Fields = DEFAULT_FIELDS,
@@ -113,6 +115,8 @@ class StreamedShards(IterableDataset[Any]):
                 without any reading, to measure what comes after it. Endings: ``.tar``,
                 ``.tar.gz``, ``.tar.bz2``, ``.tar.xz``, ``.tfrecord`` and
                 ``train-00000-of-01024``.
+            split: "train", "val" or "test": the shards that have it in their name. None: all, which
+                must then be of one.
             transform: Of each decoded image. May be random; called in the order of delivery.
             target_transform: Of each label.
             fields: What items are made of, as `Fields` says; the default gives
@@ -158,7 +162,7 @@ class StreamedShards(IterableDataset[Any]):
         self._explicit_rank = _check_rank(rank, world_size)
         self._found_rank: tuple[int, int] | None = None
         self._shards, self._table = open_shards(
-            shards, store, store_options, index=index, allow_pipe=allow_pipe
+            shards, store, store_options, split=split, index=index, allow_pipe=allow_pipe
         )
         if length is not None:
             _check_count("length", length, 0)

@@ -293,6 +293,18 @@ def test_w01_remote_shards_are_checked_by_one_listing(remote: ObjectServer) -> N
         stream("s3://bucket/train-{000000..000007}.tar")
 
 
+def test_w09_splits_are_not_mixed(tmp_path: Path) -> None:
+    write_shards(tmp_path, [4, 5])
+    write_shards(tmp_path, [3], split="val")
+
+    assert labels_of(stream(tmp_path, split="train")) == list(range(9))
+    assert labels_of(stream(tmp_path, split="val")) == list(range(3))
+    with pytest.raises(ValueError, match="shards of train and val, expected one of these"):
+        stream(tmp_path)
+    with pytest.raises(KeyNotFoundError, match="no shard of 'test'"):
+        stream(tmp_path, split="test")
+
+
 @pytest.mark.parametrize("pattern", ["s3://bucket/", "s3://bucket/train-*.tar"])
 def test_shards_of_a_bucket_are_found(remote: ObjectServer, pattern: str) -> None:
     assert labels_of(stream(pattern)) == list(range(TOTAL))
@@ -437,6 +449,13 @@ def test_an_index_of_other_shards_is_refused(folder: Path, tmp_path: Path) -> No
     (tmp_path / "train-000002.tar").write_bytes((tmp_path / "train-000000.tar").read_bytes())
     with pytest.raises(IndexFormatError, match=r"train-000002.tar: not in the index"):
         stream(tmp_path)
+
+
+def test_a_part_of_an_index_is_refused(folder: Path) -> None:
+    index = ShardIndex.load(folder / "train-index.npz")
+
+    with pytest.raises(IndexFormatError, match="expected a whole one"):
+        stream(folder, index=index.select([3, 2, 1]))
 
 
 def test_an_index_with_other_samples_is_found_out(tmp_path: Path) -> None:
