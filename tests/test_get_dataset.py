@@ -121,7 +121,10 @@ def test_the_cache_is_read_instead_of_the_store(reach: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("hdf5",), "dataset: got 'hdf5', expected one of s3, scratch"),
+        (
+            ("hdf5",),
+            "dataset: got 'hdf5', expected one of s3, scratch, folder, webdataset",
+        ),
         (("s3", "dev"), "dataset_type: got 'dev', expected one of train, val, test"),
         (("s3", "val", None, True), "use_cache: got True without cache_endpoint_url"),
         (("scratch", "val", None, True), "data_path: got None"),

@@ -5,11 +5,20 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from concurrent_dataloader.datasets import IndexedDataset, S3Dataset, ScratchDataset
+from concurrent_dataloader.datasets import (
+    S3Dataset,
+    ScratchDataset,
+    ShardDataset,
+    StagedDataset,
+    open_dataset,
+    open_shards,
+)
+from concurrent_dataloader.datasets.detection import open_lmdb_split
 from concurrent_dataloader.stores import CredentialsFile
 from concurrent_dataloader.stores.credentials import SPLITS, Split
 
-DATASETS = ("s3", "scratch")
+DATASETS = ("s3", "scratch", "folder", "webdataset", "tfrecord", "lmdb", "auto")
+_LOCAL = ("scratch", "folder", "lmdb")
 DEFAULT_BUCKET = "imagenet"
 
 
@@ -28,26 +37,33 @@ def get_dataset(
     data_path: str | os.PathLike[str] | None = None,
     cache_endpoint_url: str | None = None,
     **options: Any,
-) -> IndexedDataset:
+) -> Any:
     """Open one split of a data set.
 
     Args:
-        dataset: "s3" or "scratch", which is a local folder.
+        dataset: "s3", one object for each image; "scratch" or "folder", one file each; packed:
+            "webdataset" (tar shards) or "tfrecord", in a folder or a bucket, with their index
+            ``train-index.npz``, and "lmdb", ``ILSVRC-train.lmdb`` in a folder; or "auto", what
+            `open_dataset` finds there.
         dataset_type: "train", "val" or "test"; items of "test" are images alone where there are no
             classes.
         limit: Number of samples; the first ones, or a sample by ``sample_seed`` of the options.
         use_cache: Read from ``cache_endpoint_url``, an HTTP cache in front of the store.
         index_file: JSON index, with keys from the root of all splits. Without one, the images below
-            the folder of the split, ``train/``, ``val/`` or ``test/``, are listed.
+            the folder of the split, ``train/``, ``val/`` or ``test/``, are listed. For shards, an
+            index of byte ranges.
         classes_file: JSON classes; as in `S3Dataset` when None.
         s3_credential_file: JSON credentials; the standard AWS chain when None. If it names a URL
             for the split's index or classes file, that is downloaded where it is missing.
         endpoint_url: Of an S3-compatible store.
         bucket_name: That of the credentials file when None, or "imagenet".
         prefix: Folder of the bucket that holds all splits.
-        data_path: Folder that holds all splits, for "scratch".
+        data_path: Folder that holds all splits; of packed data also a URL. None: the bucket.
         cache_endpoint_url: Where the HTTP cache listens.
-        options: What `S3Dataset` or `ScratchDataset` takes besides, such as ``transform``.
+        options: What the data set's class takes besides, such as ``transform``.
+
+    Returns:
+        An `S3Dataset`, `ScratchDataset`, `ShardDataset` or `LmdbDataset`.
 
     Raises:
         ValueError: A word is not known, or what it needs was not given.
@@ -61,13 +77,8 @@ def get_dataset(
     if dataset_type == "test":
         options.setdefault("missing_label", None)
     options |= {"limit": limit, "index_file": index_file, "classes_file": classes_file}
-    folder = dataset_type if index_file is None else ""
-    if dataset == "scratch":
-        if data_path is None:
-            raise ValueError("data_path: got None, expected the folder of the data set 'scratch'")
-        if use_cache:
-            raise ValueError("use_cache: got True with dataset 'scratch', expected dataset 's3'")
-        return ScratchDataset(os.path.join(data_path, folder), **options)
+    if dataset in _LOCAL:
+        return _open_local(dataset, dataset_type, data_path, use_cache, options)
     if use_cache and cache_endpoint_url is None:
         raise ValueError(
             "use_cache: got True without cache_endpoint_url, expected the address of an HTTP cache "
@@ -75,11 +86,47 @@ def get_dataset(
         )
     if bucket_name is None and s3_credential_file is not None:
         bucket_name = CredentialsFile(s3_credential_file).read().bucket_name
-    return S3Dataset(
-        bucket_name or DEFAULT_BUCKET,
-        endpoint_url=cache_endpoint_url if use_cache else endpoint_url,
-        s3_credential_file=s3_credential_file,
-        prefix="/".join(part.strip("/") for part in (prefix, folder) if part),
-        split=dataset_type,
-        **options,
-    )
+    options |= {
+        "endpoint_url": cache_endpoint_url if use_cache else endpoint_url,
+        "s3_credential_file": s3_credential_file,
+        "split": dataset_type,
+    }
+    if dataset == "s3":
+        folder = dataset_type if index_file is None else ""
+        return S3Dataset(bucket_name or DEFAULT_BUCKET, prefix=_join(prefix, folder), **options)
+    in_bucket = f"s3://{_join(bucket_name or DEFAULT_BUCKET, prefix)}"
+    location = in_bucket if data_path is None else os.fspath(data_path)
+    if dataset == "auto":
+        return open_dataset(location, **options)
+    return _check_kind(open_shards(location, **options), dataset)
+
+
+def _open_local(
+    dataset: str,
+    dataset_type: Split,
+    data_path: str | os.PathLike[str] | None,
+    use_cache: bool,
+    options: dict[str, Any],
+) -> StagedDataset[Any, Any]:
+    if data_path is None:
+        raise ValueError(f"data_path: got None, expected the folder of the data set {dataset!r}")
+    if use_cache:
+        raise ValueError(f"use_cache: got True with dataset {dataset!r}, expected dataset 's3'")
+    if dataset == "lmdb":
+        return open_lmdb_split(data_path, dataset_type, options)
+    folder = dataset_type if options["index_file"] is None else ""
+    return ScratchDataset(os.path.join(data_path, folder), **options)
+
+
+def _join(*parts: str | None) -> str:
+    return "/".join(part.strip("/") for part in parts if part)
+
+
+def _check_kind(opened: ShardDataset, dataset: str) -> ShardDataset:
+    kind = {"webdataset": "tar", "tfrecord": "tfrecord"}[dataset]
+    if opened.shard_index.kind != kind:
+        raise ValueError(
+            f"dataset: got {dataset!r}, but the shards are of kind {opened.shard_index.kind!r}; "
+            "expected 'auto', or the kind that they are"
+        )
+    return opened

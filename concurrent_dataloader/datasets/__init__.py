@@ -1,13 +1,14 @@
 """Data sets: a sample by its position."""
 
 from concurrent_dataloader.datasets.contract import StagedDataset
+from concurrent_dataloader.datasets.detection import open_dataset
 from concurrent_dataloader.datasets.indexed import IndexedDataset, SampleMetadata
 from concurrent_dataloader.datasets.opening import (
     S3_Dataset,
     S3Dataset,
     ScratchDataset,
-    open_dataset,
 )
+from concurrent_dataloader.datasets.shard_opening import open_shards
 from concurrent_dataloader.datasets.shards import ShardDataset
 from concurrent_dataloader.datasets.streamed import StreamedShards
 
@@ -21,4 +22,5 @@ __all__ = [
     "StagedDataset",
     "StreamedShards",
     "open_dataset",
+    "open_shards",
 ]

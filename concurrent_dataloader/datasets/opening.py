@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from concurrent_dataloader.datasets._places import IMAGE_SUFFIXES
 from concurrent_dataloader.datasets.indexed import Decode, IndexedDataset
 from concurrent_dataloader.errors import IndexFormatError
 from concurrent_dataloader.files import fetch_file_if_missing
@@ -15,9 +16,6 @@ from concurrent_dataloader.labels import Classes, LabelRule
 from concurrent_dataloader.stores import CredentialsFile, Store, WritableStore, open_store
 from concurrent_dataloader.stores.address import check_bucket
 from concurrent_dataloader.stores.credentials import Split
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""Taken for images where no index says so, in any case. Source: torchvision's ImageFolder."""
 
 _TOP_FOLDER = "regex:^([^/]+)/"
 
@@ -167,36 +165,6 @@ class ScratchDataset(IndexedDataset):
             missing_label=missing_label,
             with_metadata=with_metadata,
         )
-
-
-def open_dataset(path_or_url: str | os.PathLike[str], **options: Any) -> IndexedDataset:
-    """Open the images that a URL or a path names, whatever they lie in.
-
-    Args:
-        path_or_url: ``s3://bucket[/prefix]``; a folder of images, sorted into the folders of their
-            classes or not; or a JSON index, whose keys are relative to its own folder unless
-            ``data_path`` names another.
-        options: What `S3Dataset` or `ScratchDataset` takes besides.
-
-    Raises:
-        ValueError: The URL is of a kind that is not known here.
-        FileNotFoundError: There is nothing at the path.
-    """
-    text = os.fspath(path_or_url)
-    if text.startswith("s3://"):
-        bucket_name, _, prefix = text.removeprefix("s3://").partition("/")
-        return S3Dataset(bucket_name, prefix=prefix, **options)
-    path = Path(text.removeprefix("file://")).expanduser()
-    if "://" not in text or text.startswith("file://"):
-        if path.is_dir():
-            return ScratchDataset(path, **options)
-        if path.is_file() and path.suffix in (".json", ".packed"):
-            options.setdefault("data_path", path.parent)
-            return ScratchDataset(index_file=path, **options)
-    looked_for = "s3://bucket[/prefix], a folder of images, or a JSON index of them"
-    if "://" not in text and not path.exists():
-        raise FileNotFoundError(f"{text}: nothing there, expected {looked_for}")
-    raise ValueError(f"{text}: no kind of data set that is known, expected {looked_for}")
 
 
 def _list_images(store: Store, root: str) -> Index:

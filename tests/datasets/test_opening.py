@@ -15,7 +15,6 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import concurrent_dataloader
 from concurrent_dataloader.datasets import (
-    IndexedDataset,
     S3_Dataset,
     S3Dataset,
     ScratchDataset,
@@ -354,40 +353,7 @@ def test_a_limit_below_one_is_an_error(image_folder: Path, limit: int) -> None:
         ScratchDataset(image_folder, limit=limit)
 
 
-# open_dataset
-
-
-def test_open_dataset_finds_out_what_it_is_given(
-    image_folder: Path, bucket: dict[str, Any], credential_file: Path
-) -> None:
-    index = write_json(image_folder / "index.json", sorted(IMAGES))
-    reached = {"endpoint_url": bucket["endpoint_url"], "s3_credential_file": credential_file}
-
-    opened: list[IndexedDataset] = [
-        open_dataset(image_folder),
-        open_dataset(str(index)),
-        open_dataset("s3://photos/data", **reached),
-        open_dataset("s3://photos/", **reached, limit=2),
-    ]
-
-    assert [len(dataset) for dataset in opened] == [7, 7, 7, 2]
-    assert [type(dataset) for dataset in opened] == [ScratchDataset] * 2 + [S3Dataset] * 2
-
-
-@pytest.mark.parametrize(
-    ("name", "error"),
-    [("nowhere", FileNotFoundError), ("README.txt", ValueError), ("ftp://host/x", ValueError)],
-)
-def test_open_dataset_says_what_it_looked_for(
-    tmp_path: Path, name: str, error: type[Exception]
-) -> None:
-    (tmp_path / "README.txt").write_text("no data set")
-    path = name if "://" in name else str(tmp_path / name)
-
-    with pytest.raises(
-        error, match=r"expected s3://bucket\[/prefix\], a folder of images, or a JSON"
-    ):
-        open_dataset(path)
+# Names
 
 
 def test_documented_names_are_exported() -> None:

@@ -1,0 +1,255 @@
+"""Find out what lies at a path or URL, and open it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from concurrent_dataloader.datasets._places import (
+    INDEX_SUFFIX,
+    METADATA_NAME,
+    SPLITS,
+    Place,
+    is_local,
+    local_path,
+    look_into,
+)
+from concurrent_dataloader.datasets.indexed import IndexedDataset
+from concurrent_dataloader.datasets.opening import S3Dataset, ScratchDataset
+from concurrent_dataloader.datasets.shard_opening import (
+    names_shards,
+    open_place,
+    open_shards,
+    take_store_options,
+)
+from concurrent_dataloader.errors import IndexFormatError
+from concurrent_dataloader.shard_names import Split, find_split
+
+if TYPE_CHECKING:
+    from concurrent_dataloader.datasets.lmdb import LmdbDataset
+
+Contents = Literal["shards", "lmdb", "images"]
+
+LOOKED_FOR = (
+    f"shards of tar or TFRecord (*.tar, train-00000-of-01024) with their *{INDEX_SUFFIX}, LMDB "
+    "files (*.lmdb, data.mdb), images or folders of them, or a JSON index"
+)
+
+
+def open_dataset(
+    path_or_url: str | os.PathLike[str], *, split: str | None = None, **options: Any
+) -> IndexedDataset | LmdbDataset:
+    """Open the images that a URL or a path names, whatever they lie in.
+
+    Args:
+        path_or_url: A folder, ``s3://bucket[/prefix]``, or ``http(s)://host/folder`` of shards; a
+            file of it: an index of shards (``.npz``), a JSON index, whose keys are relative to its
+            own folder unless ``data_path`` names another, or an LMDB file; or shards by a pattern,
+            such as ``train-{000000..000489}.tar``.
+        split: "train", "val" or "test", where there are several. None: the only one, else "train".
+        options: What the dataset takes besides: `ShardDataset` and `open_store` for shards,
+            `LmdbDataset`, `S3Dataset` or `ScratchDataset`.
+
+    Returns:
+        A `ShardDataset`, `LmdbDataset`, `S3Dataset` or `ScratchDataset`.
+
+    Raises:
+        ValueError: The URL is of a kind that is not known here.
+        FileNotFoundError: There is nothing there, or shards have no index.
+        IndexFormatError: Nothing of what was looked for is there, or more than one kind of it.
+        StoreError: The place cannot be listed.
+    """
+    text = os.fspath(path_or_url)
+    if is_local(text):
+        return _open_local(text, split, options)
+    if text.endswith(".npz") or names_shards(text) or text.startswith(("http://", "https://")):
+        return open_shards(text, split=split, **options)
+    if text.startswith("s3://"):
+        return _open_bucket(text, split, options)
+    raise ValueError(
+        f"{text}: no kind of data set that is known, expected a path, s3://bucket[/prefix] or "
+        f"http(s)://host/folder of {LOOKED_FOR}"
+    )
+
+
+def _open_local(
+    text: str, split: str | None, options: dict[str, Any]
+) -> IndexedDataset | LmdbDataset:
+    path = local_path(text)
+    if path.is_dir() and not path.name.endswith(".lmdb"):
+        return _open_folder(path, split, options)
+    if path.name.endswith((".lmdb", ".mdb")) and path.exists():
+        return open_lmdb(path, options)
+    if path.is_file() and path.suffix in (".json", ".packed"):
+        options.setdefault("data_path", path.parent)
+        return ScratchDataset(index_file=path, **_without_remote(options))
+    if path.suffix == ".npz" or names_shards(text):
+        return open_shards(text, split=split, **options)
+    if not path.exists():
+        raise FileNotFoundError(f"{text}: nothing there, expected {LOOKED_FOR}")
+    raise ValueError(f"{text}: no kind of data set that is known, expected {LOOKED_FOR}")
+
+
+def _open_folder(
+    path: Path, split: str | None, options: dict[str, Any]
+) -> IndexedDataset | LmdbDataset:
+    index_file = options.get("index_file")
+    if index_file is not None and not os.fspath(index_file).endswith(".npz"):
+        return ScratchDataset(path, **_without_remote(options))
+    place = look_into(str(path), open_place(str(path), {}))
+    assert place is not None, "folders can be listed"
+    split_folder = _split_folder(place, split)
+    contents = find_contents(place, str(path), in_split_folder=split_folder is not None)
+    if contents == "shards":
+        return open_shards(path, split=split, **options)
+    if contents == "lmdb":
+        return open_lmdb_split(path, split, options)
+    if split_folder is not None:
+        return _open_folder(path / split_folder, None, options)
+    _check_split(str(path), split)
+    return ScratchDataset(path, **_without_remote(options))
+
+
+def _open_bucket(
+    url: str, split: str | None, options: dict[str, Any]
+) -> IndexedDataset | LmdbDataset:
+    index_file = options.get("index_file")
+    bucket_name, _, prefix = url.removeprefix("s3://").partition("/")
+    prefix = prefix.rstrip("/")
+    if index_file is not None:
+        if os.fspath(index_file).endswith(".npz"):
+            return open_shards(url, split=split, **options)
+        return S3Dataset(bucket_name, prefix=prefix, split=_as_split(split), **options)
+    given = dict(options)
+    settings = take_store_options(given) | {"credentials": options.get("s3_credential_file")}
+    place = look_into(url, open_place(url, settings))
+    assert place is not None, "buckets can be listed"
+    split_folder = _split_folder(place, split)
+    contents = find_contents(place, url, in_split_folder=split_folder is not None)
+    if contents == "shards":
+        return open_shards(url, split=split, **options)
+    if contents == "lmdb":
+        raise IndexFormatError(
+            f"{url}: holds {', '.join(place.databases)}, which are read from a disk only; copy "
+            "them there, or pack the images into shards"
+        )
+    if split_folder is not None:
+        prefix = f"{prefix}/{split_folder}".lstrip("/")
+    else:
+        _check_split(url, split)
+    return S3Dataset(bucket_name, prefix=prefix, split=_as_split(split), **options)
+
+
+def find_contents(place: Place, where: str, *, in_split_folder: bool = False) -> Contents:
+    """Tell what a place holds.
+
+    Args:
+        place: Its names.
+        where: What errors call it.
+        in_split_folder: Whether what counts lies in a folder of a split.
+
+    Raises:
+        IndexFormatError: Nothing that is known, or more than one kind; says what was found.
+    """
+    found: dict[Contents, str] = {}
+    shards = [*place.indexes, *place.shards]
+    if shards:
+        found["shards"] = f"shards ({shards[0]})"
+    if place.databases:
+        found["lmdb"] = f"LMDB ({place.databases[0]})"
+    if place.image is not None:
+        found["images"] = f"folders of images ({place.image})"
+    if len(found) > 1:
+        raise IndexFormatError(
+            f"{where}: holds {' and '.join(found.values())}, expected one kind; give the folder, "
+            "index or file that is meant, or the kind of data set"
+        )
+    if found:
+        return next(iter(found))
+    if place.loose_images:
+        return "images"
+    if in_split_folder:
+        return "shards"  # `open_shards` looks there
+    held = [*place.files, *place.folders]
+    holds = f"{', '.join(held[:3])}{' ...' * (len(held) > 3)}" if held else "nothing"
+    if METADATA_NAME in place.files:
+        holds = f"{METADATA_NAME}, but no shards"
+    raise IndexFormatError(f"{where}: holds {holds}, looked for {LOOKED_FOR}")
+
+
+def _split_folder(place: Place, split: str | None) -> str | None:
+    """Give the folder of a split, where the folders are splits and not classes."""
+    if split is not None:
+        return split if split in place.folders else None
+    names = [name for name in place.folders if name in SPLITS]
+    if not names or len(names) < len(place.folders):
+        return None
+    if place.image is not None and place.image.count("/") == 1:
+        return None  # classes that happen to be called so
+    return "train" if "train" in names else names[0] if len(names) == 1 else None
+
+
+def _as_split(split: str | None) -> Split | None:
+    """Give what a credentials file may have URLs for."""
+    return next((known for known in SPLITS if known == split), None)
+
+
+def _check_split(where: str, split: str | None) -> None:
+    """Raise if a split was asked for where there is no sign of one."""
+    if split is not None and where.rstrip("/").rpartition("/")[2] != split:
+        raise FileNotFoundError(
+            f"{where}: has no folder {split!r} for the split asked for; give the folder of its "
+            "images, without split"
+        )
+
+
+def choose_database(place: Place, split: str | None, where: str) -> str:
+    """Give the name of the database of a split, or of the only one; ``data.mdb`` is its folder.
+
+    Raises:
+        FileNotFoundError: There is none of this split, or none of "train" among several.
+    """
+    names = place.databases
+    if names == ["data.mdb"] or (len(names) == 1 and split in (None, find_split(names[0]))):
+        return "" if names == ["data.mdb"] else names[0]
+    wanted = split or "train"
+    fitting = [name for name in names if find_split(name) == wanted]
+    if len(fitting) != 1:
+        raise FileNotFoundError(
+            f"{where}: {len(fitting)} databases of split {wanted!r} among {', '.join(names)}, "
+            "expected one; give split, or the file itself"
+        )
+    return fitting[0]
+
+
+def open_lmdb_split(
+    folder: str | os.PathLike[str], split: str | None, options: dict[str, Any]
+) -> LmdbDataset:
+    """Open the database of a split in a folder, or the database that the path names.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    path = local_path(os.fspath(folder))
+    if path.name.endswith((".lmdb", ".mdb")):
+        return open_lmdb(path, options)
+    place = look_into(str(path), open_place(str(path), {}))
+    assert place is not None, "folders can be listed"
+    return open_lmdb(path / choose_database(place, split, str(path)), options)
+
+
+def open_lmdb(path: Path, options: dict[str, Any]) -> LmdbDataset:
+    """Open a database, which has its labels in it: indexes and classes of None are left out."""
+    from concurrent_dataloader.datasets.lmdb import LmdbDataset
+
+    elsewhere = ("index_file", "classes_file", "classes", "label_rule")
+    given = _without_remote(options).items()
+    kept = {name: value for name, value in given if name not in elsewhere or value is not None}
+    return LmdbDataset(path, **kept)
+
+
+def _without_remote(options: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what says how a bucket is reached, since a caller may have either."""
+    remote = ("endpoint_url", "s3_credential_file")
+    return {name: value for name, value in options.items() if name not in remote}

@@ -1,0 +1,235 @@
+"""What lies at a path or URL is found out, or the error says what was looked for."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from concurrent_dataloader.datasets import (
+    S3Dataset,
+    ScratchDataset,
+    ShardDataset,
+    open_dataset,
+)
+from concurrent_dataloader.errors import IndexFormatError, KeyNotFoundError
+from concurrent_dataloader.formats.tfrecord import TFRecordWriter
+from concurrent_dataloader.shard_index import Shard, ShardIndexBuilder
+from concurrent_dataloader.testing import ObjectServer
+from tests.datasets.conftest import IMAGES
+from tests.datasets.test_shard_opening import write_split
+
+
+def write_json(path: Path, content: Any) -> Path:
+    path.write_text(json.dumps(content))
+    return path
+
+
+def write_images(root: Path) -> Path:
+    for key, raw in IMAGES.items():
+        (root / key).parent.mkdir(parents=True, exist_ok=True)
+        (root / key).write_bytes(raw)
+    return root
+
+
+def write_records(root: Path) -> Path:
+    file = io.BytesIO()
+    frame = TFRecordWriter(file).write(b"")
+    builder = ShardIndexBuilder("tfrecord")
+    builder.add_sample("a.jpg", frame, frame, 0)
+    builder.add_shard(Shard("train-00000-of-00001", frame.stop))
+    root.mkdir(exist_ok=True)
+    (root / "train-00000-of-00001").write_bytes(file.getvalue())
+    builder.build().save(root / "train-index.npz")
+    return root
+
+
+@pytest.fixture
+def reach(object_server: ObjectServer, tmp_path: Path) -> dict[str, Any]:
+    keys = {"access_key": object_server.access_key, "secret": object_server.secret_key}
+    file = write_json(tmp_path / "credentials.json", keys)
+    return {"s3_credential_file": file, "endpoint_url": object_server.endpoint_url}
+
+
+# A folder
+
+
+def test_class_folders_and_indexes_of_images_are_found(image_folder: Path) -> None:
+    index = write_json(image_folder / "index.json", sorted(IMAGES))
+
+    opened = [open_dataset(image_folder), open_dataset(str(index)), open_dataset(index.as_uri())]
+
+    assert [len(dataset) for dataset in opened] == [7, 7, 7]
+    assert {type(dataset) for dataset in opened} == {ScratchDataset}
+
+
+def test_folders_of_splits_are_no_classes(tmp_path: Path) -> None:
+    write_images(tmp_path / "train")
+    (tmp_path / "val" / "cat").mkdir(parents=True)
+    (tmp_path / "val" / "cat" / "1.png").write_bytes(IMAGES["cat-tail/0.png"])
+
+    assert len(open_dataset(tmp_path)) == 7
+    assert len(open_dataset(tmp_path, split="val")) == 1
+    assert len(open_dataset(tmp_path / "val", split="val")) == 1
+    with pytest.raises(FileNotFoundError, match="has no folder 'test'"):
+        open_dataset(tmp_path, split="test")
+
+
+def test_classes_that_are_called_like_splits_stay_classes(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jpg").write_bytes(IMAGES["cat/1.jpg"])
+
+    dataset = open_dataset(tmp_path)
+
+    assert [dataset[i][1] for i in range(len(dataset))] == [0, 1]
+
+
+def test_shards_are_found_by_their_index_and_metadata(tmp_path: Path) -> None:
+    write_split(tmp_path, "train", 5)
+    write_split(tmp_path, "val", 3)
+    write_json(tmp_path / "metadata.json", {"train_length": 5, "validation_length": 3})
+
+    opened = [
+        open_dataset(tmp_path),
+        open_dataset(tmp_path, split="val"),
+        open_dataset(tmp_path / "val-index.npz"),
+        open_dataset(f"{tmp_path}/train-{{000000..000001}}.tar"),
+        open_dataset(f"{tmp_path}/train-000002.tar"),
+    ]
+
+    assert [len(dataset) for dataset in opened] == [5, 3, 3, 4, 1]
+    assert {type(dataset) for dataset in opened} == {ShardDataset}
+
+
+def test_shards_in_folders_of_splits_are_found(tmp_path: Path) -> None:
+    write_split(tmp_path, "train", 4, folder="train")
+    write_split(tmp_path, "val", 2, folder="val")
+
+    assert [len(open_dataset(tmp_path)), len(open_dataset(tmp_path, split="val"))] == [4, 2]
+
+
+def test_tfrecords_are_found_by_their_names(tmp_path: Path) -> None:
+    dataset = open_dataset(write_records(tmp_path / "records"))
+
+    assert isinstance(dataset, ShardDataset)
+    assert dataset.shard_index.kind == "tfrecord"
+    (tmp_path / "records" / "train-index.npz").unlink()
+    with pytest.raises(KeyNotFoundError, match="1 shards such as train-00000-of-00001 without an"):
+        open_dataset(tmp_path / "records")
+
+
+# Nothing, or too much
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [("nowhere", FileNotFoundError), ("README.txt", ValueError), ("ftp://host/x", ValueError)],
+)
+def test_what_is_no_data_set_says_what_was_looked_for(
+    tmp_path: Path, name: str, error: type[Exception]
+) -> None:
+    (tmp_path / "README.txt").write_text("no data set")
+    path = name if "://" in name else str(tmp_path / name)
+
+    with pytest.raises(error, match=r"expected .*shards of tar .*LMDB .*images .*a JSON index"):
+        open_dataset(path)
+
+
+@pytest.mark.parametrize(
+    ("names", "holds"),
+    [
+        ([], "holds nothing"),
+        (["notes.txt"], "holds notes.txt"),
+        (["empty/"], "holds empty"),
+        (["metadata.json"], "holds metadata.json, but no shards"),
+    ],
+)
+def test_an_empty_root_says_what_was_looked_for(
+    tmp_path: Path, names: list[str], holds: str
+) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    for name in names:
+        (root / name).mkdir() if name.endswith("/") else (root / name).write_text("{}")
+
+    with pytest.raises(IndexFormatError, match=f"{holds}, looked for shards of tar"):
+        open_dataset(root)
+
+
+def test_an_ambiguous_root_says_what_was_found(tmp_path: Path) -> None:
+    write_split(write_images(tmp_path), "train", 2)
+
+    with pytest.raises(
+        IndexFormatError, match=r"holds shards \(train-index.npz\) and folders of images \(Dog/10"
+    ):
+        open_dataset(tmp_path)
+
+
+def test_a_bucket_without_a_name_is_no_folder() -> None:
+    for open_it in (lambda: S3Dataset(""), lambda: open_dataset("s3://")):
+        with pytest.raises(ValueError, match="bucket"):
+            open_it()
+
+
+# A bucket
+
+
+def test_buckets_are_looked_into_by_a_small_listing(
+    tmp_path: Path, object_server: ObjectServer, reach: dict[str, Any]
+) -> None:
+    object_server.put_folder("sets", write_images(tmp_path / "images"), prefix="images/")
+    object_server.put_folder("sets", tmp_path / "images", prefix="both/train/")
+    object_server.put_folder("sets", tmp_path / "images", prefix="both/val/")
+    object_server.put_folder("sets", write_split(tmp_path / "tars", "train", 5), prefix="tars/")
+    object_server.put_objects(
+        "sets", {"mixed/a/1.jpg": b"", "mixed/x.tar": b"", "lmdb/a.lmdb": b""}
+    )
+
+    def open_it(url: str, **options: Any) -> Any:
+        return open_dataset(url, **reach, **options)
+
+    opened = [
+        open_it("s3://sets/images"),
+        open_it("s3://sets/images/", limit=2),
+        open_it("s3://sets/both", split="val"),
+        open_it("s3://sets/tars/"),
+        open_it("s3://sets/tars/train-index.npz"),
+        open_it("s3://sets/tars/train-{000000..000001}.tar"),
+    ]
+
+    assert [len(dataset) for dataset in opened] == [7, 2, 7, 5, 5, 4]
+    assert [type(dataset) for dataset in opened] == [S3Dataset] * 3 + [ShardDataset] * 3
+    assert opened[2].key(0).partition("/")[0] in ("Dog", "cat")
+    with pytest.raises(IndexFormatError, match=r"holds shards \(x.tar\) and folders of images"):
+        open_it("s3://sets/mixed")
+    with pytest.raises(IndexFormatError, match=r"a.lmdb, which are read from a disk only"):
+        open_it("s3://sets/lmdb")
+    with pytest.raises(IndexFormatError, match="s3://sets/nothing: holds nothing, looked for"):
+        open_it("s3://sets/nothing")
+    with pytest.raises(FileNotFoundError, match="s3://sets/images: has no folder 'val'"):
+        open_it("s3://sets/images", split="val")
+
+
+def test_an_index_of_a_bucket_needs_no_listing(
+    tmp_path: Path, object_server: ObjectServer, reach: dict[str, Any]
+) -> None:
+    object_server.put_folder("sets", write_images(tmp_path / "images"))
+    index = write_json(tmp_path / "index.json", ["cat/1.jpg", "Dog/5.jpg"])
+    object_server.reset_counters()
+
+    dataset = open_dataset("s3://sets", index_file=index, **reach)
+
+    assert isinstance(dataset, S3Dataset)
+    assert len(dataset) == 2
+    assert object_server.counters().num_requests == 0
+
+
+def test_a_web_server_gives_shards(tmp_path: Path, object_server: ObjectServer) -> None:
+    object_server.create_bucket("open", public=True)
+    object_server.put_folder("open", write_split(tmp_path, "train", 3))
+
+    assert len(open_dataset(f"{object_server.endpoint_url}/open")) == 3
