@@ -8,7 +8,7 @@ import functools
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +55,26 @@ def database_name(split: str) -> str:
     return f"ILSVRC-{split}.lmdb"
 
 
+def check_same_classes(sources: Mapping[str, Source]) -> None:
+    """Raise unless splits that belong together number their classes alike.
+
+    Raises:
+        ValueError: They do not; a model trained on one would be wrong on the other.
+    """
+    (first, one), *others = sources.items()
+    for split, other in others:
+        if other.classes is None or one.classes is None:
+            if other.classes is not one.classes:
+                raise ValueError(f"splits: of {first} and {split} one has classes, the other none")
+        elif list(other.classes) != list(one.classes):
+            unshared = sorted({*one.classes}.symmetric_difference(other.classes))
+            what = f", as {unshared[0]!r} is in one of them only" if unshared else ""
+            raise ValueError(
+                f"splits: {first} has {len(one.classes)} classes and {split} others,"
+                f" {len(other.classes)}{what}; give both the same by --class-map"
+            )
+
+
 def write_lmdb(
     source: Source,
     path: Path,
@@ -65,7 +85,7 @@ def write_lmdb(
     concurrency: int = DEFAULT_CONCURRENCY,
     map_bytes: int = DEFAULT_MAP_BYTES,
     commit_bytes: int = COMMIT_BYTES,
-    on_record: Callable[[], None] | None = None,
+    on_record: Callable[[str], None] | None = None,
 ) -> Written:
     """Write a database; files are stored as they are, with their names and labels.
 
@@ -82,7 +102,7 @@ def write_lmdb(
         concurrency: Samples that are read at once.
         map_bytes: Address space to begin with; grows by itself.
         commit_bytes: What is held in memory until it is written, and what a killed run loses.
-        on_record: Called after each record, those of an earlier run included.
+        on_record: Called with the name of each record, those of an earlier run included.
 
     Raises:
         ValueError: A setting is out of its range, or the source has no samples.
@@ -113,15 +133,16 @@ def write_lmdb(
     partial = path.with_name(f".{path.name}.partial")
     with _open_partial(partial, metadata, map_bytes, commit_bytes) as writer:
         num_found = writer.count_records()
-        for _ in range(num_found if on_record is not None else 0):
-            on_record()  # pyright: ignore[reportOptionalCall]: the range is empty then
+        if on_record is not None:
+            for position in positions[:num_found]:
+                on_record(source.name(position))
         missing = positions[num_found:]
         for number, raw in enumerate(_read_in_order(source, missing, concurrency), num_found):
             position = positions[number]
             record = Record(source.name(position), source.label(position), raw)
             writer.put_record(number, pack_record(record))
             if on_record is not None:
-                on_record()
+                on_record(record.name)
         labels = pack_labels([source.label(position) for position in positions])
         writer.put_metadata(metadata._replace(complete=True), labels)
         os.replace(partial, path)

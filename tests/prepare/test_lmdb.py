@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
+import tarfile
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +18,7 @@ import pytest
 
 from concurrent_dataloader.formats.lmdb_file import LmdbFile
 from concurrent_dataloader.formats.lmdb_record import Order
+from concurrent_dataloader.prepare.__main__ import main
 from concurrent_dataloader.prepare.lmdb import (
     drop_from_page_cache,
     measure_random,
@@ -109,7 +113,7 @@ def test_no_more_is_read_ahead_than_is_allowed(tmp_path: Path) -> None:
         tmp_path / "x.lmdb",
         source,
         concurrency=3,
-        on_record=lambda: ahead.append(source.num_read - next(num_written)),
+        on_record=lambda _: ahead.append(source.num_read - next(num_written)),
     )
 
     assert len(ahead) == 60
@@ -131,7 +135,7 @@ def test_b_10_a_run_that_fails_leaves_no_final_name_and_the_next_one_goes_on(
     left = os.listdir(tmp_path)
     again = ListedSource(PAYLOADS)
     num_told = itertools.count()
-    written = write(path, again, order="list", on_record=lambda: [next(num_told)])
+    written = write(path, again, order="list", on_record=lambda _: [next(num_told)])
 
     assert left == [".x.lmdb.partial"]
     assert written.num_found == 30
@@ -333,3 +337,165 @@ def test_a_file_that_was_dropped_from_memory_can_still_be_read(tmp_path: Path) -
     drop_from_page_cache(tmp_path / "x.lmdb")
 
     assert content(tmp_path / "x.lmdb") == list(_expected())
+
+
+# -- the commands
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A train and a val folder of three classes, one of which is not ImageNet's."""
+    for split, count in (("train", 12), ("val", 6)):
+        for number in range(count):
+            path = tmp_path / "tree" / split / "abc"[number % 3] / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(f"{split} {number}".encode())
+    return tmp_path / "tree"
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def test_b_10_b_11_the_command_writes_both_splits_of_any_tree(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = run("lmdb", tree, tmp_path / "out", "--split", "train,val")
+
+    train, val = (content(tmp_path / f"out/ILSVRC-{split}.lmdb") for split in ("train", "val"))
+    assert status == 0
+    assert [name for name, _, _ in val] == [
+        "a/0.jpg",
+        "a/3.jpg",
+        "b/1.jpg",
+        "b/4.jpg",
+        "c/2.jpg",
+        "c/5.jpg",
+    ]
+    assert [label for _, label, _ in val] == [0, 0, 1, 1, 2, 2]
+    assert sorted(payload for _, _, payload in train) == sorted(
+        f"train {number}".encode() for number in range(12)
+    )
+    assert [name for name, _, _ in train] != sorted(name for name, _, _ in train)
+    assert "ILSVRC-train.lmdb: 12 records, 3 classes, " in capsys.readouterr().out
+
+
+def test_the_same_command_twice_gives_the_same_databases(tree: Path, tmp_path: Path) -> None:
+    for target in ("one", "two"):
+        run("lmdb", tree / "train", tmp_path / target, "--seed", 7)
+
+    one, two = (tmp_path / name / "ILSVRC-train.lmdb" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_tar_and_its_tree_give_the_same_database(tree: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        tar.add(tree / "val", arcname=".")
+
+    run("lmdb", tmp_path / "val.tar", tmp_path / "by-tar", "--split", "val")
+    run("lmdb", tree / "val", tmp_path / "by-tree", "--split", "val")
+
+    by_tar, by_tree = (tmp_path / name / "ILSVRC-val.lmdb" for name in ("by-tar", "by-tree"))
+    assert content(by_tar) == content(by_tree)
+
+
+def test_shards_give_the_database_of_their_tree(tree: Path, tmp_path: Path) -> None:
+    run("shard", tree / "val", tmp_path / "shards", "--split", "val")
+
+    run("lmdb", tmp_path / "shards", tmp_path / "out", "--split", "val", "--order", "list")
+
+    by_shards = content(tmp_path / "out" / "ILSVRC-val.lmdb")
+    assert sorted((label, payload) for _, label, payload in by_shards) == [
+        (number % 3, f"val {number}".encode()) for number in (0, 3, 1, 4, 2, 5)
+    ]
+
+
+def test_name_and_order_can_be_chosen(tree: Path, tmp_path: Path) -> None:
+    run("lmdb", tree, tmp_path, "--split", "val", "--name", "my-{split}.db", "--order", "shuffled")
+
+    metadata = LmdbFile(tmp_path / "my-val.db").metadata
+    assert metadata is not None
+    assert (metadata.order, metadata.seed, metadata.split) == ("shuffled", 0, "val")
+
+
+def test_splits_with_other_classes_are_refused(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tree / "val" / "d").mkdir()
+    (tree / "val" / "d" / "9.jpg").write_bytes(b"nine")
+
+    status = run("lmdb", tree, tmp_path / "out", "--split", "train,val")
+
+    assert status == 1
+    assert "'d' is in one of them only" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--boxes", "auto"), "LMDB records hold no boxes"),
+        (("--split", "train,val", "--name", "x.lmdb"), "the same for train, val"),
+        (("--map-size", "none"), "--map-size: got none"),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    tree: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    assert run("lmdb", tree, tmp_path / "out", *arguments) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_in_a_bucket_is_written(object_server: Any, tree: Path, tmp_path: Path) -> None:
+    objects = {str(path.relative_to(tree)): path.read_bytes() for path in tree.rglob("*.jpg")}
+    object_server.put_objects("bucket", objects)
+    credentials = tmp_path / "credentials.json"
+    credentials.write_text(
+        json.dumps({"access_key": object_server.access_key, "secret": object_server.secret_key})
+    )
+
+    status = run(
+        "lmdb",
+        "s3://bucket/val",
+        tmp_path / "out",
+        "--split",
+        "val",
+        "--endpoint-url",
+        object_server.endpoint_url,
+        "--credentials",
+        credentials,
+    )
+
+    run("lmdb", tree / "val", tmp_path / "by-tree", "--split", "val")
+    by_bucket, by_tree = (tmp_path / name / "ILSVRC-val.lmdb" for name in ("out", "by-tree"))
+    assert status == 0
+    assert content(by_bucket) == content(by_tree)
+
+
+def test_the_read_speed_is_told_for_both_orders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "x.lmdb", order="list")
+
+    status = run("readspeed", tmp_path / "x.lmdb")
+
+    lines = capsys.readouterr().out.splitlines()
+    assert status == 0
+    assert re.match(r"sequential +[\d.]+ records/s +[\d.]+ MB/s  \(60 records in ", lines[0])
+    assert re.match(r"random +[\d.]+ records/s +[\d.]+ MB/s  \(60 records in ", lines[1])
+    assert re.fullmatch(r"sequential is [\d.]+ times as fast as random", lines[2])
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan"])
+def test_no_time_to_measure_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], seconds: str
+) -> None:
+    write(tmp_path / "x.lmdb")
+
+    assert run("readspeed", tmp_path / "x.lmdb", f"--seconds={seconds}") == 1
+    assert "--seconds: got" in capsys.readouterr().err
