@@ -137,8 +137,10 @@ class ShardSettings:
                 " or 'ppm', since readers take it for an image file"
             )
         shuffle_positions(0, self.seed)
-        split_by_size(np.zeros(0, np.int64), np.zeros(0, np.int64), self.max_bytes or 1)
-        split_by_count(np.zeros(0, np.int64), self.max_count)
+        none = np.zeros(0, np.int64)
+        split_by_count(none, self.max_count)
+        if self.max_bytes is not None:
+            split_by_size(none, none, self.max_bytes)
         self.names.names(1)
         check_name(self.prefix + "x")
 
@@ -266,6 +268,9 @@ class Survey(NamedTuple):
     sizes: NDArray[np.int64]
     """Of each sample's file, in bytes, (N,); -1 where the source does not know."""
 
+    json_sizes: NDArray[np.int64] | None
+    """Of the JSON of each sample's boxes, in bytes, (N,); None if boxes are not packed."""
+
     fingerprint: str
     """Stands for names, labels and sizes of the source, and for the settings."""
 
@@ -286,6 +291,7 @@ def survey_source(source: Source, settings: ShardSettings) -> Survey:
     digits = index_digits(num_samples)
     hashes = np.empty(num_samples, np.uint64)
     sizes = np.empty(num_samples, np.int64)
+    json_sizes = np.empty(num_samples, np.int64) if settings.boxes else None
     digest = hashlib.blake2b(repr((_FORMAT_VERSION, settings)).encode(), digest_size=16)
     digest.update(repr((source.classes, source.label_space)).encode(errors="surrogateescape"))
     num_classes = None if source.classes is None else len(source.classes)
@@ -298,8 +304,12 @@ def survey_source(source: Source, settings: ShardSettings) -> Survey:
         label = source.label(position)
         if label is not None and (label < 0 or (num_classes is not None and label >= num_classes)):
             raise ValueError(f"{name!r}: got label {label}, expected one of {num_classes} classes")
-        boxes = tuple(source.boxes(position)) if settings.boxes else ()
-        digest.update(f"{name}\0{sizes[position]}\0{label}\0{boxes}\n".encode())
+        boxes = b""
+        if json_sizes is not None:
+            boxes = _encode_boxes(source.boxes(position))
+            json_sizes[position] = len(boxes)
+        line = f"{name}\0{sizes[position]}\0{label}\0".encode(errors="surrogateescape")
+        digest.update(line + boxes + b"\n")
     same = find_duplicate(hashes)
     if same is not None:
         names = [source.name(position) for position in same]
@@ -308,7 +318,7 @@ def survey_source(source: Source, settings: ShardSettings) -> Survey:
             f" {settings.key(names[0], same[0], digits)!r}, expected one for each; choose the key"
             " style 'path' or 'index', or rename one"
         )
-    return Survey(hashes, sizes, digest.hexdigest())
+    return Survey(hashes, sizes, json_sizes, digest.hexdigest())
 
 
 def check_splits(splits: Sequence[tuple[Source, ShardSettings]]) -> None:
@@ -382,7 +392,7 @@ def _make_plan(recipe: _Recipe, survey: Survey, pool: Pool[_Recipe]) -> ShardPla
     sizes = np.empty(len(order), np.int64)
     is_known = (survey.sizes >= 0) & preparation.keeps_bytes & (settings.kind == "tar")
     for position in np.flatnonzero(is_known).tolist():
-        sizes[position] = recipe.tar_bytes(position, int(survey.sizes[position]))
+        sizes[position] = _tar_bytes(recipe, survey, position)
     unknown = np.flatnonzero(~is_known)
     parts = [
         unknown[start : start + _MEASURED_AT_ONCE]
@@ -438,16 +448,6 @@ class _Recipe:
             boxes,
         )
 
-    def tar_bytes(self, position: int, size_bytes: int) -> int:
-        """Tell how much of a tar a sample takes whose file is packed as it is."""
-        name = self.source.name(position)
-        boxes = self.source.boxes(position) if self.settings.boxes else ()
-        key = self.settings.key(name, position, self.digits)
-        sample = _Sample(key, "", b"", self.source.label(position), boxes)
-        sizes = {field: len(value) for field, value in self.side_fields(sample).items()}
-        sizes[self.settings.payload_field(name)] = size_bytes
-        return sum(_member_bytes(f"{key}.{field}", size) for field, size in sizes.items())
-
     def packed_bytes(self, sample: _Sample) -> int:
         """Tell how much of a shard a sample takes."""
         if self.settings.kind == "tfrecord":
@@ -462,7 +462,7 @@ class _Recipe:
         if sample.label is not None:
             fields["cls"] = b"%d" % sample.label
         if self.settings.boxes:
-            fields["json"] = orjson.dumps(_box_content(sample.boxes))
+            fields["json"] = _encode_boxes(sample.boxes)
         return fields
 
 
@@ -595,6 +595,19 @@ def _measure(
     return positions, np.array(sizes, np.int64)
 
 
+def _tar_bytes(recipe: _Recipe, survey: Survey, position: int) -> int:
+    """Tell how much of a tar a sample takes whose file is packed as it is."""
+    source, settings = recipe.source, recipe.settings
+    name, label = source.name(position), source.label(position)
+    sizes = {settings.payload_field(name): int(survey.sizes[position])}
+    if label is not None:
+        sizes["cls"] = len(str(label))
+    if survey.json_sizes is not None:
+        sizes["json"] = int(survey.json_sizes[position])
+    key = settings.key(name, position, recipe.digits)
+    return sum(_member_bytes(f"{key}.{field}", size) for field, size in sizes.items())
+
+
 def _member_bytes(name: str, size_bytes: int) -> int:
     """Tell how much of a tar a member takes."""
     is_plain = len(name) <= _PLAIN_NAME_BYTES and name.isascii() and size_bytes < _PLAIN_SIZE_BYTES
@@ -602,14 +615,14 @@ def _member_bytes(name: str, size_bytes: int) -> int:
     return header_bytes + size_bytes + -size_bytes % BLOCK_BYTES
 
 
-def _box_content(boxes: Sequence[Box]) -> dict[str, object]:
+def _encode_boxes(boxes: Sequence[Box]) -> bytes:
     """Give the JSON of a sample's boxes; as in the older shards "bbox" is one box, or null."""
-    if not boxes:
-        return {"bbox": None}
-    if len(boxes) == 1:
-        return {"bbox": boxes[0]}
-    lefts, tops, rights, bottoms = zip(*boxes, strict=True)
-    return {"bbox": (min(lefts), min(tops), max(rights), max(bottoms)), "bboxes": list(boxes)}
+    sides = [list(box) for box in boxes]
+    if len(sides) < 2:
+        return orjson.dumps({"bbox": sides[0] if sides else None})
+    lefts, tops, rights, bottoms = zip(*sides, strict=True)
+    around = [min(lefts), min(tops), max(rights), max(bottoms)]
+    return orjson.dumps({"bbox": around, "bboxes": sides})
 
 
 def _split_ending(name: str) -> tuple[str, str]:
