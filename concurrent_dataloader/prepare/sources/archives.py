@@ -7,6 +7,7 @@ file first, as a whole.
 
 from __future__ import annotations
 
+import array
 import bz2
 import concurrent.futures
 import gzip
@@ -19,21 +20,24 @@ import tempfile
 import weakref
 import zlib
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from concurrent_dataloader.errors import ShardFormatError
-from concurrent_dataloader.formats.tar import Member, read_members, split_name
+from concurrent_dataloader.formats.tar import read_members, split_name
 from concurrent_dataloader.index import Index
 from concurrent_dataloader.prepare.source import Box
 from concurrent_dataloader.prepare.sources.boxes import BoxTable, check_box
-from concurrent_dataloader.prepare.sources.found import Found, Sieve, clean_name
+from concurrent_dataloader.prepare.sources.found import Found, Sieve, clean_name, is_hidden
 from concurrent_dataloader.prepare.sources.places import RangePlaces
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.stores import RangedFile, Store
 
+NO_LABEL = -1
 TAR_SUFFIX = ".tar"
 _LOCAL_BUFFER_BYTES = 4096
 # Members of 100 kB lie closer together than what is read in the time that a request takes.
@@ -84,23 +88,77 @@ class Archives(NamedTuple):
         return cast(BinaryIO, io.BufferedReader(raw, size))
 
 
-class _Entry(NamedTuple):
-    """A sample in a tar."""
+class _InnerTar(NamedTuple):
+    """A tar in a tar."""
 
     name: str
     data: ByteRange
 
 
-class _Scan(NamedTuple):
-    """What a tar holds."""
+class _Scan:
+    """What a tar holds; flat arrays, since a million samples go through here."""
 
-    entries: list[_Entry]
-    inner: list[_Entry]
-    strays: list[str]
-    labels: dict[str, int]
-    """By key, of shards."""
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.ranges = array.array("q")
+        """Start and stop of each sample, one after the other."""
+        self.labels = array.array("i")
+        """Of each sample, -1 where there is none; empty if no sample has one."""
+        self.boxes: dict[int, tuple[Box, ...]] = {}
+        """By number of the sample."""
+        self.inner: list[_InnerTar] = []
+        self.strays: list[str] = []
+        # By key, until the end of the tar says whether there is such a sample.
+        self._labels_by_key: dict[str, int] = {}
+        self._boxes_by_key: dict[str, tuple[Box, ...]] = {}
 
-    boxes: dict[str, tuple[Box, ...]]
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+        return len(self.ranges) // 2
+
+    def read_annotation(self, file: BinaryIO, name: str, data: ByteRange, where: str) -> bool:
+        """Read a label or boxes, if the member is that."""
+        key, field = split_name(name) or ("", "")
+        length = data.stop - data.start
+        if field not in ("cls", "json") or length > _MAX_ANNOTATION_BYTES:
+            return False
+        file.seek(data.start)
+        content = file.read(length)
+        if field == "cls":
+            if not content.strip().isdigit():
+                raise ShardFormatError(
+                    f"{where}: {name!r} holds {content[:40]!r}, expected a label in decimal"
+                )
+            self._labels_by_key[key] = int(content)
+        else:
+            self._boxes_by_key[key] = _parse_boxes(content, f"{where}: {name!r}")
+        return True
+
+    def finish(self) -> None:
+        """Give the annotations to the samples; those of no sample are stray."""
+        is_shard = bool(self._labels_by_key)
+        keys = {(split_name(name) or (name,))[0] for name in self.names} if is_shard else set()
+        for field, found in (("cls", self._labels_by_key), ("json", self._boxes_by_key)):
+            self.strays += [f"{key}.{field}" for key in found if key not in keys]
+        if is_shard:
+            for number, name in enumerate(self.names):
+                key = (split_name(name) or (name,))[0]
+                self.labels.append(self._labels_by_key.get(key, NO_LABEL))
+                if boxes := self._boxes_by_key.get(key):
+                    self.boxes[number] = boxes
+        self._labels_by_key.clear()
+        self._boxes_by_key.clear()
+
+
+class _Part(NamedTuple):
+    """What was found in a tar."""
+
+    archive: int
+    prefix: str
+    """What its names begin with."""
+
+    scan: _Scan
 
 
 def find_in_archives(archives: Archives, sieve: Sieve, prefixes: Sequence[str]) -> Found:
@@ -129,10 +187,10 @@ def find_in_archives(archives: Archives, sieve: Sieve, prefixes: Sequence[str]) 
         lambda item: _scan_tar(archives, archives.keys[item[0]], item[1], sieve, where[item[0]]),
         nested,
     )
-    parts = [(number, prefixes[number], scan) for number, scan in enumerate(whole)]
+    parts = [_Part(number, prefixes[number], scan) for number, scan in enumerate(whole)]
     for (number, tar), scan in zip(nested, inside, strict=True):
         stem = tar.name[: -len(TAR_SUFFIX)]
-        parts.append((number, f"{prefixes[number]}{stem}/", scan))
+        parts.append(_Part(number, f"{prefixes[number]}{stem}/", scan))
     return _join(archives, parts, sieve)
 
 
@@ -149,10 +207,10 @@ def _map(archives: Archives, function: Callable[[Any], _Scan], items: Sequence[A
 
 
 def _scan_tar(
-    archives: Archives, key: str, inner: _Entry | None, sieve: Sieve, where: str
+    archives: Archives, key: str, inner: _InnerTar | None, sieve: Sieve, where: str
 ) -> _Scan:
     """Look through a tar, or through the one that lies in it."""
-    scan = _Scan([], [], [], {}, {})
+    scan = _Scan()
     start, stop = (0, None) if inner is None else inner.data
     if inner is not None:
         where = f"{where}, {inner.name}"
@@ -161,40 +219,15 @@ def _scan_tar(
         for member in read_members(file, where):
             name = clean_name(member.name, where)
             data = ByteRange(start + member.data.start, start + member.data.stop)
-            if inner is None and is_tar(name) and not _is_hidden(name):
-                scan.inner.append(_Entry(name, data))
+            if inner is None and is_tar(name) and not is_hidden(name):
+                scan.inner.append(_InnerTar(name, data))
             elif sieve.keeps(name):
-                scan.entries.append(_Entry(name, data))
-            elif not _read_annotation(file, Member(name, member.start, data), scan, where):
+                scan.names.append(name)
+                scan.ranges.extend(data)
+            elif not scan.read_annotation(file, name, data, where):
                 scan.strays.append(name)
+    scan.finish()
     return scan
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or "/." in name
-
-
-def _read_annotation(file: BinaryIO, member: Member, scan: _Scan, where: str) -> bool:
-    """Read a label or boxes, if the member is that."""
-    parts = split_name(member.name)
-    if parts is None or parts[1] not in ("cls", "json"):
-        return False
-    key, field = parts
-    length = member.data.stop - member.data.start
-    if length > _MAX_ANNOTATION_BYTES:
-        return False
-    file.seek(member.data.start)
-    content = file.read(length)
-    if field == "cls":
-        text = content.strip()
-        if not text.isdigit():
-            raise ShardFormatError(
-                f"{where}: {member.name!r} holds {content[:40]!r}, expected a label in decimal"
-            )
-        scan.labels[key] = int(text)
-    else:
-        scan.boxes[key] = _parse_boxes(content, f"{where}: {member.name!r}")
-    return True
 
 
 def _parse_boxes(content: bytes, where: str) -> tuple[Box, ...]:
@@ -211,71 +244,75 @@ def _parse_boxes(content: bytes, where: str) -> tuple[Box, ...]:
         ) from error
 
 
-def _join(archives: Archives, parts: list[tuple[int, str, _Scan]], sieve: Sieve) -> Found:
-    is_shards = any(scan.labels for _, _, scan in parts)
-    rows: list[tuple[str, int, int, int]] = []
-    labels: list[int] = []
-    boxes: list[tuple[Box, ...]] = []
-    for number, prefix, scan in parts:
-        keys: set[str] = set()
-        for name, data in scan.entries:
-            full = name if name.startswith(prefix) else prefix + name
-            rows.append((full, number, data.start, data.stop))
-            if is_shards:
-                key = (split_name(name) or (name, ""))[0]
-                keys.add(key)
-                labels.append(scan.labels.get(key, -1))
-                boxes.append(scan.boxes.get(key, ()))
-        for name in scan.strays:
-            sieve.count_stray(prefix + name)
-        for field, found in (("cls", scan.labels), ("json", scan.boxes)):
-            for key in found if not is_shards else found.keys() - keys:
-                sieve.count_stray(f"{prefix}{key}.{field}")
-    if is_shards:
-        rows = _tell_apart(archives, rows)
-    else:
-        rows.sort()
-    _refuse_twice(archives, rows)
-    table = np.array([row[1:] for row in rows], np.int64).reshape(-1, 3)
-    names = Index.from_keys((row[0] for row in rows), (stop - start for _, _, start, stop in rows))
+def _join(archives: Archives, parts: list[_Part], sieve: Sieve) -> Found:
+    """Put together what the tars hold."""
+    for part in parts:
+        for name in part.scan.strays:
+            sieve.count_stray(part.prefix + name)
+    names: list[str] = []
+    for prefix, scan in ((part.prefix, part.scan) for part in parts):
+        names += [name if name.startswith(prefix) else prefix + name for name in scan.names]
+        scan.names.clear()  # they are there twice otherwise
+    archive = np.repeat(
+        np.array([part.archive for part in parts], np.int32),
+        [part.scan.count for part in parts],
+    )
+    ranges = np.concatenate([np.array(part.scan.ranges, np.int64) for part in parts])
+    ranges = ranges.reshape(-1, 2)
+    order = sorted(range(len(names)), key=names.__getitem__)
+    labels: NDArray[np.int32] | None = None
+    boxes: BoxTable | None = None
+    if any(part.scan.labels for part in parts):
+        labels, boxes = _join_annotations(parts)
+        if any(names[a] == names[b] and archive[a] != archive[b] for a, b in pairwise(order)):
+            stems = [tar_stem(key) for key in archives.keys]
+            numbers = archive.tolist()
+            names = [f"{stems[n]}/{name}" for n, name in zip(numbers, names, strict=True)]
+            order.sort(key=names.__getitem__)
+    _refuse_twice(archives, names, order, archive, ranges)
+    if labels is None:
+        archive, ranges = archive[order], ranges[order]
+        names = [names[position] for position in order]
     return Found(
         where=sieve.where,
-        names=names,
+        names=Index.from_keys(names, (ranges[:, 1] - ranges[:, 0]).tolist()),
         places=RangePlaces(
-            store=archives.store,
-            keys=archives.keys,
-            archive=table[:, 0].astype(np.int32),
-            ranges=np.ascontiguousarray(table[:, 1:]),
+            store=archives.store, keys=archives.keys, archive=archive, ranges=ranges
         ),
         num_stray=sieve.num_stray,
         strays=tuple(sieve.strays),
-        labels=np.array(labels, np.int32) if is_shards else None,
-        boxes=BoxTable.of(boxes) if any(boxes) else None,
+        labels=labels,
+        boxes=boxes,
     )
 
 
-def _tell_apart(
-    archives: Archives, rows: list[tuple[str, int, int, int]]
-) -> list[tuple[str, int, int, int]]:
-    """Put the shard's name before all names, if some come back in another shard."""
-    shards_of: dict[str, int] = {}
-    if all(shards_of.setdefault(name, number) == number for name, number, _, _ in rows):
-        return rows
-    stems = [tar_stem(key) for key in archives.keys]
-    return [(f"{stems[number]}/{name}", number, start, stop) for name, number, start, stop in rows]
+def _join_annotations(parts: list[_Part]) -> tuple[NDArray[np.int32], BoxTable | None]:
+    """Put labels and boxes of shards together; a tar without labels has none."""
+    labels = [part.scan.labels or array.array("i", [NO_LABEL]) * part.scan.count for part in parts]
+    boxes: BoxTable | None = None
+    if any(part.scan.boxes for part in parts):
+        boxes = BoxTable.of(
+            part.scan.boxes.get(number, ()) for part in parts for number in range(part.scan.count)
+        )
+    return np.concatenate([np.array(one, np.int32) for one in labels]), boxes
 
 
-def _refuse_twice(archives: Archives, rows: list[tuple[str, int, int, int]]) -> None:
-    seen: dict[str, tuple[int, int]] = {}
-    for name, number, start, _ in rows:
-        first = seen.setdefault(name, (number, start))
-        if first != (number, start):
-            places = [
-                f"{archives.store.describe(archives.keys[archive])} at offset {offset}"
-                for archive, offset in (first, (number, start))
-            ]
+def _refuse_twice(
+    archives: Archives,
+    names: list[str],
+    order: list[int],
+    archive: NDArray[np.int32],
+    ranges: NDArray[np.int64],
+) -> None:
+    for pair in pairwise(order):
+        if names[pair[0]] == names[pair[1]]:
+            first, again = (
+                f"{archives.store.describe(archives.keys[int(archive[position])])} at offset"
+                f" {int(ranges[position, 0])}"
+                for position in pair
+            )
             raise ShardFormatError(
-                f"{places[0]}: {name!r} stands there, and again in {places[1]}; expected each"
+                f"{first}: {names[pair[0]]!r} stands there, and again in {again}; expected each"
                 " sample once"
             )
 

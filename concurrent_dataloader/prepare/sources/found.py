@@ -69,8 +69,9 @@ class Sieve:
 
     def keeps(self, name: str) -> bool:
         """Tell whether a file is a sample; what is hidden, or of another ending, is none."""
-        hidden = name.startswith((".", "__MACOSX/")) or "/." in name
-        return not hidden and (not self.suffixes or name.casefold().endswith(self.suffixes))
+        return not is_hidden(name) and (
+            not self.suffixes or name.casefold().endswith(self.suffixes)
+        )
 
     def count_stray(self, name: str) -> None:
         """Count a file that is no sample."""
@@ -79,8 +80,13 @@ class Sieve:
             self.strays.append(name)
 
 
-def clean_name(name: str, where: str) -> str:
-    """Give a name without empty and ``.`` parts.
+def is_hidden(name: str) -> bool:
+    """Tell whether a file, or a folder that holds it, is hidden, or is what macOS leaves."""
+    return name.startswith((".", "__MACOSX/")) or "/." in name
+
+
+def refuse_unsafe(name: str, where: str) -> None:
+    """Raise for a name that does not stay below its folder.
 
     Raises:
         ShardFormatError: It is absolute, or leads out of the folder.
@@ -89,6 +95,15 @@ def clean_name(name: str, where: str) -> str:
         check_name(name)
     except ShardFormatError as error:
         raise ShardFormatError(f"{where}: {error}") from error
+
+
+def clean_name(name: str, where: str) -> str:
+    """Give a name without empty and ``.`` parts.
+
+    Raises:
+        ShardFormatError: As in `refuse_unsafe`.
+    """
+    refuse_unsafe(name, where)
     if "//" in name or "./" in name:
         return "/".join(part for part in name.split("/") if part not in ("", "."))
     return name

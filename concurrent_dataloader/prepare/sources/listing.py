@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import array
 from collections.abc import Iterable
 
 from concurrent_dataloader.index import Index
-from concurrent_dataloader.prepare.sources.found import Found, Sieve, clean_name
+from concurrent_dataloader.prepare.sources.found import Found, Sieve, refuse_unsafe
 from concurrent_dataloader.prepare.sources.places import ObjectPlaces
 from concurrent_dataloader.stores import ObjectInfo, Store
 
 
 def find_listed(store: Store, objects: Iterable[ObjectInfo], sieve: Sieve) -> Found:
-    """Take the samples of a listing, sorted by name; markers of folders are left out.
+    """Take the samples of a listing, which is sorted; markers of folders are left out.
 
     Of a folder on this machine, links are followed, but not into one that holds them.
     """
-    kept: list[tuple[str, int]] = []
+    names: list[str] = []
+    sizes = array.array("q")
     for info in objects:
         if info.key.endswith("/"):
             continue
         if sieve.keeps(info.key):
-            clean_name(info.key, sieve.where)
-            kept.append((info.key, info.size_bytes))
+            refuse_unsafe(info.key, sieve.where)
+            names.append(info.key)
+            sizes.append(info.size_bytes)
         else:
             sieve.count_stray(info.key)
-    index = Index.from_listing(kept)
-    return _found(store, index, sieve)
+    return _found(store, Index.from_keys(names, sizes), sieve)
 
 
 def find_indexed(store: Store, index: Index, sieve: Sieve) -> Found:
@@ -33,7 +35,7 @@ def find_indexed(store: Store, index: Index, sieve: Sieve) -> Found:
     positions: list[int] = []
     for position, key in enumerate(index.keys()):
         if sieve.keeps(key):
-            clean_name(key, sieve.where)
+            refuse_unsafe(key, sieve.where)
             positions.append(position)
         else:
             sieve.count_stray(key)
