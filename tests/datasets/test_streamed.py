@@ -34,7 +34,12 @@ from concurrent_dataloader.errors import (
     StoreError,
     StoreUnavailableError,
 )
-from concurrent_dataloader.shard_index import ShardIndex
+from concurrent_dataloader.formats.tfrecord import (
+    ImageExample,
+    TFRecordWriter,
+    serialize_image_example,
+)
+from concurrent_dataloader.shard_index import Shard, ShardIndex, ShardIndexBuilder
 from concurrent_dataloader.stores import RetryPolicy
 from concurrent_dataloader.stores._memory import MemoryStore
 from concurrent_dataloader.testing import Fault, ObjectServer
@@ -243,23 +248,13 @@ def test_bytes_that_are_no_image_are_named(folder: Path) -> None:
 
 
 def test_g14_records_of_tensorflow_are_read_with_their_label_base(tmp_path: Path) -> None:
-    from concurrent_dataloader.formats.tfrecord import (
-        ImageExample,
-        TFRecordWriter,
-        serialize_image_example,
-    )
-
-    for shard in range(2):
-        with (tmp_path / f"train-{shard:05d}-of-00002").open("wb") as file:
-            writer = TFRecordWriter(file)
-            for number in range(3):
-                label = 3 * shard + number
-                example = ImageExample(b"%d" % label, label, filename=f"n_{label}.JPEG")
-                writer.write(serialize_image_example(example, label_base=1))
+    write_records(tmp_path, (3, 3))
     fields = ("jpg;img", "cls", "__key__")
+    expected = [(b"%d" % label * 50, label, f"n_{label}") for label in range(6)]
 
-    dataset = StreamedShards(tmp_path, fields=fields, decode=None)
-    assert list(dataset) == [(b"%d" % n, n, f"n_{n}") for n in range(6)]
+    for index in ("auto", None):
+        dataset = StreamedShards(tmp_path, fields=fields, decode=None, index=index)
+        assert list(dataset) == expected
 
     damaged = bytearray((tmp_path / "train-00001-of-00002").read_bytes())
     damaged[40] ^= 1
@@ -677,17 +672,18 @@ def test_w06_idle_workers_without_an_index_are_warned_of(tmp_path: Path) -> None
     assert len(told) == 11
 
 
-def test_the_rank_is_that_of_torch_distributed(folder: Path, tmp_path: Path) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1
-    )
+def test_a15_the_rank_is_that_of_torch_distributed_and_travels(folder: Path) -> None:
+    fake_pg: Any = importlib.import_module("torch.testing._internal.distributed.fake_pg")
+    dataset = stream(folder)
+    torch.distributed.init_process_group("fake", store=fake_pg.FakeStore(), rank=1, world_size=4)
     try:
-        dataset = stream(folder)
-        assert len(dataset) == TOTAL
-        explicit = stream(folder, rank=1, world_size=2)
-        assert len(explicit) == TOTAL // 2
+        spawned = pickle.loads(pickle.dumps(dataset))
     finally:
         torch.distributed.destroy_process_group()
+
+    # A spawned worker has no process group to ask.
+    assert labels_of(spawned) == list(range(20, 40))
+    assert len(stream(folder)) == TOTAL
 
 
 # -- loaders and processes
@@ -840,6 +836,30 @@ def test_requests_are_large(remote: ObjectServer, folder: Path) -> None:
 # -- resuming
 
 
+def compress_all(folder: Path, target: Path) -> Path:
+    for path in folder.glob("*.tar"):
+        (target / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    return target
+
+
+def write_records(folder: Path, counts: tuple[int, ...] = (30, 5, 25)) -> Path:
+    """Write TFRecords with an index, as TensorFlow's builder counts classes."""
+    builder = ShardIndexBuilder("tfrecord")
+    label = 0
+    for shard, count in enumerate(counts):
+        name = f"train-{shard:05d}-of-{len(counts):05d}"
+        with (folder / name).open("wb") as file:
+            writer = TFRecordWriter(file)
+            for _ in range(count):
+                example = ImageExample(b"%d" % label * 50, label, filename=f"n_{label}.JPEG")
+                record = writer.write(serialize_image_example(example, label_base=1))
+                builder.add_sample(f"n_{label}.jpg", record, record, label)
+                label += 1
+        builder.add_shard(Shard(name, (folder / name).stat().st_size))
+    builder.build().save(folder / "train-index.npz")
+    return folder
+
+
 SOURCES: dict[str, Callable[[Path, Path, Path], dict[str, Any]]] = {
     "sorted": lambda folder, _bare, _tmp: {"shards": folder},
     "shuffled": lambda folder, _bare, _tmp: {"shards": folder, "shuffle": True},
@@ -856,6 +876,8 @@ SOURCES: dict[str, Callable[[Path, Path, Path], dict[str, Any]]] = {
         "allow_pipe": True,
         "shuffle": True,
     },
+    "compressed": lambda _folder, bare, tmp: {"shards": compress_all(bare, tmp)},
+    "records": lambda folder, _bare, tmp: {"shards": write_records(tmp), "shuffle": True},
     "made up": lambda _folder, _bare, _tmp: {
         "shards": "fake:30",
         "shuffle": True,
