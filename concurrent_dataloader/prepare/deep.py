@@ -136,6 +136,10 @@ def _indexed_samples(
         try:
             file.seek(extent.start)
             raw = file.read(extent.stop - extent.start)
+            if len(raw) < extent.stop - extent.start:
+                raise ShardFormatError(
+                    f"the shard ends at {info.size_bytes}, before the sample does"
+                )
             if index.kind == "tfrecord":
                 parsed = parse_record(raw, rules, info.key, extent.start)
                 parsed = parsed._replace(key=_key_of(name))

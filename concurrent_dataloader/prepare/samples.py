@@ -14,6 +14,7 @@ from concurrent_dataloader.errors import (
     IndexFormatError,
     LoaderError,
     MissingDependencyError,
+    SampleDecodeError,
     ShardFormatError,
     UnknownClassError,
 )
@@ -45,6 +46,9 @@ class Rules:
 
     classes: Classes | None = None
     """Of single files: each must belong to one of these."""
+
+    raw_bytes: int | None = None
+    """Size of each payload that is no image file, such as pixels without a header; None: any."""
 
 
 class BadSample(NamedTuple):
@@ -142,6 +146,9 @@ def check_sample(parsed: ParsedSample, rules: Rules) -> None:
     """
     if parsed.image is not None:
         decode_image(parsed.image)
+    elif rules.raw_bytes is not None and memoryview(parsed.payload).nbytes != rules.raw_bytes:
+        got = memoryview(parsed.payload).nbytes
+        raise SampleDecodeError(f"got {got} bytes of pixels, expected {rules.raw_bytes}")
     label, count = parsed.label, rules.num_classes
     if count is not None and label is None:
         raise UnknownClassError(f"got no class, expected 0 to {count - 1}")

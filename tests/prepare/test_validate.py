@@ -380,12 +380,12 @@ def test_row_157_a_deep_check_counts_the_classes(
 
     assert status == 0
     assert lines[:6] == [
-        "train class 0: 4 samples",
-        "train class 1: 4 samples",
-        "train class 2: 4 samples",
-        "val class 0: 1 samples",
-        "val class 1: 2 samples",
-        "val class 2: 1 samples",
+        "train class 0 (ant): 4 samples",
+        "train class 1 (bee): 4 samples",
+        "train class 2 (cat): 4 samples",
+        "val class 0 (ant): 1 samples",
+        "val class 1 (bee): 2 samples",
+        "val class 2 (cat): 1 samples",
     ]
     assert "16 samples" in lines[-1]
 
@@ -473,6 +473,72 @@ def test_a_report_that_is_none_is_an_error(
 
     assert status == 1
     assert f"{report}, line 2: no bad sample (KeyError: 'key')" in said[0]
+
+
+def test_damage_in_a_shard_does_not_hide_the_samples_behind_it(
+    shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage_payload(shards, "train-000000.tar", 0)
+    path = shards / "train-000000.tar"
+    content = bytearray(path.read_bytes())
+    content[100:400] = bytes(300)  # the header of the first member
+    path.write_bytes(content)
+    short = shards / "train-000001.tar"
+    short.write_bytes(short.read_bytes()[:7000])
+
+    _, lines = validate(capsys, shards, "--deep")
+
+    bad = [line for line in lines if ": sample: " in line]
+    assert len([line for line in bad if line.startswith("train-000000.tar")]) == 1
+    in_short = [line for line in bad if line.startswith("train-000001.tar")]
+    assert 1 <= len(in_short) <= 3
+    assert all("the shard ends at 7000, before the sample does" in line for line in in_short)
+
+
+def test_classes_without_a_sample_are_noted(
+    shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    val = write_split(shards, "val", 1, label_of=2)
+    content = Metadata.load(shards / "metadata.json")
+    write_metadata(shards, train=content.splits["train"], val=val)
+
+    status, lines = validate(capsys, shards, "--deep")
+
+    assert status == 0
+    assert "note: val: 2 of 3 classes have no sample" in lines
+
+
+def test_g03_what_shard_and_distribute_write_is_ok_before_and_after(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(20):
+        path = tmp_path / "tree" / CLASSES[number % 3] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode_image(number))
+    folder = tmp_path / "packed"
+    assert main(["shard", str(tmp_path / "tree"), str(folder), "--maxcount", "6"]) == 0
+    capsys.readouterr()
+
+    before = validate(capsys, folder, "--deep")
+    assert main(["distribute", str(folder), "--instances", "3"]) == 0
+    capsys.readouterr()
+
+    assert before[0] == 0, before[1]
+    assert len(list((folder / "distributed").rglob("*.tar"))) == 3
+    assert validate(capsys, folder, "--deep") == before
+
+
+def test_pixels_without_a_header_have_to_have_the_right_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tar(tmp_path / "train-0.tar", [("0.rgb", bytes(48)), ("1.rgb", bytes(47))])
+    split = SplitMetadata(num_samples=2, payload="raw", image_size=(4, 4))
+    Metadata(splits={"train": split}).save(tmp_path / "metadata.json")
+
+    status, lines = validate(capsys, tmp_path, "--deep")
+
+    assert status == 1
+    assert "sample '1': sample: got 47 bytes of pixels, expected 48" in "\n".join(lines)
 
 
 def test_a_class_out_of_range_is_a_bad_sample(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -147,6 +147,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_store_options(parser)
 
 
+ClassNames = dict[str, Sequence[str]]
+"""Names of the classes by split, in the order of the labels."""
+
+
 class _Place(NamedTuple):
     """Where the data set lies, and which one file of it is meant."""
 
@@ -170,9 +174,10 @@ def run(options: argparse.Namespace) -> int:
         if options.write_checksums is not None:
             return _record(options, store, infos)
         tally = SampleTally()
-        report = _check(options, store, infos, tally)
+        names: ClassNames = {}
+        report = _check(options, store, infos, tally, names)
     if options.deep:
-        _print_counts(tally)
+        _print_counts(tally, names)
     report.findings += tally.findings
     if options.report is not None:
         write_whole(options.report, (bad.to_line() for bad in tally.bad))
@@ -215,7 +220,11 @@ def _conclude(source: str, report: Report) -> int:
 
 
 def _check(
-    options: argparse.Namespace, store: WritableStore, infos: list[ObjectInfo], tally: SampleTally
+    options: argparse.Namespace,
+    store: WritableStore,
+    infos: list[ObjectInfo],
+    tally: SampleTally,
+    names: ClassNames,
 ) -> Report:
     compared = [options.index, options.checksums, options.checksum, options.imagenet or None]
     if any(value is not None for value in compared):
@@ -223,7 +232,7 @@ def _check(
     elif databases := [info for info in infos if _is_database(info.key)]:
         return _check_databases(options, databases, tally)
     elif is_packed(infos):
-        return _check_shards(options, store, infos, tally)
+        return _check_shards(options, store, infos, tally, names)
     elif options.deep:
         report = Report(notes=["nothing says which files should be there: only decoded"])
         report.count([info for info in infos if _is_image(info.key)])
@@ -352,7 +361,11 @@ def _check_deep_files(
 
 
 def _check_shards(
-    options: argparse.Namespace, store: WritableStore, infos: list[ObjectInfo], tally: SampleTally
+    options: argparse.Namespace,
+    store: WritableStore,
+    infos: list[ObjectInfo],
+    tally: SampleTally,
+    names: ClassNames,
 ) -> Report:
     files = find_shard_files(store, infos)
     with show_progress(
@@ -375,7 +388,7 @@ def _check_shards(
         info, split = item
         index = None if split is None else files.indexes[split]
         name = split or find_split(info.key) or ""
-        rules = Rules(num_classes=_num_classes(options, files, name), label_base=options.label_base)
+        rules = _rules_of(options, files, name)
         return name, check_shard(store, info, rules, index)
 
     with (
@@ -386,6 +399,15 @@ def _check_shards(
             tally.add(split, result)
             progress.advance(result.name)
     report.num_samples = tally.num_samples
+    for split, counts in sorted(tally.counts.items()):
+        classes = _class_names(files, split)
+        if classes is not None:
+            names[split] = classes
+            num_empty = sum(label not in counts for label in range(len(classes)))
+            if num_empty:
+                report.notes.append(
+                    f"{split}: {num_empty} of {len(classes)} classes have no sample"
+                )
     if tally.num_unchecked:
         report.notes.append(f"{tally.num_unchecked} samples hold no image file: not decoded")
     if tally.num_shared_keys:
@@ -395,14 +417,25 @@ def _check_shards(
     return report
 
 
-def _num_classes(options: argparse.Namespace, files: ShardFiles, split: str) -> int | None:
-    if options.num_classes is not None:
-        return options.num_classes
-    index = files.indexes.get(split)
-    if index is not None and index.classes is not None and index.labels is not None:
-        return len(index.classes)
+def _rules_of(options: argparse.Namespace, files: ShardFiles, split: str) -> Rules:
+    classes = _class_names(files, split)
+    num_classes = options.num_classes
+    if num_classes is None and classes is not None:
+        num_classes = len(classes)
     known = None if files.metadata is None else files.metadata.splits.get(split)
-    return None if known is None or known.classes is None else len(known.classes)
+    raw_bytes = None
+    if known is not None and known.payload == "raw" and known.image_size is not None:
+        raw_bytes = 3 * known.image_size[0] * known.image_size[1]
+    return Rules(num_classes=num_classes, label_base=options.label_base, raw_bytes=raw_bytes)
+
+
+def _class_names(files: ShardFiles, split: str) -> Sequence[str] | None:
+    """Give the classes of a split whose samples have classes."""
+    index = files.indexes.get(split)
+    if index is not None:
+        return None if index.labels is None else index.classes
+    known = None if files.metadata is None else files.metadata.splits.get(split)
+    return None if known is None else known.classes
 
 
 def _check_databases(
@@ -430,12 +463,15 @@ def _check_databases(
     return report
 
 
-def _print_counts(tally: SampleTally) -> None:
+def _print_counts(tally: SampleTally, names: ClassNames) -> None:
     for split, counts in sorted(tally.counts.items()):
         prefix = f"{split} " if split else ""
+        classes = names.get(split, ())
         for label, count in sorted(counts.items(), key=lambda item: (item[0] is None, item[0])):
-            name = "no class" if label is None else f"class {label}"
-            print(f"{prefix}{name}: {count} samples")
+            what = "no class" if label is None else f"class {label}"
+            if label is not None and label < len(classes):
+                what += f" ({classes[label]})"
+            print(f"{prefix}{what}: {count} samples")
 
 
 # -- again
