@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 
 from benchmarking.misc.init_benchmarking import get_dataset
-from concurrent_dataloader.datasets import S3Dataset, ScratchDataset
+from concurrent_dataloader.datasets import S3Dataset, ScratchDataset, ShardDataset
+from concurrent_dataloader.datasets.lmdb import LmdbDataset
 from concurrent_dataloader.testing import ObjectServer
 from tests.datasets.conftest import IMAGES
+from tests.datasets.test_lmdb import write_database
+from tests.datasets.test_shard_opening import write_split
 
 
 @pytest.fixture
@@ -118,6 +121,72 @@ def test_the_cache_is_read_instead_of_the_store(reach: dict[str, Any]) -> None:
     assert dataset[0][0].mode == "RGB"
 
 
+# Packed
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    root = tmp_path / "packed"
+    write_split(root, "train", 5)
+    return write_split(root, "val", 3)
+
+
+@pytest.mark.parametrize("dataset", ["webdataset", "auto"])
+def test_shards_are_opened_by_split_from_a_folder_and_a_bucket(
+    dataset: str, packed: Path, object_server: ObjectServer, reach: dict[str, Any]
+) -> None:
+    object_server.put_folder("photos", packed, prefix="sets/b/")
+
+    local = get_dataset(dataset, "train", data_path=packed)
+    remote = get_dataset(dataset, "val", prefix="sets/b", limit=2, **reach)
+    by_url = get_dataset(dataset, "val", data_path="s3://photos/sets/b", **reach)
+
+    assert {type(opened) for opened in (local, remote, by_url)} == {ShardDataset}
+    assert [len(opened) for opened in (local, remote, by_url)] == [5, 2, 3]
+    assert remote[1][1] == 1
+    assert remote[1][0].tobytes() == local[1][0].tobytes()
+
+
+def test_folders_and_databases_are_opened_by_name_and_found_out(root: Path) -> None:
+    (root / "lmdb").mkdir()
+    write_database(root / "lmdb" / "ILSVRC-val.lmdb", [IMAGES["cat/1.jpg"]] * 2)
+
+    opened = [
+        get_dataset("folder", "val", data_path=root),
+        get_dataset("lmdb", "val", data_path=root / "lmdb"),
+        get_dataset("auto", "val", data_path=root / "lmdb"),
+        get_dataset("lmdb", "val", data_path=root / "lmdb" / "ILSVRC-val.lmdb", limit=1),
+    ]
+
+    assert [len(dataset) for dataset in opened] == [7, 2, 2, 1]
+    assert [type(dataset) for dataset in opened] == [ScratchDataset] + [LmdbDataset] * 3
+
+
+def test_class_folders_are_found_out_by_auto(root: Path, reach: dict[str, Any]) -> None:
+    (root / "test" / "1.jpg").unlink()
+
+    local = get_dataset("auto", "val", data_path=root)
+    remote = get_dataset("auto", "train", prefix="sets/a", **reach)
+
+    assert [type(local), type(remote)] == [ScratchDataset, S3Dataset]
+    assert sorted(local[i][1] for i in range(7)) == sorted(remote[i][1] for i in range(7))
+
+
+def test_a_14_validation_is_in_order_and_the_same_twice(packed: Path) -> None:
+    """A-14: validation images were shuffled and cropped at random."""
+    val = get_dataset("webdataset", "val", data_path=packed)
+
+    first, second = ([val[i][0].tobytes() for i in range(3)] for _ in range(2))
+
+    assert first == second
+    assert [val[i][1] for i in range(3)] == [0, 1, 2]
+
+
+def test_shards_of_another_kind_than_named_are_an_error(packed: Path) -> None:
+    with pytest.raises(ValueError, match=r"^dataset: got 'tfrecord', but .* of kind 'tar'"):
+        get_dataset("tfrecord", "train", data_path=packed)
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -128,6 +197,7 @@ def test_the_cache_is_read_instead_of_the_store(reach: dict[str, Any]) -> None:
         (("s3", "dev"), "dataset_type: got 'dev', expected one of train, val, test"),
         (("s3", "val", None, True), "use_cache: got True without cache_endpoint_url"),
         (("scratch", "val", None, True), "data_path: got None"),
+        (("lmdb",), "data_path: got None, expected the folder of the data set 'lmdb'"),
     ],
 )
 def test_what_cannot_be_is_an_error_that_says_what_can(arguments: Any, text: str) -> None:

@@ -15,11 +15,13 @@ from concurrent_dataloader.datasets import (
     ShardDataset,
     open_dataset,
 )
+from concurrent_dataloader.datasets.lmdb import LmdbDataset
 from concurrent_dataloader.errors import IndexFormatError, KeyNotFoundError
 from concurrent_dataloader.formats.tfrecord import TFRecordWriter
 from concurrent_dataloader.shard_index import Shard, ShardIndexBuilder
 from concurrent_dataloader.testing import ObjectServer
 from tests.datasets.conftest import IMAGES
+from tests.datasets.test_lmdb import write_database
 from tests.datasets.test_shard_opening import write_split
 
 
@@ -120,6 +122,30 @@ def test_tfrecords_are_found_by_their_names(tmp_path: Path) -> None:
     (tmp_path / "records" / "train-index.npz").unlink()
     with pytest.raises(KeyNotFoundError, match="1 shards such as train-00000-of-00001 without an"):
         open_dataset(tmp_path / "records")
+
+
+# A database
+
+
+def test_databases_are_found_by_their_split(tmp_path: Path) -> None:
+    write_database(tmp_path / "ILSVRC-train.lmdb", [IMAGES["cat/1.jpg"]] * 3)
+    write_database(tmp_path / "ILSVRC-val.lmdb", [IMAGES["cat/1.jpg"]] * 2)
+    (tmp_path / "one").mkdir()
+    write_database(tmp_path / "one" / "data.mdb", [IMAGES["cat/1.jpg"]])
+    reach = {"s3_credential_file": None, "endpoint_url": None, "index_file": None}
+
+    opened = [
+        open_dataset(tmp_path),
+        open_dataset(tmp_path, split="val", limit=1, **reach),
+        open_dataset(tmp_path / "ILSVRC-val.lmdb"),
+        open_dataset(tmp_path / "one"),
+    ]
+
+    assert [len(dataset) for dataset in opened] == [3, 1, 2, 1]
+    assert {type(dataset) for dataset in opened} == {LmdbDataset}
+    assert opened[0][1][0].mode == "RGB"
+    with pytest.raises(FileNotFoundError, match="0 databases of split 'test' among ILSVRC-train"):
+        open_dataset(tmp_path, split="test")
 
 
 # Nothing, or too much

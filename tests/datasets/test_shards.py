@@ -530,6 +530,22 @@ def test_torchs_loader_gives_the_same_shuffled_batches(
         assert torch.equal(mine[1], theirs[1])
 
 
+def test_reading_in_order_takes_few_requests_and_shuffled_one_a_sample(
+    remote: Callable[..., ShardDataset], object_server: ObjectServer
+) -> None:
+    def count_gets(dataset: ShardDataset, *, shuffle: bool) -> int:
+        object_server.reset_counters()
+        torch.manual_seed(1)
+        loader = DataLoader(dataset, batch_size=8, num_workers=1, shuffle=shuffle)
+        labels = torch.cat([labels for _, labels in loader]).tolist()
+        assert sorted(labels) == sorted(number % 5 for number in range(48))
+        return object_server.counters().num_gets
+
+    assert count_gets(remote(transform=pil_to_tensor), shuffle=False) <= 48 * 0.3
+    apart = remote(transform=pil_to_tensor, max_gap_bytes=0)
+    assert count_gets(apart, shuffle=True) == 48
+
+
 def test_json_and_bytes_of_fields_are_those_written() -> None:
     content = orjson.dumps({"bbox": [[0.0, 0.5, 1.0, 1.0]], "n": 3})
 
