@@ -6,6 +6,7 @@ import functools
 import gzip
 import io
 import json
+import subprocess
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -334,6 +335,42 @@ def test_missing_shards_mixed_kinds_and_empty_tars_are_errors(tmp_path: Path) ->
         scan(tmp_path / "a.tar")
     with pytest.raises(ValueError, match="cannot be listed"):
         scan("http://127.0.0.1:1/folder/*.tar")
+
+
+# Other writers
+
+
+def test_shards_of_the_webdataset_package_are_read(tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    with webdataset.ShardWriter(f"{tmp_path}/train-%06d.tar", maxcount=2, verbose=0) as sink:
+        for number in range(5):
+            image = np.full((4, 4, 3), number, np.uint8)
+            sink.write({"__key__": f"{number:07d}", "ppm": image, "cls": number, "json": {"n": 1}})
+
+    index = scan(f"{tmp_path}/train-{{000000..000002}}.tar")
+    dataset = ShardDataset(index, open_store(tmp_path))
+    whole = ShardDataset(index, dataset.store, fields=("jpg;ppm", "cls", "json"))
+
+    assert [(dataset[i][0].getpixel((0, 0))[0], dataset[i][1]) for i in range(5)] == [
+        (number, number) for number in range(5)
+    ]
+    assert whole[3][1:] == (3, {"n": 1})
+
+
+@pytest.mark.parametrize("tar_format", ["gnu", "ustar", "posix", "v7"])
+def test_shards_of_gnu_tar_are_read(tmp_path: Path, tar_format: str) -> None:
+    folder = tmp_path / "in"
+    names = {f"a/{number}.{field}": field for number in range(3) for field in ("cls", "jpg")}
+    write(
+        folder, {name: b"7" if field == "cls" else name.encode() for name, field in names.items()}
+    )
+    command = ["tar", "--sort=name", f"--format={tar_format}", "-cf", str(tmp_path / "x.tar"), "a"]
+    subprocess.run(command, cwd=folder, check=True)
+
+    index = scan(tmp_path / "x.tar")
+
+    raws = ShardDataset(index, open_store(tmp_path), decode=None)
+    assert [raws[i] for i in range(3)] == [(b"a/%d.jpg" % number, 7) for number in range(3)]
 
 
 # The command
