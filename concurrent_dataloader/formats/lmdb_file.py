@@ -8,6 +8,8 @@ once for all that read it there, since LMDB must not have a file open twice in a
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import dataclasses
 import errno
 import fcntl
 import os
@@ -45,6 +47,13 @@ DEFAULT_MAP_BYTES = 64 << 20
 COMMIT_BYTES = 64 << 20
 """Records are written to the disk in portions of this size, which is what a killed run loses."""
 
+READ_AHEAD_BYTES = 16 << 20
+"""What is asked for at once where a database is read front to back: at 8 ms a seek and 150 MB/s
+a disk then spends a fourteenth of its time on seeks."""
+
+_HINT_BYTES = 128 << 10  # the kernel's own read-ahead; more may be cut off
+_PROBE_BYTES = 64
+_MAX_PIECE_RECORDS = 4096
 _COMMIT_RECORDS = 4096
 # Leaves, branches and the list of free pages, for which a portion may need pages besides.
 _SLACK_BYTES = 16 << 20
@@ -171,6 +180,61 @@ def _check_whole(environment: lmdb.Environment, path: Path, size_bytes: int) -> 
 # -- reading
 
 
+@dataclasses.dataclass(slots=True)
+class _Piece:
+    """Records that lie in one part of the file, ``start`` up to, not including, ``stop``."""
+
+    positions: list[int]
+    start: int
+    stop: int
+    is_asked_for: bool = False
+
+    def may_take(self, start: int) -> bool:
+        """Tell whether a record that begins there belongs to it."""
+        return (
+            self.start <= start <= self.start + READ_AHEAD_BYTES
+            and len(self.positions) < _MAX_PIECE_RECORDS
+        )
+
+
+class _FileMap:
+    """Where in the file a value lies that is seen through the map, for hints to the kernel."""
+
+    def __init__(self, environment: lmdb.Environment, path: Path) -> None:
+        self._page_bytes = environment.stat()["psize"]
+        self._base: int | None = None
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        os.close(self._file)
+
+    def locate(self, view: memoryview) -> tuple[int, int]:
+        """Give the start and the stop of a value in the file, in bytes; (0, 0) if not known."""
+        address = np.frombuffer(view, np.uint8).ctypes.data
+        if self._base is None:
+            self._base = self._find_base(address, view)
+        start = address - self._base
+        return (start, start + len(view)) if self._base else (0, 0)
+
+    def ask_for(self, start: int, stop: int) -> None:
+        """Have a part read, without waiting for it; in small steps, since the kernel caps each."""
+        for at in range(start, stop, _HINT_BYTES):
+            os.posix_fadvise(self._file, at, min(_HINT_BYTES, stop - at), os.POSIX_FADV_WILLNEED)
+
+    def _find_base(self, address: int, view: memoryview) -> int:
+        """Find where the map begins: each page begins with its number. 0 if that is not so."""
+        page = address - address % self._page_bytes
+        number = ctypes.c_uint64.from_address(page).value
+        start = number * self._page_bytes + address % self._page_bytes
+        probe = bytes(view[:_PROBE_BYTES])
+        if not 0 <= start < 1 << 62 or os.pread(self._file, len(probe), start) != probe:
+            return 0
+        return address - start
+
+
 class LmdbFile:
     """Records of a database, by position or front to back. A value: it pickles by its arguments.
 
@@ -248,6 +312,10 @@ class LmdbFile:
     def scan_raw(self, positions: Iterable[int]) -> Iterator[tuple[int, bytes]]:
         """Read records by one cursor, in the order given, each when it is asked for.
 
+        With ``readahead`` and rising positions the kernel is asked for the file in large pieces,
+        one piece ahead: so several processes that read side by side cost one seek a piece, not one
+        a record.
+
         Raises:
             ShardFormatError: One is not there.
         """
@@ -257,6 +325,8 @@ class LmdbFile:
             opened.environment.begin(buffers=True) as transaction,
             transaction.cursor() as cursor,
         ):
+            if self.readahead and hasattr(os, "posix_fadvise"):
+                positions = self._read_ahead(opened, transaction, positions)
             for position in positions:
                 if not cursor.set_key(self._key(position)):
                     raise self._missing(position)
@@ -287,6 +357,52 @@ class LmdbFile:
     def describe(self, position: int) -> str:
         """Name a record for a person."""
         return f"{self.path}, record {position}"
+
+    def _read_ahead(
+        self,
+        opened: _Opened,
+        transaction: lmdb.Transaction[memoryview],
+        positions: Iterable[int],
+    ) -> Iterator[int]:
+        """Yield the positions; ask for the next piece of the file when one is begun."""
+        with _FileMap(opened.environment, find_data_file(self.path)) as file_map:
+            pieces = self._cut(file_map, transaction, positions)
+            following = next(pieces, None)
+            while following is not None:
+                current = following
+                following = next(pieces, None)
+                for piece in (current, following):
+                    if piece is not None and not piece.is_asked_for:
+                        self._ask_for(file_map, piece.start, piece.stop)
+                        piece.is_asked_for = True
+                yield from current.positions
+
+    def _cut(
+        self,
+        file_map: _FileMap,
+        transaction: lmdb.Transaction[memoryview],
+        positions: Iterable[int],
+    ) -> Iterator[_Piece]:
+        """Put positions together whose records lie in one piece of the file."""
+        piece: _Piece | None = None
+        with transaction.cursor() as cursor:
+            for position in positions:
+                if not cursor.set_key(self._key(position)):
+                    raise self._missing(position)
+                start, stop = file_map.locate(cursor.value())
+                if piece is not None and not piece.may_take(start):
+                    yield piece
+                    piece = None
+                if piece is None:
+                    piece = _Piece([], start, stop)
+                piece.positions.append(position)
+                piece.stop = max(piece.stop, stop)
+        if piece is not None:
+            yield piece
+
+    def _ask_for(self, file_map: _FileMap, start: int, stop: int) -> None:
+        """Have a part of the file read into memory, without waiting for it."""
+        file_map.ask_for(start, stop)
 
     def _take(self, view: memoryview) -> bytes:
         """Copy a value out of the map, which does not outlive its transaction."""
@@ -567,6 +683,8 @@ class LmdbWriter:
 
     def _try_to_grow(self) -> None:
         size_bytes = os.fstat(self._lock_file).st_size
+        if not hasattr(os, "posix_fallocate"):
+            return
         try:
             os.posix_fallocate(self._lock_file, size_bytes, self._commit_bytes)
         finally:

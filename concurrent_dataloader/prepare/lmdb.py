@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import errno
 import functools
 import hashlib
 import os
@@ -284,7 +285,15 @@ def _measure(raws: Iterator[bytes], seconds: float, clock: Callable[[], float]) 
 
 
 def drop_from_page_cache(path: Path) -> None:
-    """Ask the kernel to forget a file, so that the disk is measured, not memory."""
+    """Ask the kernel to forget a file, so that the disk is measured, not memory.
+
+    Raises:
+        OSError: It cannot be opened, or this system has no such call.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        raise OSError(
+            errno.ENOTSUP, "this system cannot forget a file; measure with --keep-cache", str(path)
+        )
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -203,6 +203,42 @@ def test_a_folder_with_a_database_in_it_is_read(tmp_path: Path) -> None:
     assert LmdbFile(tmp_path).read(2).name == "2.jpg"
 
 
+class HintedFile(LmdbFile):
+    """Notes which parts of the file are asked for, and where what is read lies in it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, readahead=True)
+        self.hints: list[tuple[int, int]] = []
+
+    def _ask_for(self, file_map: Any, start: int, stop: int) -> None:
+        self.hints.append((start, stop))
+        super()._ask_for(file_map, start, stop)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_front_to_back_the_file_is_asked_for_in_few_large_pieces(tmp_path: Path, step: int) -> None:
+    path = write(tmp_path / "x.lmdb", 60, size=MIB, commit_bytes=4 * MIB)
+    file = HintedFile(path)
+    content = path.read_bytes()
+
+    num_hints: list[int] = []
+    for position, raw in file.scan_raw(range(0, 60, step)):
+        num_hints.append(len(file.hints))
+        at = content.index(raw)
+        assert any(start <= at <= at + len(raw) <= stop for start, stop in file.hints)
+        assert bytes(file.parse(position, raw).payload) == payload_of(position, MIB)
+
+    assert num_hints[0] == 2  # one piece ahead, no more
+    assert len(file.hints) == 4
+    assert sum(stop - start for start, stop in file.hints) <= path.stat().st_size
+
+
+def test_records_that_jump_back_are_read_all_the_same(whole: Path) -> None:
+    file = HintedFile(whole)
+
+    assert [p for p, _ in file.scan_raw([5, 29, 3, 3, 4])] == [5, 29, 3, 3, 4]
+
+
 def test_one_process_may_hold_the_same_file_twice(whole: Path) -> None:
     first, second = LmdbFile(whole), LmdbFile(whole, readahead=True)
 
