@@ -18,7 +18,7 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
@@ -69,9 +69,9 @@ IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "img")
 """Fields that readers take for an image; other endings of image files become ``img``."""
 
 _OTHER_IMAGES = ("gif", "tif", "tiff", "jfif", "jpe", "pgm", "pnm", "")
-_PAYLOAD_FIELDS = {"jpeg": "jpg", "tensor": "pth", "raw": "rgb", "ppm": "ppm"}
+_PAYLOAD_FIELDS = {"jpeg": "jpg", "tensor": "pth", "raw": "img", "ppm": "ppm"}
 _SYNSET = re.compile(r"n\d{8}", re.ASCII)
-_TFRECORD_HEAD_BYTES, _TFRECORD_FRAME_BYTES = 12, 16  # before a payload, and around it
+_TFRECORD_FRAME_BYTES = 16  # a length and two CRCs
 _TFRECORD_LABEL_BASE = 1  # 0 is the background, as TensorFlow's builder counts
 _PLAIN_NAME_BYTES = 100
 _PLAIN_SIZE_BYTES = 8 << 30
@@ -250,7 +250,7 @@ def write_shards(
         result = _describe_split(recipe, shards, survey.fingerprint)
         place.finish(
             _build_index(recipe, plan, shards).to_bytes(),
-            _build_info(recipe, plan, shards) if file_info else None,
+            _describe_samples(recipe, plan, shards) if file_info else None,
             lambda metadata: metadata.with_split(settings.split, result),
         )
         return result
@@ -523,11 +523,9 @@ class _TFRecordShardWriter:
         self._classes = recipe.source.classes
 
     def write(self, sample: _Sample) -> tuple[ByteRange, ByteRange]:
-        content = bytes(sample.content)
-        payload = _serialize(sample, content, self._classes)
-        extent = self._writer.write(payload)
-        start = extent.start + _TFRECORD_HEAD_BYTES + payload.index(content)
-        return extent, ByteRange(start, start + len(content))
+        # The payload is the whole record, so that whoever reads it can check its CRC.
+        extent = self._writer.write(_serialize(sample, bytes(sample.content), self._classes))
+        return extent, extent
 
     def close(self) -> int:
         return self._writer.stop
@@ -685,10 +683,12 @@ def _build_index(recipe: _Recipe, plan: ShardPlan, shards: Sequence[WrittenShard
     return builder.build(source.classes, source.label_space)
 
 
-def _build_info(recipe: _Recipe, plan: ShardPlan, shards: Sequence[WrittenShard]) -> bytes:
-    """Map each source name to its class, its shard, and the place of its sample there."""
+def _describe_samples(
+    recipe: _Recipe, plan: ShardPlan, shards: Sequence[WrittenShard]
+) -> Iterator[bytes]:
+    """Map each source name to its class, its shard, and the place of its sample there, as JSON."""
     source = recipe.source
-    pieces: list[bytes] = []
+    begin = b"{\n"
     for number, (shard, extents, _) in enumerate(shards):
         starts_and_stops = zip(plan.positions(number).tolist(), extents.tolist(), strict=True)
         for position, (start, stop) in starts_and_stops:
@@ -700,6 +700,6 @@ def _build_info(recipe: _Recipe, plan: ShardPlan, shards: Sequence[WrittenShard]
                 "offset": start,
                 "size": stop - start,
             }
-            name = orjson.dumps(source.name(position))
-            pieces.append(name + b":" + orjson.dumps(entry))
-    return b"{\n" + b",\n".join(pieces) + b"\n}\n"
+            yield begin + orjson.dumps(source.name(position)) + b":" + orjson.dumps(entry)
+            begin = b",\n"
+    yield b"\n}\n"

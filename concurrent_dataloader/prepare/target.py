@@ -12,7 +12,7 @@ import os
 import queue
 import tempfile
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -354,12 +354,16 @@ class ShardTarget:
                 self.store.delete(name)
 
     def finish(
-        self, index: bytes, file_info: bytes | None, add: Callable[[Metadata], Metadata]
+        self,
+        index: bytes,
+        file_info: Iterable[bytes] | None,
+        add: Callable[[Metadata], Metadata],
     ) -> None:
         """Write what lies beside the shards, ``metadata.json`` last, and forget the run."""
         self.store.put(self.index_name, index)
         if file_info is not None:
-            self.store.put(self.info_name, file_info)
+            with self.compose(self.info_name) as file:
+                file.writelines(file_info)
         metadata = self.read_metadata() or Metadata(splits={})
         self.store.put(METADATA_NAME, add(metadata).to_bytes())
         self._clean_state()

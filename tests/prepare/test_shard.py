@@ -442,14 +442,17 @@ def test_every_sample_is_one_range_of_its_shard(tmp_path: Path, kind: str) -> No
         name = index.names.key(position)
         raw = (tmp_path / index.shard_of(position).name).read_bytes()
         payload, extent = index.payload(position), index.extent(position)
-        assert raw[payload.start : payload.stop] == samples[name.replace("jpeg", "JPEG")]
         assert index.labels is not None
         assert index.labels[position] == int(name[1:3])
         if kind == "tar":
             sample = parse_sample(raw[extent.start : extent.stop], "sample")
             assert f"{sample.key}.jpeg" == name
+            found = raw[payload.start : payload.stop]
         else:
-            tfrecord.parse_record(raw[extent.start : extent.stop])
+            record = tfrecord.parse_record(raw[extent.start : extent.stop])
+            found = tfrecord.parse_image_example(record, label_base=1).encoded
+            assert payload == extent
+        assert found == samples[name.replace("jpeg", "JPEG")]
 
 
 def test_a08_seeking_to_a_file_infos_offset_yields_that_sample(tmp_path: Path) -> None:
@@ -534,7 +537,7 @@ def test_a11_raw_pixels_are_those_of_the_image(tmp_path: Path) -> None:
         MemorySource({"a/1.png": raw}), tmp_path, ShardSettings(preparation=preparation)
     )
 
-    pixels = np.frombuffer(read_back(tmp_path)[0][1]["rgb"], np.uint8)
+    pixels = np.frombuffer(read_back(tmp_path)[0][1]["img"], np.uint8)
     assert split.image_size == (32, 32)
     expected = v2.CenterCrop(32)(Image.open(io.BytesIO(raw)))
     assert np.array_equal(pixels.reshape(32, 32, 3), expected)
