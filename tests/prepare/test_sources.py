@@ -133,15 +133,15 @@ def test_an_index_keeps_its_order_and_may_lie_in_a_bucket(
     (forms / "index.json").write_text(json.dumps(keys))
     object_server.put_objects("data", {"index.json": json.dumps(keys).encode()})
 
-    local = open_source(forms / "index.json", root=str(forms))
+    local = open_source(forms / "index.json")
     remote = open_source("s3://data/index.json", root="s3://data/some", **bucket)
 
     for source in (local, remote):
         assert names_of(source) == keys
         assert bytes(source.read(0)) == IMAGES[SORTED[-1]]
         source.close()
-    with pytest.raises(ValueError, match=r"root: got None .* expected the folder or bucket"):
-        open_source(forms / "index.json")
+    with pytest.raises(KeyNotFoundError, match=r"root: got '.*', the first file that .* names"):
+        open_source(forms / "index.json", root=str(forms / "folder"))
 
 
 def test_classes_and_labels_are_those_of_torchvision(tmp_path: Path) -> None:

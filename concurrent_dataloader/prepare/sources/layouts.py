@@ -97,11 +97,7 @@ class Search:
     # -- index
 
     def _find_indexed(self, text: str) -> Place:
-        if self.root is None:
-            raise ValueError(
-                f"root: got None for the index {text!r}, expected the folder or bucket that its"
-                " keys are relative to"
-            )
+        root = split_file_name(text).folder if self.root is None else self.root
         if is_remote(text):
             keys = orjson.loads(self.files.read(text))
             if not isinstance(keys, list) or not keys:
@@ -110,8 +106,14 @@ class Search:
         else:
             index = Index.load(text)
         sieve = Sieve(text, self.suffixes)
-        store = self.files.open_folder(self.root)
-        return Place(found=find_indexed(store, index, sieve), beside=(self.root,))
+        if not self.files.has(join(root, index.key(0))):
+            raise KeyNotFoundError(
+                f"root: got {self.root!r}, and {join(root, index.key(0))!r}, the first file that"
+                f" {text} names, is not there; give the folder or bucket that its keys are"
+                " relative to"
+            )
+        store = self.files.open_folder(root)
+        return Place(found=find_indexed(store, index, sieve), beside=(root,))
 
     # -- archives
 

@@ -69,7 +69,7 @@ def open_source(
     - one with a folder for each split, ``train`` and ``val`` or ``validation``, as torchvision's
       ImageNet has it; with original archives, ``ILSVRC2012_img_*.tar``; with shards
       ``train-*.tar``; or in Kaggle's layout, ``ILSVRC/Data/CLS-LOC``;
-    - a JSON or packed index, with ``root``;
+    - a JSON or packed index of files below ``root``;
     - a tar: flat, with class folders, of class tars, or a WebDataset shard; ``.tar.gz``,
       ``.tar.bz2`` and ``.tar.xz`` are unpacked to a temporary file, which `close` removes;
     - tars by pattern: ``shards/train-{000..146}.tar``, ``shards/train-*.tar``.
@@ -85,7 +85,7 @@ def open_source(
     Args:
         text: Where the samples lie.
         split: Which part of it: "train", "val", "test".
-        root: What the keys of an index are relative to.
+        root: What the keys of an index are relative to; None: the folder in which it lies.
         suffixes: Endings of samples, in any case; every file is one when empty.
         on_stray: Whether files that are no samples are counted (`SampleTable.num_stray`), or are
             an error.

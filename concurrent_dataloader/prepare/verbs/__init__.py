@@ -8,6 +8,7 @@ SUMMARIES = {
     "advise": "say how many shards to make, how large, and why",
     "copy": "copy a data set between buckets and folders",
     "distribute": "cut left-over shards into equal parts, one for each instance",
+    "folders": "sort images of any source into class folders",
     "index": "list a bucket or a folder and write an index",
     "lmdb": "write images to an LMDB database, for slow disks",
     "map": "put every sample of a set of shards through a function",
