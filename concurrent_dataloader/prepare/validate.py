@@ -221,7 +221,8 @@ def validate_shards(
     """Compare shards with their index and metadata; without these, look at their structure.
 
     Shards are those that the index or the metadata names, whatever their names look like; another
-    one beside them is wrong, another file is not.
+    one beside them is wrong, another file is not. Of a split that neither knows, all that look like
+    shards by their names are.
 
     Args:
         store: Where they lie.
@@ -237,24 +238,41 @@ def validate_shards(
     named = {key: files.others[key] for key in expected if key in files.others}
     present = files.shards | named
     found = digest_objects(store, list(present.values()), concurrency=concurrency, on_file=on_file)
+    unrecorded = {key: facts for key, facts in found.items() if key not in expected}
     if expected:
-        report.findings += compare_files(expected, found, by=_names_of_records(files))
-    else:
-        report.findings += find_duplicates(found)
-        report.findings += _find_gaps(list(found))
+        covered = _covered_splits(files)
+        unrecorded = {
+            key: facts
+            for key, facts in unrecorded.items()
+            if find_split(key) is not None and find_split(key) not in covered
+        }
+        recorded = {key: facts for key, facts in found.items() if key not in unrecorded}
+        report.findings += compare_files(expected, recorded, by=_names_of_records(files))
+    report.findings += find_duplicates(unrecorded)
+    report.findings += _find_gaps(list(unrecorded))
     report.count(list(present.values()))
     bad = {finding.where for finding in report.findings}
     unsure = [
         info
         for key, info in present.items()
         if key not in bad
-        and (not expected or key in expected)
+        and (key in unrecorded or key in expected)
         and expected.get(key, FileFacts()).md5 is None
     ]
     counts = count_samples(store, unsure, report.findings, concurrency=concurrency)
     _check_lengths(files, expected, counts, report)
     _check_old_checksum(store, files, found, report, concurrency)
     return report
+
+
+def _covered_splits(files: ShardFiles) -> set[str | None]:
+    """Name the splits of which an index or the metadata lists the shards."""
+    covered: set[str | None] = {find_split(split) or split for split in files.indexes}
+    if files.metadata is not None:
+        for split, known in files.metadata.splits.items():
+            if known.shards is not None:
+                covered.add(find_split(split) or split)
+    return covered
 
 
 def _names_of_records(files: ShardFiles) -> str:

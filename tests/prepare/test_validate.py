@@ -286,6 +286,23 @@ def test_metadata_that_contradicts_the_index_is_found(
     assert any(f"its checksum {'0' * 32} is not that of the shards" in line for line in lines)
 
 
+def test_a_split_without_any_record_is_looked_at_beside_one_that_has_an_index(
+    older_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "again").mkdir()
+    write_split(tmp_path / "again", "train", 3)
+    shutil.copy(tmp_path / "again" / "train-index.npz", older_set)
+
+    assert validate(capsys, older_set)[0] == 0
+
+    shard = older_set / "validation-000000.tar"
+    shard.write_bytes(shard.read_bytes()[:3000])
+    status, lines = validate(capsys, older_set)
+
+    assert status == 1
+    assert lines[0].startswith("validation-000000.tar: content: ")
+
+
 def test_an_index_that_is_none_is_named(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (shards / "train-index.npz").write_bytes(b"PK no index")
 

@@ -1,0 +1,427 @@
+"""Find out what kind of data set lies somewhere, and say what is wrong with it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from concurrent_dataloader.errors import KeyNotFoundError
+from concurrent_dataloader.index import Index
+from concurrent_dataloader.labels import Classes
+from concurrent_dataloader.prepare.checksums import read_checksums
+from concurrent_dataloader.prepare.deep import (
+    SampleTally,
+    ShardResult,
+    check_files,
+    check_shard,
+)
+from concurrent_dataloader.prepare.index import IMAGE_SUFFIXES, is_folder
+from concurrent_dataloader.prepare.parallel import call_concurrently
+from concurrent_dataloader.prepare.samples import BadSample, Rules, check_again
+from concurrent_dataloader.prepare.validate import (
+    IMAGENET_TREES,
+    Report,
+    ShardFiles,
+    expect_index,
+    find_shard_files,
+    is_packed,
+    list_files,
+    validate_checksum,
+    validate_shards,
+    validate_tree,
+)
+from concurrent_dataloader.shard_names import find_split
+from concurrent_dataloader.stores import WritableStore
+from concurrent_dataloader.stores.base import ObjectInfo
+
+_NO_EXPECTATION = (
+    "nothing says what should be there; give --index, --checksums, --checksum or --imagenet,"
+    " decode all with --deep, or record checksums with --write-checksums"
+)
+_TREES = {"train": "train", "validation": "validation", "val": "validation"}
+"""Folder below the root -> key of `IMAGENET_TREES`."""
+
+
+class Steps(Protocol):
+    """How far a step is."""
+
+    def __call__(
+        self, what: str, total: int | None, *, is_large: bool
+    ) -> contextlib.AbstractContextManager[Callable[[str], None]]:
+        """Begin a step; what is given is called with the name of each thing that is done."""
+        ...
+
+
+@contextlib.contextmanager
+def _say_nothing(
+    what: str, total: int | None, *, is_large: bool
+) -> Generator[Callable[[str], None]]:
+    del what, total, is_large
+    yield lambda name: None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class CheckSettings:
+    """What a data set is compared with, and how closely it is looked at."""
+
+    index: Path | None = None
+    """Names single files that should be there."""
+
+    checksums: Path | None = None
+    """MD5s of single files, as `checksums.write_checksums` or ``md5sum`` wrote them."""
+
+    checksum: str | None = None
+    """`metadata.checksum` of all files together."""
+
+    imagenet: bool = False
+    """Compare the raw trees of ImageNet with their fixed checksums."""
+
+    deep: bool = False
+    """Decode every sample, look at its class, and count classes."""
+
+    classes: Path | None = None
+    """Classes file that single files must belong to, if ``deep``."""
+
+    num_classes: int | None = None
+    """Labels are 0 to this, less one; None: as the index or metadata.json says."""
+
+    label_base: int = 1
+    """What TFRecords call the first class. TensorFlow's builder counts from 1."""
+
+    allow_pickle: bool = False
+    """Also read LMDB databases of the older system."""
+
+    concurrency: int = 8
+    """Files or shards under way at once."""
+
+    steps: Steps = _say_nothing
+    """Shows how far it is."""
+
+    @property
+    def compares_files(self) -> bool:
+        """Whether single files are compared with something."""
+        given = (self.index, self.checksums, self.checksum)
+        return self.imagenet or any(value is not None for value in given)
+
+
+class Place(NamedTuple):
+    """Where a data set lies, and which one file of it is meant."""
+
+    root: str
+    name: str | None
+
+    def path(self, key: str) -> Path | None:
+        """Give the file of this machine that a key stands for; None in a bucket."""
+        if not is_folder(self.root):
+            return None
+        return (Path(self.root.removeprefix("file://")).expanduser() / key).absolute()
+
+
+class Outcome(NamedTuple):
+    """What was found."""
+
+    report: Report
+    tally: SampleTally
+    """Of samples; empty but for LMDB databases where they were not looked at."""
+
+    names: dict[str, Sequence[str]]
+    """Names of the classes by split, in the order of the labels, where known."""
+
+
+def locate(source: str) -> Place:
+    """Part the place of a data set, or of one shard or database of it."""
+    if is_folder(source):
+        path = Path(source.removeprefix("file://")).expanduser()
+        if path.is_file() or (path.suffix == ".lmdb" and path.is_dir()):
+            return Place(str(path.parent), path.name)
+        return Place(source, None)
+    root, _, name = source.rpartition("/")
+    if name and (is_packed([ObjectInfo(name, 0)]) or name.endswith(".lmdb")):
+        return Place(root, name)
+    return Place(source, None)
+
+
+def list_place(store: WritableStore, place: Place) -> list[ObjectInfo]:
+    """List what lies there.
+
+    Raises:
+        FileNotFoundError: Nothing does.
+        StoreError: It cannot be listed.
+    """
+    infos = [
+        info
+        for info in list_files(store)
+        if place.name is None or info.key in (place.name, f"{place.name}/data.mdb")
+    ]
+    if not infos:
+        raise KeyNotFoundError(f"{place.root}: holds no file; check the path")
+    return infos
+
+
+def check_dataset(store: WritableStore, place: Place, settings: CheckSettings) -> Outcome:
+    """Check what lies there: single files, shards, or LMDB databases.
+
+    Args:
+        store: Opened at the place's root.
+        place: Where it lies.
+        settings: What to compare it with.
+
+    Raises:
+        ValueError: There is nothing to compare it with.
+        FileNotFoundError: There is nothing, or a file that the settings name is missing.
+        StoreError: It cannot be read.
+        ShardFormatError: It is an LMDB database that cannot be opened.
+    """
+    return _Check(store, place, settings).run()
+
+
+class _Check:
+    """One run: what it works on, and what it has found so far."""
+
+    def __init__(self, store: WritableStore, place: Place, settings: CheckSettings) -> None:
+        self._store = store
+        self._place = place
+        self._settings = settings
+        self._infos = list_place(store, place)
+        self._report = Report()
+        self._tally = SampleTally()
+        self._names: dict[str, Sequence[str]] = {}
+
+    def run(self) -> Outcome:
+        databases = [info for info in self._infos if _is_database(info.key)]
+        if self._settings.compares_files:
+            self._compare_files()
+        elif databases:
+            self._check_databases(databases)
+        elif is_packed(self._infos):
+            self._check_shards()
+        elif not self._settings.deep:
+            raise ValueError(f"{self._place.root}: {_NO_EXPECTATION}")
+        else:
+            self._report.notes.append("nothing says which files should be there: only decoded")
+            self._report.count([info for info in self._infos if _is_image(info.key)])
+            self._decode_files()
+        self._report.findings += self._tally.findings
+        return Outcome(self._report, self._tally, self._names)
+
+    # -- single files
+
+    def _compare_files(self) -> None:
+        settings = self._settings
+        with settings.steps("reading", None, is_large=False) as advance:
+
+            def on_file(key: str, size_bytes: int) -> None:
+                del size_bytes
+                advance(key)
+
+            compare = functools.partial(
+                validate_tree, self._store, concurrency=settings.concurrency, on_file=on_file
+            )
+            if settings.index is not None:
+                expected = expect_index(Index.load(settings.index))
+                by = str(settings.index)
+                self._merge(compare(self._infos, expected, by=by, is_complete=False))
+            if settings.checksums is not None:
+                recorded = read_checksums(settings.checksums)
+                itself = settings.checksums.absolute()
+                others = [info for info in self._infos if self._place.path(info.key) != itself]
+                by = str(settings.checksums)
+                self._merge(compare(others, recorded, by=by, is_complete=True))
+            for where, expected_checksum, members in self._find_checksums():
+                report = validate_checksum(
+                    self._store,
+                    members,
+                    expected_checksum,
+                    where=where,
+                    concurrency=settings.concurrency,
+                    on_file=on_file,
+                )
+                self._merge(report)
+        if settings.deep:
+            self._decode_files()
+
+    def _find_checksums(self) -> Iterator[tuple[str, str, list[ObjectInfo]]]:
+        if self._settings.checksum is not None:
+            yield self._place.root, self._settings.checksum.lower(), self._infos
+        if not self._settings.imagenet:
+            return
+        is_found = False
+        for folder, tree in _TREES.items():
+            members = [info for info in self._infos if info.key.startswith(f"{folder}/")]
+            if members:
+                is_found = True
+                yield folder, IMAGENET_TREES[tree], members
+        if not is_found:
+            raise KeyNotFoundError(
+                f"{self._place.root}: got no folder train, val or validation, expected one for"
+                " --imagenet"
+            )
+
+    def _merge(self, other: Report) -> None:
+        known = set(self._report.findings)
+        self._report.findings += [found for found in other.findings if found not in known]
+        self._report.notes += other.notes
+        self._report.num_files = max(self._report.num_files, other.num_files)
+        self._report.size_bytes = max(self._report.size_bytes, other.size_bytes)
+
+    def _decode_files(self) -> None:
+        settings = self._settings
+        keys = [info.key for info in self._infos if _is_image(info.key)]
+        if settings.index is not None:
+            present = {info.key for info in self._infos}
+            named = dict.fromkeys(Index.load(settings.index).keys())
+            keys = [key for key in named if key in present]
+        classes = None if settings.classes is None else Classes.load(settings.classes)
+        rules = Rules(num_classes=settings.num_classes, classes=classes)
+        with settings.steps("decoding", len(keys), is_large=False) as advance:
+
+            def on_file(result: ShardResult) -> None:
+                self._tally.add("", result)
+                advance(result.name)
+
+            check_files(self._store, keys, rules, concurrency=settings.concurrency, on_file=on_file)
+        self._report.num_samples = self._tally.num_samples
+
+    # -- packed data
+
+    def _check_shards(self) -> None:
+        files = find_shard_files(self._store, self._infos)
+        with self._settings.steps("reading", len(files.shards), is_large=True) as advance:
+            self._report = validate_shards(
+                self._store,
+                files,
+                concurrency=self._settings.concurrency,
+                on_file=lambda key, size_bytes: advance(key),
+            )
+        if self._settings.deep:
+            self._decode_shards(files)
+
+    def _decode_shards(self, files: ShardFiles) -> None:
+        split_of = {
+            shard.name: split for split, index in files.indexes.items() for shard in index.shards
+        }
+        present = files.shards | {
+            key: info for key, info in files.others.items() if key in split_of
+        }
+
+        def check(info: ObjectInfo) -> tuple[str, ShardResult]:
+            split = split_of.get(info.key)
+            index = None if split is None else files.indexes[split]
+            name = split or find_split(info.key) or ""
+            return name, check_shard(self._store, info, self._rules_of(files, name), index)
+
+        work = list(present.values())
+        results = call_concurrently(check, work, self._settings.concurrency)
+        with (
+            self._settings.steps("decoding", len(work), is_large=True) as advance,
+            contextlib.closing(results),
+        ):
+            for split, result in results:
+                self._tally.add(split, result)
+                advance(result.name)
+        self._report.num_samples = self._tally.num_samples
+        self._note_what_was_found(files)
+
+    def _rules_of(self, files: ShardFiles, split: str) -> Rules:
+        classes = _class_names(files, split)
+        num_classes = self._settings.num_classes
+        if num_classes is None and classes is not None:
+            num_classes = len(classes)
+        known = None if files.metadata is None else files.metadata.splits.get(split)
+        raw_bytes = None
+        if known is not None and known.payload == "raw" and known.image_size is not None:
+            raw_bytes = 3 * known.image_size[0] * known.image_size[1]
+        label_base = self._settings.label_base
+        return Rules(num_classes=num_classes, label_base=label_base, raw_bytes=raw_bytes)
+
+    def _note_what_was_found(self, files: ShardFiles) -> None:
+        notes = self._report.notes
+        for split, counts in sorted(self._tally.counts.items()):
+            classes = _class_names(files, split)
+            if classes is not None:
+                self._names[split] = classes
+                num_empty = sum(label not in counts for label in range(len(classes)))
+                if num_empty:
+                    notes.append(f"{split}: {num_empty} of {len(classes)} classes have no sample")
+        if self._tally.num_unchecked:
+            notes.append(f"{self._tally.num_unchecked} samples hold no image file: not decoded")
+        if self._tally.num_shared_keys:
+            num_shared = self._tally.num_shared_keys
+            notes.append(f"{num_shared} keys stand in two splits, for different samples")
+
+    def _check_databases(self, databases: Sequence[ObjectInfo]) -> None:
+        from concurrent_dataloader.prepare.deep_lmdb import check_database
+
+        rules = Rules(num_classes=self._settings.num_classes)
+        with self._settings.steps("reading", len(databases), is_large=True) as advance:
+            for info in databases:
+                path = self._place.path(info.key.removesuffix("/data.mdb"))
+                if path is None:
+                    raise ValueError(
+                        f"{self._store.describe(info.key)}: an LMDB database, expected it on a disk"
+                        " of this machine; copy it there with `concurrent-dataloader copy`"
+                    )
+                result = check_database(
+                    path,
+                    rules,
+                    is_deep=self._settings.deep,
+                    allow_pickle=self._settings.allow_pickle,
+                )
+                self._tally.add(find_split(path.name) or path.name, result)
+                advance(info.key)
+        self._report.count(databases)
+        self._report.num_samples = self._tally.num_samples
+
+
+def check_samples_again(
+    store: WritableStore, place: Place, samples: Sequence[BadSample], settings: CheckSettings
+) -> list[BadSample]:
+    """Look at the samples of a report again; give those with which something still is wrong.
+
+    Raises:
+        StoreError: The store cannot be asked.
+        ValueError: ``settings.concurrency`` is less than 1.
+    """
+    classes = None if settings.classes is None else Classes.load(settings.classes)
+    rules = Rules(num_classes=settings.num_classes, label_base=settings.label_base, classes=classes)
+
+    def check(sample: BadSample) -> tuple[BadSample, BadSample | None]:
+        path = place.path(sample.key)
+        if sample.kind != "lmdb" or path is None:
+            return sample, check_again(store, sample, rules)
+        from concurrent_dataloader.prepare.deep_lmdb import check_record_again
+
+        return sample, check_record_again(path, sample, rules, allow_pickle=settings.allow_pickle)
+
+    bad: list[BadSample] = []
+    results = call_concurrently(check, samples, settings.concurrency)
+    with (
+        settings.steps("reading", len(samples), is_large=False) as advance,
+        contextlib.closing(results),
+    ):
+        for sample, problem in results:
+            advance(sample.key)
+            if problem is not None:
+                bad.append(problem)
+    return bad
+
+
+def _is_image(key: str) -> bool:
+    return key.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _is_database(key: str) -> bool:
+    return key.endswith(".lmdb") or key.rpartition("/")[2] == "data.mdb"
+
+
+def _class_names(files: ShardFiles, split: str) -> Sequence[str] | None:
+    """Give the classes of a split whose samples have classes."""
+    index = files.indexes.get(split)
+    if index is not None:
+        return None if index.labels is None else index.classes
+    known = None if files.metadata is None else files.metadata.splits.get(split)
+    return None if known is None else known.classes
