@@ -49,7 +49,7 @@ from concurrent_dataloader.threads import DaemonThreads
 OpenRoot = Callable[[str], WritableStore]
 """Opens the store at a folder, or at ``s3://bucket/prefix``."""
 
-READ_BYTES = 8 << 20
+READ_BYTES = 2 << 20
 """Samples that lie side by side are read in pieces of this size, or of one sample."""
 
 _AHEAD_BYTES = 64 << 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import itertools
 import random
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from concurrent_dataloader.datasets.streamed import StreamedShards
 from concurrent_dataloader.errors import IndexFormatError, ShardFormatError
 from concurrent_dataloader.prepare.__main__ import main
 from concurrent_dataloader.prepare.distribute import (
@@ -383,3 +385,32 @@ def test_the_command_fails_with_a_reason(
 ) -> None:
     assert main(["distribute", str(folder), *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_the_shards_of_all_instances_stream_each_sample_once(folder: Path) -> None:
+    distribute(str(folder), 4)
+
+    seen: list[bytes] = []
+    for instance in range(4):
+        own = shards_of_instance(str(folder), instance, 4)
+        paths = [folder / name for name in own.names]
+        streamed = StreamedShards(paths, fields=("__key__",), rank=0, world_size=1, index=None)
+        keys = [item[0] if isinstance(item, tuple) else item for item in streamed]
+        assert len(keys) == own.num_samples
+        seen.extend(keys)
+
+    assert sorted(seen) == sorted(key for key, _ in make_samples(66))
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves files open
+def test_the_webdataset_package_reads_the_parts(folder: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    distribute(str(folder), 4)
+    paths = [str(path) for path in sorted(folder.glob("distributed/4-instances/*.tar"))]
+
+    found = list(webdataset.WebDataset(paths, shardshuffle=False, empty_check=False))
+    gc.collect()
+
+    assert [(item["__key__"], item["jpg"], item["cls"]) for item in found] == [
+        (key, fields["jpg"], fields["cls"]) for key, fields in make_samples(10, first=56)
+    ]
