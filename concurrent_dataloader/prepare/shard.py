@@ -26,6 +26,7 @@ import orjson
 from numpy.typing import NDArray
 from typing_extensions import Buffer
 
+from concurrent_dataloader.formats.fields import LABEL_FIELD, RAW_FIELDS, TENSOR_FIELD
 from concurrent_dataloader.formats.tar import (
     BLOCK_BYTES,
     END_OF_ARCHIVE,
@@ -65,11 +66,9 @@ KeyStyle = Literal["path", "stem", "index"]
 DEFAULT_MAX_BYTES = 300_000_000
 """Some 490 shards of ImageNet's training set."""
 
-IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "img")
-"""Fields that readers take for an image; other endings of image files become ``img``."""
-
-_OTHER_IMAGES = ("gif", "tif", "tiff", "jfif", "jpe", "pgm", "pnm", "")
-_PAYLOAD_FIELDS = {"jpeg": "jpg", "tensor": "pth", "raw": "img", "ppm": "ppm"}
+# Endings that readers would not take for an image; these files are called ``img``.
+_OTHER_IMAGES = frozenset({"", "gif", "jfif", "jpe", "pnm", "pbm"})
+_PAYLOAD_FIELDS = {"jpeg": "jpg", "tensor": TENSOR_FIELD, "raw": RAW_FIELDS[0], "ppm": "ppm"}
 _SYNSET = re.compile(r"n\d{8}", re.ASCII)
 _TFRECORD_FRAME_BYTES = 16  # a length and two CRCs
 _TFRECORD_LABEL_BASE = 1  # 0 is the background, as TensorFlow's builder counts
@@ -460,7 +459,7 @@ class _Recipe:
         """Give the fields of a tar besides the payload."""
         fields: dict[str, bytes] = {}
         if sample.label is not None:
-            fields["cls"] = b"%d" % sample.label
+            fields[LABEL_FIELD] = b"%d" % sample.label
         if self.settings.boxes:
             fields["json"] = _encode_boxes(sample.boxes)
         return fields
@@ -599,7 +598,7 @@ def _tar_bytes(recipe: _Recipe, survey: Survey, position: int) -> int:
     name, label = source.name(position), source.label(position)
     sizes = {settings.payload_field(name): int(survey.sizes[position])}
     if label is not None:
-        sizes["cls"] = len(str(label))
+        sizes[LABEL_FIELD] = len(str(label))
     if survey.json_sizes is not None:
         sizes["json"] = int(survey.json_sizes[position])
     key = settings.key(name, position, recipe.digits)

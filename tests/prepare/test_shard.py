@@ -88,7 +88,7 @@ def test_samples_without_classes_have_no_label(tmp_path: Path) -> None:
 
 
 def test_the_field_is_the_ending_unless_chosen(tmp_path: Path) -> None:
-    names = ["a/1.JPG", "a/2.png", "a/3.tif", "a/4"]
+    names = ["a/1.JPG", "a/2.png", "a/3.gif", "a/4"]
     source = MemorySource(dict.fromkeys(names, b"x"))
 
     write_shards(source, tmp_path / "own", ShardSettings(seed=None))
@@ -537,7 +537,7 @@ def test_a11_raw_pixels_are_those_of_the_image(tmp_path: Path) -> None:
         MemorySource({"a/1.png": raw}), tmp_path, ShardSettings(preparation=preparation)
     )
 
-    pixels = np.frombuffer(read_back(tmp_path)[0][1]["img"], np.uint8)
+    pixels = np.frombuffer(read_back(tmp_path)[0][1]["rgb"], np.uint8)
     assert split.image_size == (32, 32)
     expected = v2.CenterCrop(32)(Image.open(io.BytesIO(raw)))
     assert np.array_equal(pixels.reshape(32, 32, 3), expected)
