@@ -16,6 +16,7 @@ from concurrent_dataloader.formats.tar import Sample
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "img", "pth")
 LABEL_FIELD = "cls"
+KEY_FIELD, SHARD_FIELD = "__key__", "__shard__"
 DEFAULT_FIELDS = (";".join(IMAGE_FIELDS), LABEL_FIELD)
 
 Fields = str | Sequence[str] | Mapping[str, str]
@@ -23,6 +24,7 @@ Fields = str | Sequence[str] | Mapping[str, str]
 semicolons between, of which the first that a sample has is taken; ``__key__`` is the sample's key,
 ``__shard__`` its shard."""
 
+_NAMES = (KEY_FIELD, SHARD_FIELD)
 _RAW_SIDE = 256
 _RAW_BYTES = _RAW_SIDE * _RAW_SIDE * 3
 
@@ -72,15 +74,17 @@ class FieldReader:
         self.transform = transform
         self.target_transform = target_transform
 
-    def is_lacking(self, sample: Sample) -> str | None:
-        """Say which field a sample lacks; None if it has all."""
-        for field in self._fields:
-            if not any(part in sample.fields or part[:2] == "__" for part in field.alternatives):
-                return ";".join(field.alternatives)
-        return None
+    def is_whole(self, sample: Sample, label: int | None) -> bool:
+        """Tell whether a sample has all fields."""
+        return all(_find(field, sample, label) is not None for field in self._fields)
 
-    def read(self, sample: Sample, where: str) -> Any:
+    def read(self, sample: Sample, label: int | None, where: str) -> Any:
         """Decode and transform the fields of a sample; draws as the transforms do.
+
+        Args:
+            sample: Its bytes.
+            label: What the index says; None: the sample says it.
+            where: What errors call its shard.
 
         Raises:
             ShardFormatError: It lacks a field.
@@ -88,35 +92,33 @@ class FieldReader:
         """
         values: list[Any] = []
         for field in self._fields:
-            name = next((part for part in field.alternatives if part in sample.fields), None)
-            if name is not None:
-                values.append(self._read_field(name, sample, where))
-            elif "__key__" in field.alternatives:
-                values.append(sample.key)
-            elif "__shard__" in field.alternatives:
-                values.append(where)
-            else:
+            name = _find(field, sample, label)
+            if name is None:
                 raise ShardFormatError(
                     f"{where}: sample {sample.key!r} has no field "
                     f"{' or '.join(map(repr, field.alternatives))}, got "
                     f"{', '.join(map(repr, sample.fields))}; name other fields, or let samples be "
                     "left out by missing='skip'"
                 )
+            values.append(self._read_field(name, sample, label, where))
         if self._is_mapping:
             return {field.name: value for field, value in zip(self._fields, values, strict=True)}
         return values[0] if self._is_single else tuple(values)
 
-    def _read_field(self, name: str, sample: Sample, where: str) -> Any:
-        raw = sample.fields[name]
+    def _read_field(self, name: str, sample: Sample, label: int | None, where: str) -> Any:
+        if name in _NAMES:
+            return sample.key if name == KEY_FIELD else where
         try:
+            if name == LABEL_FIELD and name not in self._decoders:
+                if label is None:
+                    label = _parse_label(sample.fields[name], self._label_base)
+                return label if self.target_transform is None else self.target_transform(label)
+            raw = sample.fields[name]
             if name in self._decoders:
                 return self._decoders[name](raw)
             if name in IMAGE_FIELDS:
                 image = self._read_image(name, raw)
                 return image if self.transform is None else self.transform(image)
-            if name == LABEL_FIELD:
-                label = _parse_label(raw, self._label_base)
-                return label if self.target_transform is None else self.target_transform(label)
             if name == "json":
                 return _parse_json(raw)
             return raw.decode("utf-8") if name in ("txt", "text") else raw
@@ -134,6 +136,14 @@ class FieldReader:
         if name == "img" and len(raw) == _RAW_BYTES:
             return _read_pixels(raw, self._decode)
         return self._decode_image(raw)
+
+
+def _find(field: _Field, sample: Sample, label: int | None) -> str | None:
+    """Choose among the alternatives of a field the first that a sample has."""
+    for name in field.alternatives:
+        if name in sample.fields or name in _NAMES or (name == LABEL_FIELD and label is not None):
+            return name
+    return None
 
 
 def _choose_image_decoder(decode: Decode) -> Callable[[bytes], Any]:

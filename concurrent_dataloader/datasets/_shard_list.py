@@ -8,9 +8,10 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from concurrent_dataloader.datasets._shard_reader import ShardList
@@ -40,7 +41,19 @@ _NUMBERING = re.compile(r"[-_.]?\d*(-of-\d+)?(\.[A-Za-z]\w*)*$")
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
-def open_shards(
+class FoundShards(NamedTuple):
+    """Shards, and what their index says of them."""
+
+    shards: ShardList
+
+    table: ShardTable | None
+    """None without an index."""
+
+    labels: NDArray[np.int32] | None
+    """Of each sample of the index; None if it has none."""
+
+
+def find_shards(
     source: Source,
     store: Store | None,
     store_options: dict[str, Any],
@@ -48,7 +61,7 @@ def open_shards(
     split: Split | None,
     index: ShardIndex | str | os.PathLike[str] | None,
     allow_pipe: bool,
-) -> tuple[ShardList, ShardTable | None]:
+) -> FoundShards:
     """Find the shards and, where there is an index, their samples.
 
     Raises:
@@ -61,20 +74,18 @@ def open_shards(
     if any(text.startswith(FAKE) for text in texts):
         return _make_up(texts)
     if any(text.startswith(PIPE) for text in texts):
-        return _take_commands(texts, allow_pipe), None
+        return FoundShards(_take_commands(texts, allow_pipe), None, None)
     found, store = _locate(texts, store, store_options)
     found = _choose_split(found, split, ", ".join(texts))
     names = found.names
     shard_index = _open_index(index, store, names, store_options)
     sizes = _find_sizes(store, names) if None in found.sizes else found.sizes
     shards = ShardList(store, names, sizes)
-    if shard_index is None:
-        return shards, None
-    if not shards.has_ranges:
-        if index != "auto":
+    if shard_index is None or not shards.has_ranges:
+        if shard_index is not None and index != "auto":
             raise ValueError("index: got one for compressed shards, which have no byte ranges")
-        return shards, None
-    return shards, _match_index(shard_index, shards)
+        return FoundShards(shards, None, None)
+    return FoundShards(shards, _match_index(shard_index, shards), shard_index.labels)
 
 
 def _locate(
@@ -248,14 +259,14 @@ def _take_commands(texts: Sequence[str], allow_pipe: bool) -> ShardList:
     return ShardList(MemoryStore(), commands, [None] * len(commands), are_commands=True)
 
 
-def _make_up(texts: Sequence[str]) -> tuple[ShardList, ShardTable]:
+def _make_up(texts: Sequence[str]) -> FoundShards:
     number = texts[0].removeprefix(FAKE)
     if len(texts) > 1 or not (number.isdecimal() or not number):
         raise ValueError(f"shards: got {', '.join(map(repr, texts))}, expected 'fake:N' alone")
     count = int(number) if number else _NUM_FAKES
     sample = Sample("fake", {"jpg": _draw_photo(), "cls": b"0"}, ByteRange(0, 1))
     shards = ShardList(MemoryStore(), [f"{FAKE}{count}"], [count], repeated=sample)
-    return shards, ShardTable.from_counts([count])
+    return FoundShards(shards, ShardTable.from_counts([count]), None)
 
 
 def _draw_photo() -> bytes:

@@ -66,6 +66,9 @@ class RawSample(NamedTuple):
     segment: int
     """Number of its segment in the reader's list."""
 
+    place: int | None
+    """Of the sample in the index; None without one."""
+
     sample: Sample
 
 
@@ -192,31 +195,34 @@ class _Slot:
         self._samples = shards.iter_samples(segment, self._stream, offset)
         self._last_key: str | None = None
 
-    def read(self) -> Sample | None:
+    def read(self) -> RawSample | None:
         """Read the next sample; None at the end."""
         try:
             sample = next(self._samples, None)
-            if sample is None:
-                self._check_count()
+            self._check_count(is_over=sample is None)
         except LoaderError as error:
             raise self._explain(error) from error
         if sample is None:
             if self._stream is not None:
                 self._ahead.drop(self._stream)
             return None
+        first = self._segment.first
+        place = None if first is None else first + self.num_read
         self.offset = sample.extent.stop
         self.num_read += 1
         self._last_key = sample.key
-        return sample
+        return RawSample(self.number, place, sample)
 
-    def _check_count(self) -> None:
+    def _check_count(self, *, is_over: bool) -> None:
         expected = self._segment.num_samples
-        if expected is not None and self.num_read != expected:
-            raise ShardFormatError(
-                f"{self._shards.describe(self._segment.shard)} {self._segment.byte_range}: got "
-                f"{self.num_read} samples, expected {expected}; the index does not belong to the "
-                "shards, write it anew with `concurrent-dataloader index`"
-            )
+        if expected is None or (self.num_read == expected if is_over else self.num_read < expected):
+            return
+        got = f"{self.num_read}" if is_over else f"more than {expected}"
+        raise ShardFormatError(
+            f"{self._shards.describe(self._segment.shard)}: got {got} samples in "
+            f"{self._segment.byte_range}, expected {expected}; the index does not belong to the "
+            "shards, write it anew with `concurrent-dataloader index`"
+        )
 
     def _explain(self, error: LoaderError) -> LoaderError:
         after = "its begin" if self._last_key is None else f"sample {self._last_key!r}"
@@ -329,10 +335,10 @@ class ShardReader:
         while self._slots:
             self._cursor %= len(self._slots)
             slot = self._slots[self._cursor]
-            sample = slot.read()
-            if sample is not None:
+            raw = slot.read()
+            if raw is not None:
                 self._cursor += 1
-                return RawSample(slot.number, sample)
+                return raw
             del self._slots[self._cursor]
             self._open_slot(self._cursor)
         return None
@@ -361,7 +367,7 @@ class ShardReader:
             "slots": [[slot.number, slot.offset, slot.num_read] for slot in self._slots],
             "cursor": self._cursor,
             "next_segment": self._next_segment,
-            "buffer": [[raw.segment, *raw.sample.extent] for raw in self._buffer],
+            "buffer": [[raw.segment, raw.place, *raw.sample.extent] for raw in self._buffer],
             "target": self._target,
             "rng": [version, list(words), gauss],
         }
@@ -383,37 +389,37 @@ class ShardReader:
         self._rng.setstate((version, tuple(words), gauss))
         self._buffer = self._fetch_again(state["buffer"])
 
-    def _fetch_again(self, places: Sequence[Sequence[int]]) -> list[RawSample]:
+    def _fetch_again(self, places: Sequence[Sequence[Any]]) -> list[RawSample]:
         """Fetch the samples that lay in the buffer, near ones by one request, in their order."""
         shards = self._shards
         if shards.repeated is not None:
             sample = shards.repeated
             return [
-                RawSample(number, sample._replace(extent=ByteRange(start, stop)))
-                for number, start, stop in places
+                RawSample(number, place, sample._replace(extent=ByteRange(start, stop)))
+                for number, place, start, stop in places
             ]
         by_shard: dict[int, list[int]] = {}
-        for at, (number, _, _) in enumerate(places):
+        for at, (number, *_) in enumerate(places):
             by_shard.setdefault(self._segments[number].shard, []).append(at)
         requests: list[tuple[int, list[int], ByteRange]] = []
         for shard, members in by_shard.items():
-            ranges = [ByteRange(places[at][1], places[at][2]) for at in members]
+            ranges = [ByteRange(*places[at][2:]) for at in members]
             for group in merge_near(
                 ranges, max_gap_bytes=_MAX_GAP_BYTES, max_length_bytes=self._settings.part_bytes
             ):
                 chosen = [ranges[member] for member in group]
                 requests.append((shard, [members[member] for member in group], cover(chosen)))
         futures = [
-            self._ahead.submit(shards.store.get, shards.keys[shard], place)
-            for shard, _, place in requests
+            self._ahead.submit(shards.store.get, shards.keys[shard], byte_range)
+            for shard, _, byte_range in requests
         ]
         found: dict[int, RawSample] = {}
         for (shard, members, (begin, _)), future in zip(requests, futures, strict=True):
             view = memoryview(future.result()).cast("B")
             for at in members:
-                number, start, stop = places[at]
+                number, place, start, stop = places[at]
                 sample = shards.parse(shard, view[start - begin : stop - begin])
-                found[at] = RawSample(number, sample._replace(extent=ByteRange(start, stop)))
+                found[at] = RawSample(number, place, sample._replace(extent=ByteRange(start, stop)))
         return [found[at] for at in range(len(places))]
 
 

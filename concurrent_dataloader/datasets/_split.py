@@ -59,6 +59,9 @@ class Segment(NamedTuple):
     num_samples: int | None = None
     """None where that is not known."""
 
+    first: int | None = None
+    """Place of its first sample in the index; None without one."""
+
 
 class ShardTable:
     """How many samples each shard has, and where they lie in it."""
@@ -78,6 +81,8 @@ class ShardTable:
         self._firsts = firsts
         self._extents = extents
         self.num_samples = int(counts.sum())
+        self.num_indexed = len(extents)
+        """Samples of the index, which may be that of more shards."""
 
     @classmethod
     def from_index(cls, index: ShardIndex, numbers: Sequence[int]) -> ShardTable:
@@ -99,7 +104,7 @@ class ShardTable:
         """Give samples ``[start, stop)`` of a shard; at least one."""
         first = int(self._firsts[shard])
         begin, end = self._extents[first + start, 0], self._extents[first + stop - 1, 1]
-        return Segment(shard, ByteRange(int(begin), int(end)), stop - start)
+        return Segment(shard, ByteRange(int(begin), int(end)), stop - start, first + start)
 
 
 def draw_order(num_shards: int, seed: int, epoch: int | None) -> list[int]:

@@ -9,17 +9,20 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 import torch.distributed
+from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 from typing_extensions import override
 
 from concurrent_dataloader.datasets._fields import DEFAULT_FIELDS, FieldReader, Fields
-from concurrent_dataloader.datasets._shard_list import open_shards
+from concurrent_dataloader.datasets._shard_list import find_shards
 from concurrent_dataloader.datasets._shard_reader import ReadSettings, ShardReader
 from concurrent_dataloader.datasets._split import (
     Reader,
     Segment,
+    ShardTable,
     Uneven,
     draw_order,
     plan_segments,
@@ -28,7 +31,7 @@ from concurrent_dataloader.datasets._split import (
 )
 from concurrent_dataloader.datasets.indexed import Decode
 from concurrent_dataloader.errors import ShardFormatError
-from concurrent_dataloader.shard_index import ShardIndex
+from concurrent_dataloader.shard_index import NO_LABEL, ShardIndex
 from concurrent_dataloader.shard_names import Split
 from concurrent_dataloader.stores.base import Store
 
@@ -91,6 +94,7 @@ class StreamedShards(IterableDataset[Any]):
         decode: Decode = "pillow",
         decoders: Mapping[str, Callable[[bytes], Any]] | None = None,
         label_base: int | None = None,
+        labels: NDArray[np.integer[Any]] | None = None,
         missing: Literal["error", "skip"] = "error",
         shuffle: bool = False,
         shuffle_buffer: int = 1000,
@@ -126,8 +130,11 @@ class StreamedShards(IterableDataset[Any]):
                 holds, ``txt`` a string, ``pth`` the tensor that was saved, ``img`` of 256 * 256 * 3
                 bytes that are no file an image, and anything else stays bytes.
             decoders: Functions of the raw bytes for other fields, or instead of these rules.
-            label_base: What the shards call the first class; labels count from 0. None: 0 in tars,
+            label_base: What the field ``cls`` calls the first class; labels count from 0. None:
+                labels are those of the index, as for random access; where it has none, 0 in tars,
                 1 in TFRecords, as TensorFlow's builder writes them.
+            labels: Of each sample of the index, in its order, instead of its own: such as those of
+                a `ShardDataset` that were converted. (N,) of integers; -1: as the sample says.
             missing: What to do with a sample that lacks a field: raise, or leave it out and count
                 it in `num_skipped`.
             shuffle: Whether to shuffle; the default suits validation.
@@ -161,7 +168,7 @@ class StreamedShards(IterableDataset[Any]):
         _check_count("shuffle_buffer", shuffle_buffer, 1)
         self._explicit_rank = _check_rank(rank, world_size)
         self._found_rank: tuple[int, int] | None = None
-        self._shards, self._table = open_shards(
+        self._shards, self._table, index_labels = find_shards(
             shards, store, store_options, split=split, index=index, allow_pipe=allow_pipe
         )
         if length is not None:
@@ -170,6 +177,7 @@ class StreamedShards(IterableDataset[Any]):
                 raise ValueError(
                     f"length: got {length}, expected {self._table.num_samples}, as the index says"
                 )
+        self._labels = _choose_labels(labels, index_labels, label_base, self._table)
         if label_base is None:
             label_base = int(self._shards.is_records(0))
         self._fields = FieldReader(
@@ -283,11 +291,12 @@ class StreamedShards(IterableDataset[Any]):
         try:
             for raw in shard_reader:
                 sample = raw.sample
-                if self._skips and self._fields.is_lacking(sample) is not None:
+                label = self._label_at(raw.place)
+                if self._skips and not self._fields.is_whole(sample, label):
                     self._count_skipped()
                     continue
                 shard = shard_reader.shard_of(raw)
-                yield self._fields.read(sample, self._shards.describe(shard))
+                yield self._fields.read(sample, label, self._shards.describe(shard))
             self._check_length(shard_reader)
             is_over = True
         finally:
@@ -295,6 +304,12 @@ class StreamedShards(IterableDataset[Any]):
                 self._state = None if is_over else self.state_dict()
                 self._running = None
             shard_reader.close()
+
+    def _label_at(self, place: int | None) -> int | None:
+        if self._labels is None or place is None:
+            return None
+        label = int(self._labels[place])
+        return None if label == NO_LABEL else label
 
     def _plan(self, reader: Reader, epoch: _Epoch) -> list[Segment]:
         order = draw_order(len(self._shards), self._seed, epoch.split if self._shuffles else None)
@@ -473,6 +488,26 @@ class StreamedShards(IterableDataset[Any]):
         """Take over all, and share what workers share."""
         self.__dict__.update(state)
         self._shared.share_memory_()
+
+
+def _choose_labels(
+    labels: NDArray[np.integer[Any]] | None,
+    index_labels: NDArray[np.int32] | None,
+    label_base: int | None,
+    table: ShardTable | None,
+) -> NDArray[np.integer[Any]] | None:
+    """Choose the labels to deliver; None: those of the field ``cls``."""
+    if labels is None:
+        return index_labels if label_base is None else None
+    if label_base is not None:
+        raise ValueError("labels: got them together with label_base, expected one of the two")
+    expected = 0 if table is None else table.num_indexed
+    if table is None or labels.shape != (expected,):
+        raise ValueError(
+            f"labels: got an array of shape {labels.shape}, expected ({expected},), one for each "
+            "sample of the index"
+        )
+    return labels
 
 
 def _check_count(name: str, value: int, least: int) -> None:

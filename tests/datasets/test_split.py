@@ -47,7 +47,7 @@ def read(
         num_open=4,
     )
     samples: list[tuple[int, int]] = []
-    for shard, byte_range, num_samples in segments:
+    for shard, byte_range, num_samples, _ in segments:
         assert byte_range is not None
         places = range(*byte_range)
         assert len(places) == num_samples

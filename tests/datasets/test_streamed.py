@@ -39,6 +39,7 @@ from concurrent_dataloader.formats.tfrecord import (
     TFRecordWriter,
     serialize_image_example,
 )
+from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.shard_index import Shard, ShardIndex, ShardIndexBuilder
 from concurrent_dataloader.stores import RetryPolicy
 from concurrent_dataloader.stores._memory import MemoryStore
@@ -231,6 +232,44 @@ def test_labels_count_from_the_declared_base(tmp_path: Path) -> None:
     assert labels_of(stream(tmp_path, label_base=1)) == [0]
     with pytest.raises(SampleDecodeError, match=r"sample 'a', field 'cls': class: got 1, expected"):
         list(stream(tmp_path, label_base=2))
+
+
+def test_labels_are_those_of_the_index_as_for_random_access(folder: Path) -> None:
+    index = ShardIndex.load(folder / "train-index.npz")
+    own = np.arange(TOTAL) * 2
+    own[7] = -1  # the sample says it
+
+    assert labels_of(stream(folder, labels=own, index=index))[:9] == [0, 2, 4, 6, 8, 10, 12, 7, 16]
+    by_label = sorted(shuffled(folder, labels=own, decode=bytes, target_transform=str), key=str)
+    assert by_label == sorted(
+        ((raw, str(7 if n == 7 else 2 * n)) for raw, n in stream(folder, decode=bytes)), key=str
+    )
+    assert labels_of(stream(folder, label_base=0, target_transform=float))[3] == 3.0
+    with pytest.raises(ValueError, match=r"got an array of shape \(3,\), expected \(79,\)"):
+        stream(folder, labels=own[:3])
+
+
+def test_a_shard_of_several_has_its_own_labels(folder: Path) -> None:
+    labels = np.arange(TOTAL) + 100
+
+    assert labels_of(stream(f"{folder}/train-00000[36].tar", labels=labels)) == [
+        *range(117, 130),
+        *range(171, 179),
+    ]
+
+
+def test_a_label_that_the_index_alone_knows_is_given(tmp_path: Path) -> None:
+    raw = tar_of({f"{number}.jpg": b"." for number in range(3)})
+    (tmp_path / "train-0.tar").write_bytes(raw)
+    builder = ShardIndexBuilder("tar")
+    for number in range(3):
+        place = ByteRange(1024 * number, 1024 * number + 1024)
+        builder.add_sample(f"{number}.jpg", place, place, 5 - number)
+    builder.add_shard(Shard("train-0.tar", len(raw)))
+    builder.build().save(tmp_path / "train-index.npz")
+
+    assert labels_of(stream(tmp_path)) == [5, 4, 3]
+    assert labels_of(stream(tmp_path, missing="skip")) == [5, 4, 3]
 
 
 def test_a_label_that_is_no_number_is_named(tmp_path: Path) -> None:
@@ -460,7 +499,7 @@ def test_an_index_with_other_samples_is_found_out(tmp_path: Path) -> None:
     size = index.shards[0].size_bytes
     (tmp_path / "train-000000.tar").write_bytes(raw[:size].ljust(size, b"\0"))
 
-    with pytest.raises(ShardFormatError, match="got 8 samples, expected 4; the index does not"):
+    with pytest.raises(ShardFormatError, match=r"got more than 4 samples in .*, expected 4; the"):
         list(stream(tmp_path, fields="jpg"))
 
 
@@ -570,7 +609,7 @@ def test_shards_are_mixed(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("make_loader", [torch_loader, DataLoader])
-def test_w05_g08_len_of_the_loader_is_what_it_delivers(folder: Path, make_loader: Any) -> None:
+def test_w05_g08_g10_len_of_the_loader_is_what_it_delivers(folder: Path, make_loader: Any) -> None:
     grid = itertools.product((0, 1, 3), (4, 7, 200), (False, True), ("sorted", "shuffled"))
     for num_workers, batch_size, drop_last, kind in grid:
         make = shuffled if kind == "shuffled" else stream
@@ -616,6 +655,19 @@ def test_lengths_of_ranks_are_what_they_deliver(folder: Path) -> None:
             assert len(got[-1]) == len(dataset)
         if uneven != "exact":
             assert len({len(part) for part in got}) == 1
+
+
+def test_w05_lengths_agree_on_all_ranks_and_workers(folder: Path) -> None:
+    for num_workers, drop_last in itertools.product((0, 2), (False, True)):
+        got: list[list[list[int]]] = []
+        for rank in range(3):
+            dataset = shuffled(folder, rank=rank, world_size=3, batch_size=4)
+            loader = torch_loader(dataset, 4, num_workers=num_workers, drop_last=drop_last)
+            dataset.set_epoch(2)
+            got.append(batches_of(loader))
+            assert len(got[-1]) == len(loader) == (6 if drop_last else 7)
+        flat = list(itertools.chain(*itertools.chain(*got)))
+        assert len(set(flat)) == len(flat) == 3 * (24 if drop_last else 26)
 
 
 def test_w11_ranks_validate_each_sample_once(folder: Path) -> None:
