@@ -29,7 +29,6 @@ from concurrent_dataloader.prepare.plan import NamePattern
 from concurrent_dataloader.prepare.pool import open_pool
 from concurrent_dataloader.prepare.reshard import SplitAt, check_target_keys, refuse_same_place
 from concurrent_dataloader.prepare.shard_set import (
-    READ_BYTES,
     FoundSample,
     OpenRoot,
     Place,
@@ -46,6 +45,9 @@ from concurrent_dataloader.stores import RangedFile, open_writable_store
 
 KEY = "__key__"
 """In what the function gives: the key of the new sample, in the place of the old one."""
+
+_READ_BYTES = 8 << 20
+"""Of a shard, read front to back by each process."""
 
 Fields = Mapping[str, Buffer]
 
@@ -215,7 +217,7 @@ def _map_shard(recipe: _Recipe, number: int) -> tuple[WrittenShard, list[FoundSa
     found: list[FoundSample] = []
     with (
         recipe.place.compose(shard.name) as target,
-        io.BufferedReader(RangedFile(store, key, shard.size_bytes), READ_BYTES) as file,
+        io.BufferedReader(RangedFile(store, key, shard.size_bytes), _READ_BYTES) as file,
     ):
         writer = TarWriter(target)
         for old in read_samples(file, where):

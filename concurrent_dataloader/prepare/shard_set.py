@@ -53,7 +53,7 @@ READ_BYTES = 2 << 20
 """Samples that lie side by side are read in pieces of this size, or of one sample."""
 
 _AHEAD_BYTES = 64 << 20
-_AHEAD_READS = 32
+_AHEAD_READS = 64
 _SCAN_BYTES = 1 << 20
 _SCAN_THREADS = 8
 _MAX_LABEL_BYTES = 32
