@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -22,6 +22,12 @@ from concurrent_dataloader.formats.fields import (
     read_json,
     read_label,
 )
+
+Pixels: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
+"""(H, W, 3) uint8, RGB."""
+
+_ANY_FIELD = "img"
+_RAW_IMG_SIZE = (256, 256)  # of an older system's converter, which calls raw pixels img
 
 # What torch.load lets through for bytes that are no tensor; MemoryError is not among them.
 _NO_TENSOR = (
@@ -44,7 +50,8 @@ class FieldDecoder:
 
         Args:
             decode: Of images, as `IndexedDataset` takes it; with None, all fields stay bytes.
-            raw_size: Height and width of images in `RAW_FIELDS`; None: they are squares.
+            raw_size: Height and width of images in `RAW_FIELDS`, and in ``img`` fields that have
+                just so many bytes; None: they are squares, in ``img`` fields of 256.
 
         Raises:
             ValueError: There is no such decoder, or no such size.
@@ -66,16 +73,27 @@ class FieldDecoder:
         Raises:
             SampleDecodeError: The bytes are not what the field's name says.
         """
-        kind = field.rpartition(".")[2]
-        if not isinstance(self._decode, str) or kind not in (*RAW_FIELDS, TENSOR_FIELD):
+        pixels = self._read_headerless(field.rpartition(".")[2], content)
+        if pixels is None:
             return self._decode_raw(content)
-        if kind == TENSOR_FIELD:
-            pixels = _channels_last(_load_tensor(content))
-        else:
-            pixels = _read_pixels(content, self._raw_size)
         if self._decode == "pillow":
             return Image.fromarray(pixels)
         return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+    def _read_headerless(self, kind: str, content: Buffer) -> Pixels | None:
+        """Give the pixels of what is no image file; None where a decoder of images is to try."""
+        if not isinstance(self._decode, str):
+            return None
+        if kind == TENSOR_FIELD:
+            return _channels_last(_load_tensor(content))
+        if kind in RAW_FIELDS:
+            return _read_pixels(content, self._raw_size)
+        size = self._raw_size or _RAW_IMG_SIZE
+        if kind != _ANY_FIELD or memoryview(content).nbytes != math.prod(size) * 3:
+            return None
+        if self._raw_size is None and _is_image_file(content):
+            return None
+        return _read_pixels(content, size)
 
     def decode(self, field: str, content: Buffer) -> Any:
         """Decode any field: images, ``cls`` as int, ``json``; others stay bytes.
@@ -93,6 +111,14 @@ class FieldDecoder:
         return self.decode_image(field, content) if is_image_field(field) else bytes(content)
 
 
+def _is_image_file(content: Buffer) -> bool:
+    try:
+        with Image.open(io.BytesIO(content)):
+            return True
+    except Image.UnidentifiedImageError:
+        return False
+
+
 def _load_tensor(content: Buffer) -> torch.Tensor:
     """Read a tensor; executes nothing that the bytes ask for."""
     try:
@@ -106,7 +132,7 @@ def _load_tensor(content: Buffer) -> torch.Tensor:
     return loaded
 
 
-def _channels_last(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _channels_last(tensor: torch.Tensor) -> Pixels:
     """Give pixels as (H, W, 3)."""
     pixels = tensor.numpy()
     if pixels.ndim == 2:
@@ -120,9 +146,7 @@ def _channels_last(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
 
 
-def _read_pixels(
-    content: Buffer, size: tuple[int, int] | None
-) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _read_pixels(content: Buffer, size: tuple[int, int] | None) -> Pixels:
     raw = np.frombuffer(memoryview(content), np.uint8)
     side = math.isqrt(raw.size // 3)
     height, width = (side, side) if size is None else size

@@ -59,6 +59,9 @@ class IndexedDataset(StagedDataset[Any, Any]):
     end if negative, as those of a list.
     """
 
+    _keys_are_paths = True
+    """Whether the store is asked for the index's keys."""
+
     def __init__(
         self,
         index: Index,
@@ -95,7 +98,7 @@ class IndexedDataset(StagedDataset[Any, Any]):
         """
         if not len(index):
             raise IndexFormatError(f"{index_name}: no samples, expected at least one")
-        if index.key(0).startswith("/"):
+        if self._keys_are_paths and index.key(0).startswith("/"):
             raise IndexFormatError(
                 f"{index_name}: got key {index.key(0)!r}, expected keys relative to the root of "
                 "the data; write it anew with `concurrent-dataloader index`"

@@ -69,6 +69,8 @@ class ShardDataset(IndexedDataset):
     request brings them all (`plan_requests`, `fetch_many`).
     """
 
+    _keys_are_paths = False
+
     def __init__(
         self,
         index: ShardIndex,
@@ -109,7 +111,8 @@ class ShardDataset(IndexedDataset):
             target_transform: Of labels.
             decode: As in `IndexedDataset`. Tensors (``pth``) and raw pixels become what images do;
                 with None, every field stays bytes.
-            raw_size: Height and width of images without a header; None: they are squares.
+            raw_size: Height and width of images without a header (``rgb``, ``raw``, and ``img``
+                of just so many bytes); None: they are squares, of ``img`` 256 x 256.
             missing_label: The label where there is none; when None, items are then images alone.
             with_metadata: Whether items have a `SampleMetadata` as last element, with shard and
                 byte range.

@@ -282,7 +282,7 @@ def _find_label(small: dict[str, bytes], where: str) -> int | None:
 
 def _parent(key: str) -> str | None:
     parts = key.rsplit("/", 2)
-    return parts[-2] if len(parts) > 1 else None
+    return parts[-2] if len(parts) > 1 and parts[-2] not in ("", ".") else None
 
 
 # -- TFRecord
@@ -304,7 +304,8 @@ def _scan_tfrecord(file: BinaryIO, where: str, shard_name: str) -> Iterator[_Fou
             name = f"{name}.{(example.image_format or 'img').lower()}"
         if example.synset and "/" not in name:
             name = f"{example.synset}/{name}"
-        yield _Found(name, record.byte_range, record.byte_range, example.label, example.synset)
+        class_name = example.synset or (_parent(name) if example.filename else None)
+        yield _Found(name, record.byte_range, record.byte_range, example.label, class_name)
 
 
 # -- labels

@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.utils.data
+from torchvision.transforms.functional import pil_to_tensor
 
+from concurrent_dataloader.dataloader_mod.dataloader import DataLoader
 from concurrent_dataloader.datasets import ShardDataset, open_shards
 from concurrent_dataloader.errors import (
     IndexFormatError,
@@ -193,6 +197,28 @@ def test_a_bucket_has_the_items_of_the_folder(
     assert object_server.counters().num_requests == num_requests + 5
     assert labels_of(open_shards("s3://sets/p/val-{000000..000001}.tar", **reach)) == [0, 1, 2]
     assert labels_of(open_shards("s3://sets/p/val-index.npz", **reach)) == [0, 1, 2]
+
+
+def test_workers_forked_after_the_listing_read_what_torch_reads(
+    root: Path, object_server: ObjectServer, reach: dict[str, Any]
+) -> None:
+    object_server.put_folder("sets", root, prefix="p/")
+    dataset = open_shards("s3://sets/p", transform=pil_to_tensor, **reach)
+    first = dataset[0][0]  # the parent has read, too
+
+    def epoch(loader_class: Any) -> list[Any]:
+        torch.manual_seed(5)
+        loader = loader_class(
+            dataset, batch_size=2, shuffle=True, num_workers=2, multiprocessing_context="fork"
+        )
+        return list(loader)
+
+    ours, torchs = epoch(DataLoader), epoch(torch.utils.data.DataLoader)
+
+    assert torch.equal(first, pil_to_tensor(decode_image(JPEGS[0])))
+    for mine, theirs in zip(ours, torchs, strict=True):
+        assert torch.equal(mine[0], theirs[0])
+        assert torch.equal(mine[1], theirs[1])
 
 
 def test_a_shard_missing_in_the_bucket_is_named(

@@ -318,6 +318,20 @@ def test_raw_pixels_without_a_size_are_a_square() -> None:
         open_one({"raw": bytes(72)})[0]
 
 
+def test_an_img_field_may_hold_an_image_file_or_raw_pixels() -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (256, 256, 3), np.uint8)
+    ppm = b"P6 8 8 255\n" + bytes(8 * 8 * 3)
+    as_long_as_pixels = ppm + bytes(256 * 256 * 3 - len(ppm))
+
+    assert np.array_equal(open_one({"img": pixels.tobytes()})[0][0], pixels)
+    small = open_one({"img": pixels[:2, :5].tobytes()}, raw_size=(2, 5))[0][0]
+    assert np.array_equal(small, pixels[:2, :5])
+    assert open_one({"img": as_long_as_pixels})[0][0].size == (8, 8)
+    with pytest.raises(SampleDecodeError, match="no image format"):
+        open_one({"img": pixels[:2].tobytes()})[0]
+
+
 class Bomb:
     def __reduce__(self) -> Any:
         return Path.touch, (Path("/nonexistent/folder/executed"),)

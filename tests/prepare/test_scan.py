@@ -231,6 +231,15 @@ def test_folders_that_are_numbered_anew_are_classes_of_their_own(tmp_path: Path)
     assert (index.classes, index.label_space) == (("n01443537", "n01440764"), None)
 
 
+def test_absolute_names_and_dots_before_them_are_no_classes(tmp_path: Path) -> None:
+    write(tmp_path, {"x.tar": make_tar([*sample("./1", 0), *sample("/2", 1)])})
+
+    index = scan(tmp_path)
+
+    assert (index.classes, labels_of(index)) == (None, [0, 1])
+    assert ShardDataset(index.select([1, 0]), open_store(tmp_path), decode=None)[0][1] == 1
+
+
 def test_labels_may_be_missing_or_stand_in_json(tmp_path: Path) -> None:
     with_json = [("1.jpg", b"x"), ("1.json", json.dumps({"label": 3}).encode())]
     write(tmp_path / "none", {"x.tar": make_tar(sample("1", None))})
@@ -280,6 +289,16 @@ def test_synsets_of_tfrecords_tell_the_label_space(tmp_path: Path) -> None:
     assert index.names.key(1) == f"{WNIDS[900]}/{WNIDS[900]}_1.JPEG"
     raws = ShardDataset(index, open_store(tmp_path), decode=None)
     assert [raws[i][0] for i in range(4)] == [b"i5", b"i900"] * 2
+
+
+def test_folders_in_the_file_names_of_tfrecords_are_classes(tmp_path: Path) -> None:
+    examples = [
+        ImageExample(b"image", label, filename=f"{name}/1.jpg")
+        for label, name in enumerate(["cat", "dog"])
+    ]
+    write(tmp_path, {"x.tfrecord": make_records(examples, 1)})
+
+    assert scan(tmp_path).classes == ("cat", "dog")
 
 
 def test_g_14_a_wrong_crc_is_an_error(tmp_path: Path) -> None:
