@@ -31,6 +31,8 @@ from concurrent_dataloader.prepare.metadata import Metadata, SplitMetadata
 from concurrent_dataloader.prepare.source import Box
 from concurrent_dataloader.prepare.sources import SampleTable, open_source
 from concurrent_dataloader.prepare.sources.layouts import expand_braces
+from concurrent_dataloader.prepare.sources.read_ahead import ReadAheadFile
+from concurrent_dataloader.stores import open_store
 from concurrent_dataloader.testing import ObjectServer
 from tests.prepare.source_files import (
     COMPRESS,
@@ -167,6 +169,48 @@ def test_reading_a_sample_of_an_inner_tar_is_one_request_of_its_size(
     counters = object_server.counters()
     assert (counters.num_requests, counters.body_bytes_sent) == (1, len(raw))
     source.close()
+
+
+def test_opening_a_remote_tar_skips_long_members_and_reads_through_short_ones(
+    bucket: dict[str, Any], object_server: ObjectServer
+) -> None:
+    long = {f"c{n}/1.jpg": bytes(3 << 20) for n in range(4)}
+    short = {f"a/{n}.jpg": bytes(1500) for n in range(500)}
+    tars = {"long.tar": make_tar_of_tars(long), "short.tar": make_tar(short)}
+    object_server.put_objects("data", tars)
+
+    object_server.reset_counters()
+    open_source("s3://data/long.tar", **bucket).close()
+    of_long = object_server.counters()
+    object_server.reset_counters()
+    open_source("s3://data/short.tar", **bucket).close()
+    of_short = object_server.counters()
+
+    # For each inner tar its own header, its member's, and its end; then the end of all.
+    assert of_long.num_gets <= 4 * 3 + 2
+    assert of_long.body_bytes_sent <= len(tars["long.tar"]) / 10
+    # 64 KiB, 128 KiB, ... of 1.2 MB.
+    assert of_short.num_gets <= 6
+
+
+def test_an_archive_is_a_file_from_front_to_back_and_with_skips(tmp_path: Path) -> None:
+    content = os.urandom(300_000)
+    (tmp_path / "file").write_bytes(content)
+    store = open_store(tmp_path)
+
+    for is_remote in (False, True):
+        with ReadAheadFile(store, "file", None, is_remote=is_remote) as file:
+            assert file.read() == content
+            for start, size in [(0, 10), (5, 1), (250_000, 70_000), (3, 200_000), (299_999, 5)]:
+                assert file.seek(start) == start
+                assert file.read(size) == content[start : start + size]
+                assert file.tell() == min(start + size, len(content))
+            file.seek(-5, os.SEEK_END)
+            file.seek(2, os.SEEK_CUR)
+            assert file.read() == content[-3:]
+            assert file.read(1) == b""
+        with ReadAheadFile(store, "file", 100, is_remote=is_remote) as file:
+            assert file.read(1000) == content[:100]
 
 
 def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:

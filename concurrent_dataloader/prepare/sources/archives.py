@@ -11,7 +11,6 @@ import array
 import bz2
 import concurrent.futures
 import gzip
-import io
 import lzma
 import os
 import re
@@ -34,14 +33,12 @@ from concurrent_dataloader.prepare.source import Box
 from concurrent_dataloader.prepare.sources.boxes import BoxTable, check_box
 from concurrent_dataloader.prepare.sources.found import Found, Sieve, clean_name, is_hidden
 from concurrent_dataloader.prepare.sources.places import RangePlaces
+from concurrent_dataloader.prepare.sources.read_ahead import ReadAheadFile
 from concurrent_dataloader.ranges import ByteRange
-from concurrent_dataloader.stores import RangedFile, Store
+from concurrent_dataloader.stores import Store
 
 NO_LABEL = -1
 TAR_SUFFIX = ".tar"
-_LOCAL_BUFFER_BYTES = 4096
-# Members of 100 kB lie closer together than what is read in the time that a request takes.
-_REMOTE_BUFFER_BYTES = 8 << 20
 _REMOTE_SCANNERS = 16
 _MAX_ANNOTATION_BYTES = 1 << 20
 _COPY_BYTES = 1 << 20
@@ -83,9 +80,7 @@ class Archives(NamedTuple):
 
     def open_file(self, key: str, stop: int | None = None) -> BinaryIO:
         """Open a tar to be read front to back, as if it ended at ``stop``."""
-        raw = RangedFile(self.store, key, stop)
-        size = _REMOTE_BUFFER_BYTES if self.is_remote else _LOCAL_BUFFER_BYTES
-        return cast(BinaryIO, io.BufferedReader(raw, size))
+        return cast(BinaryIO, ReadAheadFile(self.store, key, stop, is_remote=self.is_remote))
 
 
 class _InnerTar(NamedTuple):
