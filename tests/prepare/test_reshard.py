@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typing_extensions import Buffer, override
 
 from concurrent_dataloader.errors import KeyNotFoundError, ShardFormatError
 from concurrent_dataloader.formats.tar import parse_sample
@@ -18,9 +19,11 @@ from concurrent_dataloader.index import Index
 from concurrent_dataloader.prepare.__main__ import main
 from concurrent_dataloader.prepare.metadata import Metadata, ShardMetadata
 from concurrent_dataloader.prepare.reshard import ReshardSettings, SplitAt, reshard
-from concurrent_dataloader.prepare.shard_set import check_keys, plan_reads
+from concurrent_dataloader.prepare.shard_set import check_keys, plan_reads, read_extents
+from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.shard_index import ShardIndex
 from concurrent_dataloader.stores import Credentials, open_writable_store
+from concurrent_dataloader.stores._memory import MemoryStore
 from concurrent_dataloader.testing import ObjectServer
 from tests.prepare.shard_sets import digests, flat, make_samples, members, write_set
 
@@ -299,6 +302,47 @@ def test_samples_side_by_side_are_read_at_once(source: Path) -> None:
     assert len(list(plan_reads(index, range(60)))) == 3
     shuffled = random.Random(0).sample(range(60), 60)
     assert len(list(plan_reads(index, shuffled))) > 50
+
+
+@given(positions=st.lists(st.integers(0, 23), max_size=40))
+def test_planned_reads_are_the_samples_one_after_the_other(positions: list[int]) -> None:
+    store = MemoryStore()
+    write_set(store, [SAMPLES[:10], SAMPLES[10:11], SAMPLES[11:24]])
+    index = ShardIndex.from_bytes(store.get("train-index.npz"), "t")
+    shards = [bytes(store.get(shard.name)) for shard in index.shards]
+
+    reads = list(plan_reads(index, positions))
+
+    assert b"".join(shards[number][slice(*part)] for number, part in reads) == b"".join(
+        shards[index.shard_numbers[position]][slice(*index.extent(position))]
+        for position in positions
+    )
+
+
+class CountedStore(MemoryStore):
+    """Counts what is asked of it."""
+
+    num_gets = 0
+
+    @override
+    def get(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
+        self.num_gets += 1
+        return super().get(key, byte_range)
+
+
+def test_reading_ahead_is_bounded_whatever_the_number_of_samples() -> None:
+    store = CountedStore()
+    write_set(store, [make_samples(1000)])
+    index = ShardIndex.from_bytes(store.get("train-index.npz"), "t")
+    store.num_gets = 0
+    order = random.Random(0).sample(range(1000), 1000)
+
+    pieces = read_extents(index, order, [(store, "train-000000.tar")])
+    for _ in range(10):
+        next(pieces)
+    pieces.close()
+
+    assert 10 <= store.num_gets <= 10 + 64
 
 
 @settings(max_examples=50, deadline=None)
