@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from concurrent_dataloader.errors import KeyNotFoundError
 from concurrent_dataloader.index import Index
@@ -46,21 +46,22 @@ _TREES = {"train": "train", "validation": "validation", "val": "validation"}
 """Folder below the root -> key of `IMAGENET_TREES`."""
 
 
+Unit = Literal["files", "shards", "databases", "samples"]
+
+
 class Steps(Protocol):
     """How far a step is."""
 
     def __call__(
-        self, what: str, total: int | None, *, is_large: bool
+        self, what: str, total: int | None, unit: Unit
     ) -> contextlib.AbstractContextManager[Callable[[str], None]]:
         """Begin a step; what is given is called with the name of each thing that is done."""
         ...
 
 
 @contextlib.contextmanager
-def _say_nothing(
-    what: str, total: int | None, *, is_large: bool
-) -> Generator[Callable[[str], None]]:
-    del what, total, is_large
+def _say_nothing(what: str, total: int | None, unit: Unit) -> Generator[Callable[[str], None]]:
+    del what, total, unit
     yield lambda name: None
 
 
@@ -206,13 +207,16 @@ class _Check:
             self._report.count([info for info in self._infos if _is_image(info.key)])
             self._decode_files()
         self._report.findings += self._tally.findings
+        if self._tally.num_copies:
+            note = f"{self._tally.num_copies} samples hold the same bytes as another one"
+            self._report.notes.append(note)
         return Outcome(self._report, self._tally, self._names)
 
     # -- single files
 
     def _compare_files(self) -> None:
         settings = self._settings
-        with settings.steps("reading", None, is_large=False) as advance:
+        with settings.steps("reading", None, "files") as advance:
 
             def on_file(key: str, size_bytes: int) -> None:
                 del size_bytes
@@ -265,8 +269,7 @@ class _Check:
         known = set(self._report.findings)
         self._report.findings += [found for found in other.findings if found not in known]
         self._report.notes += other.notes
-        self._report.num_files = max(self._report.num_files, other.num_files)
-        self._report.size_bytes = max(self._report.size_bytes, other.size_bytes)
+        self._report.counted |= other.counted
 
     def _decode_files(self) -> None:
         settings = self._settings
@@ -275,22 +278,27 @@ class _Check:
             present = {info.key for info in self._infos}
             named = dict.fromkeys(Index.load(settings.index).keys())
             keys = [key for key in named if key in present]
-        classes = None if settings.classes is None else Classes.load(settings.classes)
+        classes = (
+            _find_classes(keys) if settings.classes is None else Classes.load(settings.classes)
+        )
         rules = Rules(num_classes=settings.num_classes, classes=classes)
-        with settings.steps("decoding", len(keys), is_large=False) as advance:
+        with settings.steps("decoding", len(keys), "files") as advance:
 
             def on_file(result: ShardResult) -> None:
-                self._tally.add("", result)
+                self._tally.add(_split_of_file(result.name), result)
                 advance(result.name)
 
             check_files(self._store, keys, rules, concurrency=settings.concurrency, on_file=on_file)
         self._report.num_samples = self._tally.num_samples
+        if classes is not None:
+            names = [classes.name(label) for label in range(classes.count)]
+            self._names |= dict.fromkeys(self._tally.counts, names)
 
     # -- packed data
 
     def _check_shards(self) -> None:
         files = find_shard_files(self._store, self._infos)
-        with self._settings.steps("reading", len(files.shards), is_large=True) as advance:
+        with self._settings.steps("reading", len(files.shards), "shards") as advance:
             self._report = validate_shards(
                 self._store,
                 files,
@@ -317,7 +325,7 @@ class _Check:
         work = list(present.values())
         results = call_concurrently(check, work, self._settings.concurrency)
         with (
-            self._settings.steps("decoding", len(work), is_large=True) as advance,
+            self._settings.steps("decoding", len(work), "shards") as advance,
             contextlib.closing(results),
         ):
             for split, result in results:
@@ -357,7 +365,7 @@ class _Check:
         from concurrent_dataloader.prepare.deep_lmdb import check_database
 
         rules = Rules(num_classes=self._settings.num_classes)
-        with self._settings.steps("reading", len(databases), is_large=True) as advance:
+        with self._settings.steps("reading", len(databases), "databases") as advance:
             for info in databases:
                 path = self._place.path(info.key.removesuffix("/data.mdb"))
                 if path is None:
@@ -400,7 +408,7 @@ def check_samples_again(
     bad: list[BadSample] = []
     results = call_concurrently(check, samples, settings.concurrency)
     with (
-        settings.steps("reading", len(samples), is_large=False) as advance,
+        settings.steps("reading", len(samples), "samples") as advance,
         contextlib.closing(results),
     ):
         for sample, problem in results:
@@ -408,6 +416,18 @@ def check_samples_again(
             if problem is not None:
                 bad.append(problem)
     return bad
+
+
+def _find_classes(keys: Sequence[str]) -> Classes | None:
+    """Take the folders of files for their classes, if there are several and all lie in one."""
+    folders = {key.rpartition("/")[0].rpartition("/")[2] for key in keys}
+    return None if len(folders) < 2 or "" in folders else Classes.from_keys(keys)
+
+
+def _split_of_file(key: str) -> str:
+    """Tell by its top folder of which split a file is, if by anything."""
+    top, _, rest = key.partition("/")
+    return top if "/" in rest and find_split(top) is not None else ""
 
 
 def _is_image(key: str) -> bool:

@@ -303,7 +303,7 @@ def check_files(
 class SampleTally:
     """Puts what was found in shards together: classes, and keys that come again.
 
-    Holds the keys of all samples, about 200 bytes each.
+    Holds the keys of all samples, about 300 bytes each.
     """
 
     def __init__(self) -> None:
@@ -314,7 +314,10 @@ class SampleTally:
         self.num_unchecked = 0
         self.num_shared_keys = 0
         """Keys that stand in two splits, with other content."""
+        self.num_copies = 0
+        """Samples that hold the same bytes as an earlier one, under another key."""
         self._places: dict[str, tuple[str, str, bytes]] = {}
+        self._digests: set[bytes] = set()
 
     @property
     def num_samples(self) -> int:
@@ -332,6 +335,8 @@ class SampleTally:
             known = self._places.get(key)
             if known is None:
                 self._places[key] = (split, result.name, digest)
+                self.num_copies += digest in self._digests
+                self._digests.add(digest)
                 continue
             other_split, other_name, other_digest = known
             if other_split == split:

@@ -53,10 +53,20 @@ class Report:
     notes: list[str] = dataclasses.field(default_factory=list[str])
     """What is worth knowing and not wrong."""
 
-    num_files: int = 0
-    size_bytes: int = 0
+    counted: dict[str, int] = dataclasses.field(default_factory=dict[str, int])
+    """Size of each file that was checked."""
     num_samples: int | None = None
     """None where samples were not counted."""
+
+    @property
+    def num_files(self) -> int:
+        """Files that were checked."""
+        return len(self.counted)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the files that were checked, all together."""
+        return sum(self.counted.values())
 
     @property
     def is_ok(self) -> bool:
@@ -65,8 +75,7 @@ class Report:
 
     def count(self, infos: Sequence[ObjectInfo]) -> None:
         """Count files that were checked."""
-        self.num_files += len(infos)
-        self.size_bytes += sum(info.size_bytes for info in infos)
+        self.counted |= {info.key: info.size_bytes for info in infos}
 
 
 class ShardFiles(NamedTuple):

@@ -840,8 +840,26 @@ def test_a_deep_check_of_a_tree_decodes_and_classifies_each_file(
     status, lines = validate(capsys, tree, "--deep", "--classes", classes)
 
     assert status == 1
-    assert lines[:2] == ["class 0: 2 samples", "class 1: 2 samples"]
+    assert lines[:2] == ["class 0 (a): 2 samples", "class 1 (b): 2 samples"]
     assert sum(line.startswith("cat/") for line in lines) == 2
+
+
+def test_row_157_folders_are_the_classes_of_a_tree_without_a_classes_file(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tree / "ant", tmp_path / "root" / "train" / "ant")
+    shutil.copytree(tree / "cat", tmp_path / "root" / "train" / "cat")
+    shutil.copytree(tree / "cat", tmp_path / "root" / "val" / "cat")
+
+    status, lines = validate(capsys, tmp_path / "root", "--deep")
+
+    assert status == 0
+    assert lines[:3] == [
+        "train class 0 (ant): 2 samples",
+        "train class 1 (cat): 2 samples",
+        "val class 1 (cat): 2 samples",
+    ]
+    assert lines[-2] == "note: 2 samples hold the same bytes as another one"
 
 
 def test_a_checksum_of_all_files_is_verified(

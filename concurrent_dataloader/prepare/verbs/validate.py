@@ -12,6 +12,7 @@ from concurrent_dataloader.prepare.check import (
     CheckSettings,
     Outcome,
     Place,
+    Unit,
     check_dataset,
     check_samples_again,
     list_place,
@@ -142,9 +143,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _settings(options: argparse.Namespace) -> CheckSettings:
     @contextlib.contextmanager
-    def steps(what: str, total: int | None, *, is_large: bool) -> Generator[Callable[[str], None]]:
-        log_every = 1 if is_large else LOG_EVERY
-        unit = "shards" if is_large else "files"
+    def steps(what: str, total: int | None, unit: Unit) -> Generator[Callable[[str], None]]:
+        log_every = 1 if unit in ("shards", "databases") else LOG_EVERY
         shown = f"{what} {options.source}"
         with show_progress(shown, unit, total, log_every=log_every) as progress:
             yield progress.advance
@@ -187,7 +187,7 @@ def _check_again(
     samples = read_report(options.from_report.read_bytes(), str(options.from_report))
     bad = check_samples_again(store, place, samples, settings)
     report = Report(findings=[sample.to_finding() for sample in bad], num_samples=len(samples))
-    report.num_files = len({sample.key for sample in samples})
+    report.counted = {sample.key: 0 for sample in samples}
     return report, bad
 
 
