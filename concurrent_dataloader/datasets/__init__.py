@@ -11,6 +11,7 @@ from concurrent_dataloader.datasets.opening import (
 from concurrent_dataloader.datasets.shard_opening import open_shards
 from concurrent_dataloader.datasets.shards import ShardDataset
 from concurrent_dataloader.datasets.streamed import StreamedShards
+from concurrent_dataloader.datasets.windows import WindowDataset, open_windows
 
 __all__ = [
     "IndexedDataset",
@@ -21,6 +22,8 @@ __all__ = [
     "ShardDataset",
     "StagedDataset",
     "StreamedShards",
+    "WindowDataset",
     "open_dataset",
     "open_shards",
+    "open_windows",
 ]
