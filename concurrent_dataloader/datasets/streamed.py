@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 from typing_extensions import override
 
-from concurrent_dataloader.datasets._fields import DEFAULT_FIELDS, FieldReader, Fields
+from concurrent_dataloader.datasets._items import DEFAULT_FIELDS, Fields, ItemMaker
 from concurrent_dataloader.datasets._shard_list import find_shards
 from concurrent_dataloader.datasets._shard_reader import ReadSettings, ShardReader
 from concurrent_dataloader.datasets._split import (
@@ -92,6 +92,7 @@ class StreamedShards(IterableDataset[Any]):
         target_transform: Callable[[int], Any] | None = None,
         fields: Fields = DEFAULT_FIELDS,
         decode: Decode = "pillow",
+        raw_size: tuple[int, int] | None = None,
         decoders: Mapping[str, Callable[[bytes], Any]] | None = None,
         label_base: int | None = None,
         labels: NDArray[np.integer[Any]] | None = None,
@@ -126,9 +127,10 @@ class StreamedShards(IterableDataset[Any]):
             fields: What items are made of, as `Fields` says; the default gives
                 ``(image, label)``.
             decode: Of image fields: "pillow" (an RGB image), "torchvision" (a uint8 RGB tensor), a
-                function of the raw bytes, None for these. ``cls`` becomes an int, ``json`` what it
-                holds, ``txt`` a string, ``pth`` the tensor that was saved, ``img`` of 256 * 256 * 3
-                bytes that are no file an image, and anything else stays bytes.
+                function of the raw bytes, None for these. ``pth`` and pixels without a header
+                become what these give, ``cls`` an int, ``json`` what it holds (bytes if None);
+                anything else stays bytes.
+            raw_size: Height and width of pixels without a header, as of `FieldDecoder`.
             decoders: Functions of the raw bytes for other fields, or instead of these rules.
             label_base: What the field ``cls`` calls the first class; labels count from 0. None:
                 labels are those of the index, as for random access; where it has none, 0 in tars,
@@ -180,9 +182,10 @@ class StreamedShards(IterableDataset[Any]):
         self._labels = _choose_labels(labels, index_labels, label_base, self._table)
         if label_base is None:
             label_base = int(self._shards.is_records(0))
-        self._fields = FieldReader(
+        self._items = ItemMaker(
             fields,
             decode=decode,
+            raw_size=raw_size,
             decoders=decoders or {},
             label_base=label_base,
             transform=transform,
@@ -243,7 +246,7 @@ class StreamedShards(IterableDataset[Any]):
 
     def set_transform(self, transform: Callable[[Any], Any] | None) -> None:
         """Replace the transform. Workers that have started keep the one before."""
-        self._fields.transform = transform
+        self._items.transform = transform
 
     def set_batch_size(self, batch_size: int | None) -> None:
         """Say which batches the loader makes, before it starts its workers."""
@@ -292,11 +295,11 @@ class StreamedShards(IterableDataset[Any]):
             for raw in shard_reader:
                 sample = raw.sample
                 label = self._label_at(raw.place)
-                if self._skips and not self._fields.is_whole(sample, label):
+                if self._skips and not self._items.is_whole(sample, label):
                     self._count_skipped()
                     continue
                 shard = shard_reader.shard_of(raw)
-                yield self._fields.read(sample, label, self._shards.describe(shard))
+                yield self._items.read(sample, label, self._shards.describe(shard))
             self._check_length(shard_reader)
             is_over = True
         finally:

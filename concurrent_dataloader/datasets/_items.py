@@ -1,32 +1,33 @@
-"""What becomes of a sample's fields: which are taken, and what each is decoded to."""
+"""What becomes of a sample's fields: which are taken, and what items are made of them."""
 
 from __future__ import annotations
 
-import functools
-import io
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import orjson
-
+from concurrent_dataloader.datasets.fields import FieldDecoder
 from concurrent_dataloader.datasets.indexed import Decode
 from concurrent_dataloader.errors import LoaderError, SampleDecodeError, ShardFormatError
-from concurrent_dataloader.formats.image import DecoderName, check_decoder, decode_image
+from concurrent_dataloader.formats.fields import (
+    IMAGE_FIELDS,
+    LABEL_FIELD,
+    RAW_FIELDS,
+    TENSOR_FIELD,
+    is_image_field,
+    read_label,
+)
 from concurrent_dataloader.formats.tar import Sample
 
-IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "img", "pth")
-LABEL_FIELD = "cls"
 KEY_FIELD, SHARD_FIELD = "__key__", "__shard__"
-DEFAULT_FIELDS = (";".join(IMAGE_FIELDS), LABEL_FIELD)
+DEFAULT_FIELDS = (";".join((*IMAGE_FIELDS, *RAW_FIELDS, TENSOR_FIELD)), LABEL_FIELD)
 
 Fields = str | Sequence[str] | Mapping[str, str]
 """One field, a tuple of fields, or a dictionary of them by name. A field is alternatives with
 semicolons between, of which the first that a sample has is taken; ``__key__`` is the sample's key,
-``__shard__`` its shard."""
+``__shard__`` its shard. Of a field such as ``v2.jpg``, of a name with dots, the last part counts
+where no other fits."""
 
 _NAMES = (KEY_FIELD, SHARD_FIELD)
-_RAW_SIDE = 256
-_RAW_BYTES = _RAW_SIDE * _RAW_SIDE * 3
 
 
 class _Field(NamedTuple):
@@ -34,7 +35,7 @@ class _Field(NamedTuple):
     alternatives: tuple[str, ...]
 
 
-class FieldReader:
+class ItemMaker:
     """Makes an item of a sample's bytes. Pickles if its functions do."""
 
     def __init__(
@@ -42,6 +43,7 @@ class FieldReader:
         fields: Fields,
         *,
         decode: Decode,
+        raw_size: tuple[int, int] | None,
         decoders: Mapping[str, Callable[[bytes], Any]],
         label_base: int,
         transform: Callable[[Any], Any] | None,
@@ -50,7 +52,7 @@ class FieldReader:
         """Choose fields and their decoders; arguments as of `StreamedShards`.
 
         Raises:
-            ValueError: There is no field, or no such decoder.
+            ValueError: There is no field, no such decoder, or no such size.
             TypeError: ``decode`` is no decoder.
         """
         self._is_single = isinstance(fields, str)
@@ -68,8 +70,7 @@ class FieldReader:
         if not self._fields or not all(field.alternatives for field in self._fields):
             raise ValueError(f"fields: got {fields!r}, expected at least one name in each")
         self._decoders = dict(decoders)
-        self._decode_image = _choose_image_decoder(decode)
-        self._decode = decode
+        self._decoder = FieldDecoder(decode, raw_size)
         self._label_base = label_base
         self.transform = transform
         self.target_transform = target_transform
@@ -109,33 +110,34 @@ class FieldReader:
         if name in _NAMES:
             return sample.key if name == KEY_FIELD else where
         try:
-            if name == LABEL_FIELD and name not in self._decoders:
+            if _is_label(name) and name not in self._decoders:
                 if label is None:
-                    label = _parse_label(sample.fields[name], self._label_base)
+                    label = self._read_label(sample.fields[name])
                 return label if self.target_transform is None else self.target_transform(label)
             raw = sample.fields[name]
             if name in self._decoders:
                 return self._decoders[name](raw)
-            if name in IMAGE_FIELDS:
-                image = self._read_image(name, raw)
-                return image if self.transform is None else self.transform(image)
-            if name == "json":
-                return _parse_json(raw)
-            return raw.decode("utf-8") if name in ("txt", "text") else raw
+            value = self._decoder.decode(name, raw)
+            if self.transform is not None and is_image_field(name):
+                return self.transform(value)
+            return value
         except LoaderError as error:
             raise type(error)(f"{where}: sample {sample.key!r}, field {name!r}: {error}") from error
         except Exception as error:
             error.add_note(f"{where}: sample {sample.key!r}, field {name!r}")
             raise
 
-    def _read_image(self, name: str, raw: bytes) -> Any:
-        if self._decode is None or callable(self._decode):
-            return self._decode_image(raw)
-        if name == "pth":
-            return _load_tensor(raw)
-        if name == "img" and len(raw) == _RAW_BYTES:
-            return _read_pixels(raw, self._decode)
-        return self._decode_image(raw)
+    def _read_label(self, raw: bytes) -> int:
+        label = read_label(raw)
+        if label < self._label_base:
+            raise SampleDecodeError(
+                f"class: got {label}, expected {self._label_base} or more, as label_base says"
+            )
+        return label - self._label_base
+
+
+def _is_label(name: str) -> bool:
+    return name.rpartition(".")[2] == LABEL_FIELD
 
 
 def _find(field: _Field, sample: Sample, label: int | None) -> str | None:
@@ -143,61 +145,6 @@ def _find(field: _Field, sample: Sample, label: int | None) -> str | None:
     for name in field.alternatives:
         if name in sample.fields or name in _NAMES or (name == LABEL_FIELD and label is not None):
             return name
-    return None
-
-
-def _choose_image_decoder(decode: Decode) -> Callable[[bytes], Any]:
-    if decode is None:
-        return bytes
-    if isinstance(decode, str):
-        check_decoder(decode)
-        return functools.partial(decode_image, decoder=cast(DecoderName, decode))
-    if callable(decode):
-        return decode
-    raise TypeError(f"decode: got {decode!r}, expected a decoder's name, a function or None")
-
-
-def _parse_label(raw: bytes, label_base: int) -> int:
-    text = raw.strip()
-    if not text.isdigit():
-        raise SampleDecodeError(f"class: got {text[:40]!r}, expected a decimal number")
-    label = int(text) - label_base
-    if label < 0:
-        raise SampleDecodeError(
-            f"class: got {int(text)}, expected {label_base} or more, since label_base={label_base}"
-        )
-    return label
-
-
-def _parse_json(raw: bytes) -> Any:
-    try:
-        return orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        raise SampleDecodeError(f"JSON: {error}; got {raw[:40]!r}") from error
-
-
-def _read_pixels(raw: bytes, decoder: str) -> Any:
-    """Read 256 x 256 pixels without a header, unless they are an image file of just that size."""
-    import numpy as np
-    from PIL import Image
-
-    try:
-        return decode_image(raw, cast(DecoderName, decoder))
-    except SampleDecodeError:
-        image = Image.frombytes("RGB", (_RAW_SIDE, _RAW_SIDE), raw)
-    if decoder == "pillow":
-        return image
-    import torch
-
-    return torch.from_numpy(np.array(image).transpose(2, 0, 1))
-
-
-def _load_tensor(raw: bytes) -> Any:
-    """Load a tensor that ``torch.save`` wrote; nothing else is unpickled."""
-    import torch
-
-    try:
-        return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise SampleDecodeError(f"tensor: {reason}") from error
+    # More than one would be several samples, of which the names differ in what looks like a field.
+    fitting = [name for name in sample.fields if name.rpartition(".")[2] in field.alternatives]
+    return fitting[0] if len(fitting) == 1 else None
