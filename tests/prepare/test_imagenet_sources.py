@@ -422,6 +422,14 @@ def test_an_archive_is_compared_with_its_checksum(archives: Path) -> None:
 def test_archives_are_checked_on_request(archives: Path) -> None:
     with pytest.raises(ShardFormatError, match=r"img_val\.tar: got MD5 .* expected 29b22e2961"):
         open_source(archives, split="val", verify_archives=True)
+    with pytest.raises(ShardFormatError, match=r"devkit_t12\.tar\.gz: got MD5 .* expected fa75699"):
+        open_source(
+            write_tree(archives / "val", VAL),
+            ground_truth=archives / imagenet.DEVKIT,
+            verify_archives=True,
+        )
+    with pytest.raises(ValueError, match=r"verify_archives: .* nothing was read from an original"):
+        open_source(archives / "val", label_rule="none", verify_archives=True)
     (archives / "my.tar").write_bytes(make_tar({"a/1.jpg": b""}))
     with pytest.raises(ValueError, match=r"no checksum is known for 'my\.tar'"):
         open_source(archives / "my.tar", verify_archives=True)

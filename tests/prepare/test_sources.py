@@ -334,6 +334,27 @@ def test_a_tar_that_is_cut_short_is_damaged(tmp_path: Path, cut: int) -> None:
         open_source(tmp_path / "cut.tar")
 
 
+def test_a_name_that_is_no_text_is_refused_and_named(tmp_path: Path) -> None:
+    (tmp_path / "latin.tar").write_bytes(make_tar({"a/\udcfc.jpg": b"1"}))
+
+    with pytest.raises(ShardFormatError, match=r"latin\.tar: .*udcfc.*not UTF-8"):
+        open_source(tmp_path / "latin.tar")
+
+
+def test_a_member_of_more_than_8_gib_is_skipped_over_and_has_its_size(tmp_path: Path) -> None:
+    huge = tarfile.TarInfo("a/huge.jpg")
+    huge.size = 9 << 30
+    with (tmp_path / "huge.tar").open("wb") as file:
+        file.write(huge.tobuf(tarfile.GNU_FORMAT))
+        file.seek(huge.size, os.SEEK_CUR)  # a hole
+        file.write(make_tar({"a/small.jpg": b"small"}))
+
+    source = open_source(tmp_path / "huge.tar")
+
+    assert [source.size_bytes(position) for position in range(2)] == [9 << 30, 5]
+    assert bytes(source.read(1)) == b"small"
+
+
 def test_an_inner_tar_that_is_cut_short_is_named_and_does_not_run_into_the_next(
     tmp_path: Path,
 ) -> None:

@@ -86,15 +86,20 @@ def is_hidden(name: str) -> bool:
 
 
 def refuse_unsafe(name: str, where: str) -> None:
-    """Raise for a name that does not stay below its folder.
+    """Raise for a name that does not stay below its folder, or is no text.
 
     Raises:
-        ShardFormatError: It is absolute, or leads out of the folder.
+        ShardFormatError: It is absolute, leads out of the folder, or is not UTF-8.
     """
     try:
         check_name(name)
+        name.encode()
     except ShardFormatError as error:
         raise ShardFormatError(f"{where}: {error}") from error
+    except UnicodeEncodeError as error:
+        raise ShardFormatError(
+            f"{where}: the name {name!r} is not UTF-8, expected one that is; rename the file"
+        ) from error
 
 
 def clean_name(name: str, where: str) -> str:

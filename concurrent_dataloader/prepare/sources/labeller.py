@@ -13,7 +13,7 @@ from concurrent_dataloader.prepare import imagenet
 from concurrent_dataloader.prepare.metadata import METADATA_NAME, Metadata
 from concurrent_dataloader.prepare.sources.archives import is_compressed_tar, is_tar
 from concurrent_dataloader.prepare.sources.class_map import find_rule, parse_class_map
-from concurrent_dataloader.prepare.sources.files import join
+from concurrent_dataloader.prepare.sources.files import join, split_file_name
 from concurrent_dataloader.prepare.sources.labelling import (
     ClassTable,
     Labelling,
@@ -117,14 +117,18 @@ class Labeller:
     def _read_meta(self, text: str) -> dict[str, int]:
         if not (is_tar(text) or is_compressed_tar(text)):
             return imagenet.parse_meta(self.search.files.read(text), text)
+        return imagenet.parse_meta(self._read_kit(text)["meta.mat"], text)
+
+    def _read_kit(self, text: str) -> dict[str, bytes]:
+        if split_file_name(text).name in imagenet.ARCHIVE_MD5:
+            self.search.check_archive(text)
         with self.search.files.open_file(text) as file:
-            return imagenet.parse_meta(imagenet.read_devkit(file, text)["meta.mat"], text)
+            return imagenet.read_devkit(file, text)
 
     def _label_by_truth(self, text: str) -> Labelling:
         meta = None if self.meta_mat is None else self._read_meta(self.meta_mat)
         if is_tar(text) or is_compressed_tar(text):
-            with self.search.files.open_file(text) as file:
-                kit = imagenet.read_devkit(file, text)
+            kit = self._read_kit(text)
             raw = kit[imagenet.GROUND_TRUTH]
             meta = imagenet.parse_meta(kit["meta.mat"], text) if meta is None else meta
         else:

@@ -45,9 +45,6 @@ class Place:
 
     found: Found
     unpacked: tuple[UnpackedTar, ...] = ()
-    archive_names: tuple[str, ...] = ()
-    """Tars in which the samples are, as paths or URLs."""
-
     beside: tuple[str, ...] = ()
     """Folders where ground truth, development kit and metadata may lie."""
 
@@ -165,7 +162,6 @@ class Search:
         return Place(
             found=found,
             unpacked=tuple(unpacked),
-            archive_names=tuple(join(folder, name) for name in names),
             beside=(folder,),
         )
 

@@ -120,13 +120,14 @@ def open_source(
     if label_rule is not None and label_rule != NO_LABELS:
         check_label_rule(label_rule)
     files = Files(store_options)
+    check = _ArchiveCheck(files)
     search = Search(
         files=files,
         split=split,
         root=root,
         suffixes=suffixes,
         temporary_folder=temporary_folder,
-        check_archive=_ArchiveCheck(files) if verify_archives else _accept,
+        check_archive=check if verify_archives else _accept,
     )
     place = search.run(os.fspath(text))
     labeller = Labeller(
@@ -143,6 +144,11 @@ def open_source(
         _check_found(place.found, on_stray)
         found, labelling = _label(place.found, labeller, on_unknown, limit, sample_seed)
         finder = _BoxFinder(search, _text(boxes), place.xml_folder, is_merged=merge_boxes)
+        if verify_archives and not check.checked:
+            raise ValueError(
+                f"verify_archives: got True for {found.where}, where nothing was read from an"
+                " original archive; leave it out"
+            )
         return SampleTable(found, labelling, finder.run(found), place.unpacked)
     except BaseException:
         place.close()
@@ -199,8 +205,10 @@ class _ArchiveCheck:
     """Compares archives with their published checksums."""
 
     files: Files
+    checked: list[str] = dataclasses.field(default_factory=list[str])
 
     def __call__(self, archive: str) -> None:
+        self.checked.append(archive)
         with self.files.open_file(archive) as file:
             imagenet.check_archive(file, split_file_name(archive).name, archive)
 
