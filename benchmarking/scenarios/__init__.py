@@ -17,6 +17,7 @@ NAMES = (
     "first_batch",
     "shard_read",
     "shard_write",
+    "lmdb_read",
     "index_load",
     "memory",
     "dataset_item",

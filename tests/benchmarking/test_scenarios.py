@@ -54,6 +54,8 @@ def test_every_bar_of_the_goals_has_a_case() -> None:
         ("store_get", "loader"),
         ("store_get", "cpu"),
         ("first_batch", "100ms"),
+        ("lmdb_read", "cache"),
+        ("lmdb_read", "seeks"),
         ("index_load", "load"),
         ("index_load", "growth"),
         ("memory", "persistent"),
