@@ -194,6 +194,8 @@ class ShardTarget:
                 raise BlockingIOError(
                     error.errno, f"another run is writing the split {self.split!r}", str(state)
                 ) from error
+            except OSError:  # a file system without locks: nobody is kept out
+                pass
             yield
         finally:
             os.close(descriptor)
@@ -349,9 +351,13 @@ class ShardTarget:
             return []
 
     def _clean_state(self) -> None:
+        if self.folder is not None:  # listings leave out what a killed `put` has left
+            for name in os.listdir(self.folder / self.state):
+                if name != "lock":
+                    (self.folder / self.state / name).unlink()
+            return
         for name in self._list_state():
-            if name != f"{self.state}/lock":
-                self.store.delete(name)
+            self.store.delete(name)
 
     def finish(
         self,
