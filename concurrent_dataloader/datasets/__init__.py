@@ -1,5 +1,6 @@
 """Data sets: a sample by its position."""
 
+from concurrent_dataloader.datasets.array_windows import WindowDataset, open_windows
 from concurrent_dataloader.datasets.contract import StagedDataset
 from concurrent_dataloader.datasets.detection import open_dataset
 from concurrent_dataloader.datasets.indexed import IndexedDataset, SampleMetadata
@@ -11,7 +12,6 @@ from concurrent_dataloader.datasets.opening import (
 from concurrent_dataloader.datasets.shard_opening import open_shards
 from concurrent_dataloader.datasets.shards import ShardDataset
 from concurrent_dataloader.datasets.streamed import StreamedShards
-from concurrent_dataloader.datasets.windows import WindowDataset, open_windows
 
 __all__ = [
     "IndexedDataset",
