@@ -786,6 +786,24 @@ def test_a_shard_with_a_damaged_label_or_box_is_refused(
         open_source(tmp_path / "s.tar")
 
 
+def test_a_label_that_stands_in_a_shard_twice_is_an_error(tmp_path: Path) -> None:
+    once = make_tar({"1.jpg": b"", "1.cls": b"3"})
+    (tmp_path / "s.tar").write_bytes(once[: 3 * 512] + make_tar({"1.cls": b"4"}))
+
+    with pytest.raises(ShardFormatError, match=r"'1\.cls' stands there twice"):
+        open_source(tmp_path / "s.tar")
+
+
+def test_what_looks_like_an_annotation_is_stray_in_a_tar_that_is_no_shard(tmp_path: Path) -> None:
+    strays = {"cat/1.json": b"{", "article.cls": b"\\LaTeX", "cat/2.json": b'{"bbox": "?"}'}
+    (tmp_path / "a.tar").write_bytes(make_tar({"cat/1.jpg": b"1"} | strays))
+
+    source = open_source(tmp_path / "a.tar")
+
+    assert [row[:4] for row in read_all(source)] == [("cat/1.jpg", 0, 1, b"1")]
+    assert (source.classes, sorted(source.strays)) == (("cat",), sorted(strays))
+
+
 def test_a_sample_of_a_shard_without_a_label_is_unknown(tmp_path: Path) -> None:
     write_shard(tmp_path / "s.tar", {"1": make_sample(0), "2": {"jpg": b"2"}})
 

@@ -20,7 +20,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 import numpy as np
 import orjson
@@ -36,6 +36,8 @@ from concurrent_dataloader.prepare.sources.places import RangePlaces
 from concurrent_dataloader.prepare.sources.read_ahead import ReadAheadFile
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.stores import Store
+
+T = TypeVar("T")
 
 NO_LABEL = -1
 TAR_SUFFIX = ".tar"
@@ -103,9 +105,10 @@ class _Scan:
         """By number of the sample."""
         self.inner: list[_InnerTar] = []
         self.strays: list[str] = []
-        # By key, until the end of the tar says whether there is such a sample.
-        self._labels_by_key: dict[str, int] = {}
-        self._boxes_by_key: dict[str, tuple[Box, ...]] = {}
+        # By key; whether there is such a sample is known at the end of the tar, and only then
+        # whether what is wrong matters.
+        self._labels_by_key: dict[str, int | ShardFormatError] = {}
+        self._boxes_by_key: dict[str, tuple[Box, ...] | ShardFormatError] = {}
 
     @property
     def count(self) -> int:
@@ -120,30 +123,45 @@ class _Scan:
             return False
         file.seek(data.start)
         content = file.read(length)
+        where = f"{where}: {name!r}"
         if field == "cls":
-            if not content.strip().isdigit():
-                raise ShardFormatError(
-                    f"{where}: {name!r} holds {content[:40]!r}, expected a label in decimal"
-                )
-            self._labels_by_key[key] = int(content)
+            _add_once(self._labels_by_key, key, _parse_label(content, where), where)
         else:
-            self._boxes_by_key[key] = _parse_boxes(content, f"{where}: {name!r}")
+            _add_once(self._boxes_by_key, key, _parse_boxes(content, where), where)
         return True
 
     def finish(self) -> None:
-        """Give the annotations to the samples; those of no sample are stray."""
-        is_shard = bool(self._labels_by_key)
-        keys = {(split_name(name) or (name,))[0] for name in self.names} if is_shard else set()
-        for field, found in (("cls", self._labels_by_key), ("json", self._boxes_by_key)):
-            self.strays += [f"{key}.{field}" for key in found if key not in keys]
+        """Give the annotations to the samples; those of no sample are stray.
+
+        Raises:
+            ShardFormatError: That of a sample cannot be read, or is there twice.
+        """
+        labels, boxes = self._labels_by_key, self._boxes_by_key
+        keys = [(split_name(name) or (name,))[0] for name in self.names] if labels or boxes else []
+        is_shard = any(key in labels for key in keys)
+        known = set(keys) if is_shard else set[str]()
+        for field, found in (("cls", labels), ("json", boxes)):
+            self.strays += [f"{key}.{field}" for key in found if key not in known]
         if is_shard:
-            for number, name in enumerate(self.names):
-                key = (split_name(name) or (name,))[0]
-                self.labels.append(self._labels_by_key.get(key, NO_LABEL))
-                if boxes := self._boxes_by_key.get(key):
-                    self.boxes[number] = boxes
-        self._labels_by_key.clear()
-        self._boxes_by_key.clear()
+            for number, key in enumerate(keys):
+                self.labels.append(_checked(labels.get(key, NO_LABEL)))
+                if has_boxes := _checked(boxes.get(key, ())):
+                    self.boxes[number] = has_boxes
+        labels.clear()
+        boxes.clear()
+
+
+def _add_once(
+    found: dict[str, T | ShardFormatError], key: str, value: T | ShardFormatError, where: str
+) -> None:
+    twice = ShardFormatError(f"{where} stands there twice, expected each sample once")
+    found[key] = twice if key in found else value
+
+
+def _checked(value: T | ShardFormatError) -> T:
+    if isinstance(value, ShardFormatError):
+        raise value
+    return value
 
 
 class _Part(NamedTuple):
@@ -225,7 +243,13 @@ def _scan_tar(
     return scan
 
 
-def _parse_boxes(content: bytes, where: str) -> tuple[Box, ...]:
+def _parse_label(content: bytes, where: str) -> int | ShardFormatError:
+    if content.strip().isdigit():
+        return int(content)
+    return ShardFormatError(f"{where} holds {content[:40]!r}, expected a label in decimal")
+
+
+def _parse_boxes(content: bytes, where: str) -> tuple[Box, ...] | ShardFormatError:
     try:
         table = orjson.loads(content)
         found = table.get("bbox") if isinstance(table, dict) else None
@@ -234,9 +258,9 @@ def _parse_boxes(content: bytes, where: str) -> tuple[Box, ...]:
         rows = found if isinstance(found[0], list) else [found]
         return tuple(check_box([float(value) for value in row], where) for row in rows)
     except (ValueError, TypeError, KeyError) as error:
-        raise ShardFormatError(
+        return ShardFormatError(
             f'{where}: no boxes ({error}), expected {{"bbox": [x1, y1, x2, y2]}} or null'
-        ) from error
+        )
 
 
 def _join(archives: Archives, parts: list[_Part], sieve: Sieve) -> Found:
