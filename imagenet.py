@@ -2,6 +2,7 @@
 
     python imagenet.py /data/imagenet                       # train/ and val/, with class folders
     python imagenet.py s3://imagenet --endpoint-url http://127.0.0.1:9000
+    python imagenet.py /data/imagenet-shards --stream       # tar shards, each read front to back
     torchrun --nproc-per-node 8 imagenet.py s3://imagenet --amp bf16 --channels-last
 
 The flags of PyTorch's ImageNet example keep their names, meanings and defaults. ``--loader torch``
@@ -37,8 +38,8 @@ from torch.multiprocessing.spawn import ProcessExitedException, spawn
 from torch.utils.data import DistributedSampler
 from torchvision.transforms import v2
 
-from benchmarking.misc.init_benchmarking import get_dataset
-from concurrent_dataloader import DataLoader
+from benchmarking.misc.init_benchmarking import DATASETS, get_dataset
+from concurrent_dataloader import DataLoader, ShardDataset, StreamedShards
 from concurrent_dataloader.errors import LoaderError
 from concurrent_dataloader.labels import LabelSpace
 
@@ -74,7 +75,7 @@ def at_least_zero(text: str) -> float:
 
 def add_example_arguments(add: Callable[..., Any]) -> None:
     """Add the arguments of PyTorch's ImageNet example."""
-    add("data", nargs="?", default="imagenet", help="s3://bucket[/prefix], a bucket or a folder")
+    add("data", nargs="?", default="imagenet", help="a folder, s3://bucket[/prefix], or a bucket")
     add("-a", "--arch", default="resnet18", help="a model of torchvision")
     add("-j", "--workers", type=at_least(0), default=4, help="processes that load, per node")
     add("--epochs", type=at_least(0), default=90)
@@ -100,7 +101,8 @@ def add_example_arguments(add: Callable[..., Any]) -> None:
 
 def add_own_arguments(add: Callable[..., Any]) -> None:
     """Add those of this trainer: where the images are, how they are loaded, and the recipe."""
-    add("--dataset", choices=("s3", "scratch"), help="default: s3 for s3://..., else scratch")
+    add("--dataset", choices=DATASETS, default="auto", help="what lies there; auto: found out")
+    add("--stream", action="store_true", help="read training shards front to back, not at random")
     add("--dataset-limit", type=at_least(1), help="images of each split, drawn from all of it")
     add("--index-file", type=Path, help="JSON index of the training images; listed when absent")
     add("--val-index-file", type=Path)
@@ -143,13 +145,19 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Args:
     if args.resume is not None and not args.resume.is_file():
         parser.error(f"argument --resume: {args.resume}: no such file")
     is_url = "://" in args.data
-    if args.dataset == "scratch" and is_url:
-        parser.error(f"argument --dataset: got scratch for {args.data}, expected s3, or a folder")
+    if args.dataset in ("scratch", "folder", "lmdb") and is_url:
+        parser.error(f"argument --dataset: got {args.dataset} for {args.data}, expected a folder")
     if args.dataset == "s3" and not is_url and args.data.startswith(("/", ".", "~")):
         parser.error(
             f"argument data: got the folder {args.data} for --dataset s3, expected a bucket"
         )
-    args.dataset = args.dataset or ("s3" if args.data.startswith("s3://") else "scratch")
+    if args.stream and (args.dataset not in ("webdataset", "tfrecord", "auto") or args.dummy):
+        parser.error(f"argument --stream: got --dataset {args.dataset}, expected shards")
+    if args.stream and args.dataset_limit is not None:
+        parser.error("argument --stream: reads all shards, expected no --dataset-limit with it")
+    if args.dataset == "auto" and (args.index_file or args.val_index_file or args.use_cache):
+        # These belong to images one by one; packed data has an index of its own.
+        args.dataset = "s3" if args.data.startswith("s3://") else "scratch"
     args.num_gpus = 0 if args.no_accel else torch.cuda.device_count()
     args.start_method = torch.multiprocessing.get_start_method()
     return args
@@ -228,9 +236,11 @@ def open_split(args: Args, split: str, classes: Any = None) -> Any:
     if args.dummy:
         size = min({"train": 1_281_167, "val": 50_000}[split], args.dataset_limit or 2**31)
         return torchvision.datasets.FakeData(size, (3, 224, 224), 1000, transform)
-    train, s3 = split == "train", args.dataset == "s3"
+    train = split == "train"
     bucket_name, _, prefix = args.data.removeprefix("s3://").partition("/")
-    where = {"bucket_name": bucket_name, "prefix": prefix} if s3 else {"data_path": args.data}
+    where = {"data_path": args.data}
+    if args.dataset == "s3":
+        where = {"bucket_name": bucket_name, "prefix": prefix}
     classes_file = args.classes_file if train else args.val_classes_file
     if classes_file is None and classes is None:
         classes_file = args.classes_file
@@ -255,18 +265,41 @@ def open_split(args: Args, split: str, classes: Any = None) -> Any:
     return dataset
 
 
+def open_stream(args: Args, shards: Any, place: Place, batch_size: int) -> Any:
+    """Make a stream of the shards that were opened for random access: the same, front to back."""
+    if not isinstance(shards, ShardDataset):
+        raise ValueError(f"--stream: {args.data} holds no shards; leave it out, or write some")
+    names = [shard.name for shard in shards.shard_index.shards]
+    return StreamedShards(
+        names,
+        store=shards.store,
+        index=shards.shard_index,
+        shuffle=True,
+        seed=args.seed,
+        batch_size=batch_size,
+        transform=shards.transform,
+        decode=args.decoder,
+        rank=place.rank,
+        world_size=place.world_size,
+    )
+
+
 def make_loader(args: Args, dataset: Any, place: Place, *, is_train: bool) -> Loader:
     """Make the loader of this process's share of a split: ours or torch's."""
     sampler: Any = None
-    if not is_train:
+    batch_size = max(1, args.batch_size // place.num_local)
+    is_stream = is_train and args.stream
+    if is_stream:
+        dataset = open_stream(args, dataset, place, batch_size)
+    elif not is_train:
         # Not a DistributedSampler, which counts images twice to make all shares equal.
         sampler = range(place.rank, len(dataset), place.world_size)
     elif place.world_size > 1:
         sampler = DistributedSampler(dataset, place.world_size, place.rank, seed=args.seed)
     settings: dict[str, Any] = {
-        "batch_size": max(1, args.batch_size // place.num_local),
+        "batch_size": batch_size,
         "num_workers": math.ceil(args.workers / place.num_local),
-        "shuffle": is_train and sampler is None,
+        "shuffle": is_train and sampler is None and not is_stream,
         "sampler": sampler,
         "pin_memory": place.device.type == "cuda" if args.pin_memory is None else args.pin_memory,
         "prefetch_factor": args.prefetch_factor,

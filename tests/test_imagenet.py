@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 import imagenet
 from concurrent_dataloader.labels import Classes
+from concurrent_dataloader.prepare.__main__ import main as pack
 from concurrent_dataloader.testing import ObjectServer
 
 REPOSITORY = Path(imagenet.__file__).parent
@@ -156,6 +157,55 @@ def test_losses_from_a_bucket_are_those_of_torchs_loader_on_the_same_files(
         assert losses_of(output) == losses_of(torchs)
         assert object_server.secret_key not in (output / "log.jsonl").read_text()
     assert object_server.secret_key not in "".join(capfd.readouterr())
+
+
+PACKED = {
+    "webdataset": ("shard", "--no-shuffle", "--maxcount", "10"),
+    "tfrecord": ("shard", "--no-shuffle", "--maxcount", "10", "--format", "tfrecord"),
+    "lmdb": ("lmdb", "--order", "list"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", PACKED)
+def test_losses_from_packed_data_are_those_of_single_files(
+    kind: str, train: Callable[..., Path], image_folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("lmdb")
+    verb, *flags = PACKED[kind]
+    packed = tmp_path / "packed"
+    assert pack([verb, str(image_folder), str(packed), "--splits", "train,val", *flags]) == 0
+
+    single = losses_of(train("single", "--epochs", "1"))
+
+    assert losses_of(train("auto", "--epochs", "1", data=packed)) == single
+    assert losses_of(train("named", "--epochs", "1", "--dataset", kind, data=packed)) == single
+
+
+@pytest.mark.slow
+def test_a_stream_of_shards_trains_on_every_image_once_an_epoch(
+    train: Callable[..., Path],
+    image_folder: Path,
+    object_server: ObjectServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert (
+        pack(["shard", str(image_folder), str(tmp_path / "packed"), "--splits", "train,val"]) == 0
+    )
+    object_server.put_folder("shards", tmp_path / "packed")
+    for name, value in object_server.environment().items():
+        monkeypatch.setenv(name, value)
+
+    for data in (tmp_path / "packed", "s3://shards"):
+        for output in (
+            train(f"run-{len(str(data))}", "--epochs", "2", "--stream", data=data),
+            train(f"twin-{len(str(data))}", "--epochs", "2", "--stream", data=data),
+        ):
+            epochs = read_log(output, "epoch")
+            assert [epoch["train"]["num_images"] for epoch in epochs] == [3 * NUM_TRAIN] * 2
+            assert [epoch["val"]["num_images"] for epoch in epochs] == [3 * NUM_VAL] * 2
+        assert losses_of(output) == losses_of(output.with_name(f"run-{len(str(data))}"))
 
 
 @pytest.mark.slow

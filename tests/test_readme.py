@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from benchmarking.photos import make_demo_set
+from concurrent_dataloader.prepare.__main__ import main
 from concurrent_dataloader.testing import ObjectServer
 
 CHECKOUT = Path(__file__).parents[1]
@@ -49,6 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     photos = make_demo_set(folder / "photos", num_train=120, num_val=10)
     keys = sorted(path.relative_to(photos).as_posix() for path in photos.rglob("train/*/*.jpg"))
     (folder / "train.json").write_text(json.dumps(keys))
+    assert main(["shard", str(photos), str(folder / "shards"), "--splits", "train,val"]) == 0
     return folder
 
 

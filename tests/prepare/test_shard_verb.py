@@ -105,13 +105,28 @@ def test_several_splits_are_written_each_from_its_part(tmp_path: Path) -> None:
     assert keys_of(tmp_path / "out" / "val-000000.tar") == [f"val-{i:07d}" for i in range(5)]
 
 
+def test_splits_whose_files_have_the_same_names_get_different_keys(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        make_folder(tmp_path / "set" / split, 5)
+
+    assert shard(tmp_path / "set", tmp_path / "out", "--splits", "train,val", "--no-shuffle") == 0
+
+    keys = {split: keys_of(tmp_path / "out" / f"{split}-000000.tar") for split in ("train", "val")}
+    assert [key.removeprefix("train/") for key in keys["train"]] == [
+        key.removeprefix("val/") for key in keys["val"]
+    ]
+    assert all(key.startswith("train/") for key in keys["train"])
+
+
 def test_w09_splits_with_common_keys_are_refused_before_anything_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for split in ("train", "val"):
         make_folder(tmp_path / "set" / split, 5)
 
-    assert shard(tmp_path / "set", tmp_path / "out", "--splits", "train,val") == 1
+    assert (
+        shard(tmp_path / "set", tmp_path / "out", "--splits", "train,val", "--key-prefix", "") == 1
+    )
 
     assert "which split 'train' has too; give a key prefix" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

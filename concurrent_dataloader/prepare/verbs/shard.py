@@ -172,7 +172,8 @@ def _add_shard_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--key-prefix",
         metavar="TEXT",
-        help="what stands before each key (default: SPLIT- for numbers, else nothing)",
+        help="what stands before each key (default: SPLIT- for numbers; SPLIT/ for paths where"
+        " --splits is given; else nothing)",
     )
     group.add_argument(
         "--data-type",
@@ -284,6 +285,10 @@ def _settings(options: argparse.Namespace, split: str) -> ShardSettings:
         )
     is_exact = options.samples_per_shard is not None
     is_encoded = bool(options.steps) or options.quality is not None
+    prefix = options.key_prefix
+    if prefix is None and options.splits and options.key_style == "path":
+        # Names count from the split's part of the source, and are often the same in each.
+        prefix = f"{split}/"
     return ShardSettings(
         split=split,
         kind=options.format,
@@ -292,7 +297,7 @@ def _settings(options: argparse.Namespace, split: str) -> ShardSettings:
         max_count=options.samples_per_shard if is_exact else options.maxcount,
         max_bytes=None if is_exact else options.maxsize,
         key_style=options.key_style,
-        key_prefix=options.key_prefix,
+        key_prefix=prefix,
         field=options.data_type,
         boxes=options.boxes is not None,
         preparation=Preparation(
