@@ -24,6 +24,7 @@ EXPORTED = [
     "ScratchDataset",
     "ShardDataset",
     "StagedDataset",
+    "StreamedShards",
     "open_dataset",
     "open_store",
 ]
