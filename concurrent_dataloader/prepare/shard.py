@@ -324,8 +324,15 @@ def check_splits(splits: Sequence[tuple[Source, ShardSettings]]) -> None:
     """Make sure, before several splits are written, that no two of their samples share a key.
 
     Raises:
-        ValueError: Two do.
+        ValueError: Two do, or two splits have the same names for their shards.
     """
+    patterns = [settings.names.pattern for _, settings in splits]
+    for pattern in patterns:
+        if patterns.count(pattern) > 1:
+            raise ValueError(
+                f"pattern: got {pattern!r} for more than one split, expected one for each; write"
+                " them one by one, or into folders of their own"
+            )
     seen: dict[str, NDArray[np.uint64]] = {}
     for source, settings in splits:
         survey = survey_source(source, settings)

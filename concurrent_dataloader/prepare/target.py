@@ -241,7 +241,8 @@ class ShardTarget:
 
         Raises:
             FileExistsError: There is something of this split.
-            ValueError: ``metadata.json`` does not list its shards, so that a split cannot be added.
+            ValueError: ``metadata.json`` does not list its shards, so that a split cannot be added;
+                or another split has shards of these names.
         """
         metadata = self.read_metadata()
         if metadata is not None and metadata.version is None:
@@ -249,7 +250,14 @@ class ShardTarget:
                 f"{self.store.describe(METADATA_NAME)}: written by an older system, which lists no"
                 " shards; choose another target, or remove that data set by hand"
             )
-        present = self._find_present(metadata, pattern)
+        others = self._name_others(metadata)
+        taken = next((name for name in names if name in others), None)
+        if taken is not None:
+            raise ValueError(
+                f"{self.store.describe(taken)}: a shard of split {others[taken]!r}, expected"
+                f" another name for those of {self.split!r}; choose another pattern"
+            )
+        present = [name for name in self._find_present(metadata, pattern) if name not in others]
         begun = self._read(f"{self.state}/plan.json")
         if overwrite:
             self._clean(metadata, present)
@@ -261,6 +269,16 @@ class ShardTarget:
         self._clean_state()
         self.store.put(f"{self.state}/plan.json", orjson.dumps({"fingerprint": fingerprint}))
         return {}
+
+    def _name_others(self, metadata: Metadata | None) -> dict[str, str]:
+        """Give the split of each shard that belongs to another one."""
+        splits = {} if metadata is None else metadata.splits
+        return {
+            shard.name: name
+            for name, split in splits.items()
+            if name != self.split
+            for shard in split.shards or ()
+        }
 
     def _is_same_plan(self, begun: Buffer, fingerprint: str, present: Sequence[str]) -> bool:
         try:
@@ -292,7 +310,20 @@ class ShardTarget:
         split = None if metadata is None else metadata.splits.get(self.split)
         listed = () if split is None else (split.shards or ())
         found += [shard.name for shard in listed if shard.name not in found]
+        # Of an unfinished run, which may have had another pattern.
+        receipts = [key for key in self._list_state() if key.endswith(".json")]
+        for receipt in receipts:
+            name = receipt.removeprefix(f"{self.state}/").removesuffix(".json")
+            if name not in ("plan", *found) and self._exists(name):
+                found.append(name)
         return found
+
+    def _exists(self, name: str) -> bool:
+        try:
+            self.store.head(name)
+        except KeyNotFoundError:
+            return False
+        return True
 
     def _list(self, prefix: str) -> list[str]:
         try:

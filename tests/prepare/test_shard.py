@@ -640,6 +640,36 @@ def test_overwriting_a_split_leaves_the_other(tmp_path: Path) -> None:
     assert Metadata.load(tmp_path / "metadata.json").splits["val"].seed == 3
 
 
+def test_splits_do_not_share_the_names_of_their_shards(tmp_path: Path) -> None:
+    train = ShardSettings(split="train", pattern="Name%d.tar", key_style="index")
+    val = ShardSettings(split="val", pattern="Name%d.tar", key_style="index")
+    source = MemorySource(make_samples(4))
+    write_shards(source, tmp_path, train)
+    before = contents(tmp_path)
+
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"Name0\.tar: a shard of split 'train', expected"):
+            write_shards(source, tmp_path, val, overwrite=overwrite)
+    with pytest.raises(ValueError, match=r"got 'Name%d\.tar' for more than one split"):
+        check_splits([(source, train), (source, val)])
+    assert contents(tmp_path) == before
+
+
+def test_overwriting_an_unfinished_run_removes_its_shards_whatever_they_are_called(
+    tmp_path: Path,
+) -> None:
+    samples = make_samples()
+    settings = ShardSettings(pattern="old%d.tar", max_count=10, seed=None)
+    with pytest.raises(LoaderError):
+        write_shards(MemorySource(samples, bad="n02/023.JPEG"), tmp_path / "out", settings)
+    assert (tmp_path / "out" / "old0.tar").exists()
+
+    write_shards(MemorySource(samples), tmp_path / "out", overwrite=True)
+
+    write_shards(MemorySource(samples), tmp_path / "fresh")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
 def test_metadata_of_the_older_system_is_not_mixed_with_ours(tmp_path: Path) -> None:
     old = {"train_length": 3, "validation_length": 1, "format": "img", "checksum": "0" * 32}
     (tmp_path / "metadata.json").write_text(json.dumps(old))
