@@ -513,12 +513,6 @@ def extents_bytes(index: ShardIndex) -> NDArray[np.int64]:
     return index.extents[:, 1] - index.extents[:, 0]
 
 
-def remove_objects(store: WritableStore, names: Iterable[str]) -> None:
-    """Delete objects, in the order given."""
-    for name in names:
-        store.delete(name)
-
-
 def existing_sizes(store: WritableStore, prefix: str) -> Mapping[str, int]:
     """Give the sizes of the objects whose key begins so; none where there is no such folder yet."""
     try:

@@ -8,29 +8,34 @@ import random
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset
 
 import imagenet
 from concurrent_dataloader.dataloader_mod.dataloader import DataLoader
+from concurrent_dataloader.datasets import IndexedDataset
+from concurrent_dataloader.index import Index
+from concurrent_dataloader.stores._memory import MemoryStore
 
 Draws = tuple[float, float, float]
 
+OBJECTS = {f"{number}.jpg": b"" for number in range(8)}
 
-class Drawing(Dataset[Draws]):
-    """Each item is what a random transform would draw, from the three global generators."""
 
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, position: int) -> Draws:
-        return random.random(), float(np.random.random()), float(torch.rand(()))
+def draw(raw: bytes) -> Draws:
+    """A transform that gives what it draws from the three global generators."""
+    return random.random(), float(np.random.random()), float(torch.rand((), dtype=torch.float64))
 
 
 def draws(seed: int, rank: int, epoch: int) -> list[Draws]:
-    """What the items of an epoch of a rank draw, in 2 workers."""
-    place = imagenet.Place(rank, 4, 1, torch.device("cpu"))
-    imagenet.seed_epoch(seed, epoch, place)
-    loader = DataLoader(Drawing(), batch_size=2, num_workers=2, collate_fn=list)
+    """What the samples of an epoch of a rank draw, in 2 workers."""
+    imagenet.seed_epoch(seed, epoch, imagenet.Place(rank, 4, 1, torch.device("cpu")))
+    dataset = IndexedDataset(
+        Index.from_keys(OBJECTS),
+        MemoryStore(OBJECTS),
+        decode=bytes,
+        transform=draw,
+        missing_label=None,
+    )
+    loader = DataLoader(dataset, batch_size=2, num_workers=2, collate_fn=list)
     return [item for batch in loader for item in batch]
 
 
