@@ -40,8 +40,9 @@ from concurrent_dataloader.datasets.indexed import (
 )
 from concurrent_dataloader.errors import LoaderError, ShardFormatError
 from concurrent_dataloader.formats.lmdb_file import LmdbFile
-from concurrent_dataloader.formats.lmdb_record import Record
+from concurrent_dataloader.formats.lmdb_record import NO_LABEL, Record
 from concurrent_dataloader.index import choose_positions
+from concurrent_dataloader.labels import Classes, LabelSpace, convert_ids, imagenet_classes
 
 DEFAULT_CACHE_RECORDS = 5000
 """Half a gigabyte of ImageNet. Databases are written in a random order, so that a local shuffle of
@@ -70,6 +71,9 @@ class LmdbDataset(StagedDataset[Any, Any]):
         decode: Decode = "pillow",
         limit: int | None = None,
         sample_seed: int | None = None,
+        classes: Classes | None = None,
+        classes_file: str | os.PathLike[str] | None = None,
+        label_space: LabelSpace | None = None,
         missing_label: int | None = MISSING_LABEL,
         with_metadata: bool = False,
         allow_pickle: bool = False,
@@ -84,14 +88,20 @@ class LmdbDataset(StagedDataset[Any, Any]):
                 function of the raw bytes, or None for these bytes themselves.
             limit: Number of samples; the first ones, or a sample by ``sample_seed``.
             sample_seed: Draws the limited samples from all, the same for the same seed.
+            classes: Those of another split, so that both have the same labels; matched by name.
+            classes_file: JSON object of classes, likewise. Without either, the database's own.
+            label_space: What its labels mean, where it does not say; those of the older system are
+                taken to be in the order of the WordNet ids.
             missing_label: The label of samples that have none; when None, items are images alone.
             with_metadata: Whether items have a last element more, a `SampleMetadata`.
             allow_pickle: Also read databases of the older system; as in `LmdbFile`.
 
         Raises:
-            ValueError: There is no such decoder, or no such limit.
+            ValueError: There is no such decoder or limit, or the label space is another.
             FileNotFoundError: There is no such database.
             ShardFormatError: It is cut short, not complete, empty, or none of ours.
+            ClassesFormatError: The classes file is malformed.
+            UnknownClassError: A class of the database is not among those given.
             MissingDependencyError: lmdb, or the decoder, is not installed.
         """
         self.file = _open_file(path, readahead=False, allow_pickle=allow_pickle)
@@ -102,13 +112,21 @@ class LmdbDataset(StagedDataset[Any, Any]):
         self._with_metadata = with_metadata
         self._positions = choose_positions(len(self.file), limit, sample_seed)
         self._labels: NDArray[np.int32] | None = None
+        self.classes = _name_classes(self.file, label_space)
+        """Those of the labels; None where there are none, or nothing is known of them."""
+        self._new_labels: NDArray[np.int32] | None = None
+        if classes_file is not None:
+            classes = Classes.load(classes_file)
+        if classes is not None:
+            self._new_labels = _match_labels(self.file, self.classes, classes)
+            self.classes = classes
 
     def __len__(self) -> int:
         return len(self.file) if self._positions is None else len(self._positions)
 
     @override
     def __repr__(self) -> str:
-        num_classes = "no" if self.classes is None else len(self.classes)
+        num_classes = "no" if self.classes is None else self.classes.count
         return (
             f"{type(self).__name__}({len(self)} samples, {num_classes} classes, {self.file.path})"
         )
@@ -135,7 +153,7 @@ class LmdbDataset(StagedDataset[Any, Any]):
         """
         number = self.record_number(position)
         record = self.file.parse(number, cast(bytes, raw))
-        label = self._missing_label if record.label is None else record.label
+        label = self._missing_label if record.label is None else self._relabel(number, record.label)
         metadata = None
         if self._with_metadata:
             size_bytes = memoryview(record.payload).nbytes
@@ -156,17 +174,6 @@ class LmdbDataset(StagedDataset[Any, Any]):
     # -- around them
 
     @property
-    def classes(self) -> tuple[str, ...] | None:
-        """Name of each class in the order of the labels, where the writer knew them."""
-        metadata = self.file.metadata
-        return None if metadata is None or metadata.classes is None else tuple(metadata.classes)
-
-    @property
-    def label_space(self) -> str | None:
-        """A `LabelSpace`'s value where the classes are ImageNet's; None where it is not known."""
-        return None if self.file.metadata is None else self.file.metadata.label_space
-
-    @property
     def labels(self) -> NDArray[np.int32] | None:
         """The label of each sample, (N,) int32, -1 for none; None for an older system's data."""
         if self._labels is None:
@@ -174,7 +181,26 @@ class LmdbDataset(StagedDataset[Any, Any]):
             if labels is not None and self._positions is not None:
                 labels = labels[self._positions]
             self._labels = labels
-        return self._labels
+        if self._labels is None or self._new_labels is None:
+            return self._labels
+        return np.append(self._new_labels, np.int32(NO_LABEL))[self._labels]
+
+    def convert_labels(self, label_space: LabelSpace) -> None:
+        """Number ImageNet's classes as in another label space, such as torchvision's weights do.
+
+        Raises:
+            ValueError: There are no classes, or they are not known to be ImageNet's.
+        """
+        if self.classes is None:
+            raise ValueError(f"{self.file.path}: no classes, expected ImageNet's to convert them")
+        source = self.classes.label_space
+        converted = self.classes.converted(label_space)
+        if source is not label_space:
+            count = self.classes.count if self._new_labels is None else len(self._new_labels)
+            labels = np.arange(count) if self._new_labels is None else self._new_labels
+            ids = convert_ids(labels + source.first_id, source, label_space)
+            self._new_labels = (ids - label_space.first_id).astype(np.int32)
+        self.classes = converted
 
     def set_transform(self, transform: Callable[[Any], Any] | None) -> None:
         """Replace the transform. Workers that have started keep the one before."""
@@ -202,6 +228,16 @@ class LmdbDataset(StagedDataset[Any, Any]):
         """Give the database back; the next sample opens it again. May be called twice."""
         self.file.close()
 
+    def _relabel(self, number: int, label: int) -> int:
+        if self._new_labels is None:
+            return label
+        if label >= len(self._new_labels):
+            raise ShardFormatError(
+                f"{self.file.describe(number)}: got label {label}, expected less than the"
+                f" {len(self._new_labels)} classes of the database"
+            )
+        return int(self._new_labels[label])
+
     def _decode_image(self, position: int, number: int, record: Record) -> Any:
         try:
             return self._decode_raw(record.payload)
@@ -228,6 +264,50 @@ def _open_file(
     if not len(file):
         raise ShardFormatError(f"{file.path}: no records, expected at least one")
     return file
+
+
+def _name_classes(file: LmdbFile, declared: LabelSpace | None) -> Classes | None:
+    """Make classes of what a database says of its labels."""
+    known, values = LabelSpace.SORTED_WNID, None  # the older system's, by Caffe's list of synsets
+    if file.metadata is not None:
+        values, given = file.metadata.classes, file.metadata.label_space
+        known = None if given is None else LabelSpace(given)
+        if declared is not None and known is not None and declared is not known:
+            raise ValueError(
+                f"label_space: got {declared.value!r}, but {file.path} says {known.value!r}; leave"
+                " it out, and convert_labels() later"
+            )
+    space = declared or known or LabelSpace.CUSTOM
+    if values is None:
+        return None if space is LabelSpace.CUSTOM else Classes.imagenet(space)
+    names = dict(imagenet_classes())
+    return Classes(
+        {value: label for label, value in enumerate(values)},
+        names={label: names.get(value, value) for label, value in enumerate(values)},
+        label_space=space,
+        id_base=space.first_id,
+        where=str(file.path),
+    )
+
+
+def _match_labels(
+    file: LmdbFile, own: Classes | None, classes: Classes
+) -> NDArray[np.int32] | None:
+    """Give for each label of a database that of ``classes``; None where all are the same."""
+    values = None if file.metadata is None else file.metadata.classes
+    if values is None:
+        if own is None or classes.label_space is LabelSpace.CUSTOM:
+            return None
+        source, target = own.label_space, classes.label_space
+        ids = convert_ids(np.arange(own.count) + source.first_id, source, target)
+        return (ids - target.first_id).astype(np.int32)
+    if classes.label_rule != "parent":
+        raise ValueError(
+            f"classes: got those by label_rule {classes.label_rule!r}, expected 'parent', since a"
+            f" class of {file.path} is known by its name alone"
+        )
+    # By the rule "parent", a class is known by the folder of its samples.
+    return classes.labels_of(f"{value}/*" for value in values)
 
 
 # -- front to back

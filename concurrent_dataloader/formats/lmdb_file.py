@@ -696,9 +696,11 @@ def _lock(path: Path) -> int:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _RIGHTS)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         os.close(descriptor)
         raise BlockingIOError(
             error.errno, "another process is writing it; wait for it to end", str(path)
         ) from error
+    except OSError:
+        pass  # a file system without locks: whoever uses it sees to it that one writes at a time
     return descriptor

@@ -23,7 +23,7 @@ from concurrent_dataloader.datasets.lmdb import (
     count_held,
     draw_local_order,
 )
-from concurrent_dataloader.errors import SampleDecodeError, ShardFormatError
+from concurrent_dataloader.errors import SampleDecodeError, ShardFormatError, UnknownClassError
 from concurrent_dataloader.formats.lmdb_file import LmdbFile, LmdbWriter
 from concurrent_dataloader.formats.lmdb_record import (
     DatabaseMetadata,
@@ -31,6 +31,7 @@ from concurrent_dataloader.formats.lmdb_record import (
     pack_labels,
     pack_record,
 )
+from concurrent_dataloader.labels import Classes, LabelSpace
 
 from .conftest import encode_image
 
@@ -100,10 +101,65 @@ def test_items_are_rgb_images_and_labels(database: Path, images: list[bytes]) ->
 def test_classes_and_labels_come_from_the_database(database: Path) -> None:
     dataset = LmdbDataset(database)
 
-    assert dataset.classes == tuple(CLASSES)
-    assert dataset.label_space == "custom"
+    assert dataset.classes is not None
+    assert [dataset.classes.name(label) for label in range(3)] == CLASSES
+    assert dataset.classes.label_space is LabelSpace.CUSTOM
     assert dataset.labels is not None
     assert dataset.labels.tolist() == [position % 3 for position in range(NUM_RECORDS)]
+
+
+def test_classes_of_another_split_give_the_labels(numbered: Path) -> None:
+    classes = Classes({"eel": 0, "dog": 4, "cat": 9})
+
+    dataset = LmdbDataset(numbered, decode=to_number, classes=classes)
+
+    assert [dataset[position][1] for position in range(3)] == [9, 4, 0]
+    assert dataset.labels is not None
+    assert dataset.labels[:3].tolist() == [9, 4, 0]
+    assert dataset.classes is classes
+
+
+def test_a_classes_file_gives_the_labels(numbered: Path, tmp_path: Path) -> None:
+    Classes({"eel": 0, "dog": 1, "cat": 2}).save_json(tmp_path / "classes.json")
+
+    dataset = LmdbDataset(numbered, decode=to_number, classes_file=tmp_path / "classes.json")
+
+    assert [dataset[position][1] for position in range(3)] == [2, 1, 0]
+
+
+def test_classes_that_lack_one_of_the_database_are_refused(numbered: Path) -> None:
+    with pytest.raises(UnknownClassError, match="got class 'cat'"):
+        LmdbDataset(numbered, classes=Classes({"eel": 0, "dog": 1}))
+
+
+def test_labels_of_imagenet_can_be_converted(tmp_path: Path) -> None:
+    values = ["n01440764", "n02119789", "n01443537"]  # 449, 1 and 450 in the development kit
+    metadata = DatabaseMetadata(3, "list", None, "val", values, None, "plan", True)
+    with LmdbWriter(tmp_path / "x.lmdb") as writer:
+        for position, label in enumerate((0, 1, None)):
+            writer.put_record(position, pack_record(Record("a", label, b"bytes")))
+        writer.put_metadata(metadata, pack_labels([0, 1, None]))
+
+    dataset = LmdbDataset(tmp_path / "x.lmdb", decode=None, classes=Classes.imagenet())
+    before = [label for _, label in (dataset[0], dataset[1], dataset[2])]
+    dataset.convert_labels(LabelSpace.ILSVRC2012_ID)
+
+    assert before == [0, 278, -1]
+    assert [dataset[position][1] for position in range(3)] == [448, 0, -1]
+    assert dataset.labels is not None
+    assert dataset.labels.tolist() == [448, 0, -1]
+    assert dataset.classes is not None
+    assert dataset.classes.label_space is LabelSpace.ILSVRC2012_ID
+
+
+def test_labels_of_ones_own_cannot_be_converted(numbered: Path) -> None:
+    with pytest.raises(ValueError, match="'custom'"):
+        LmdbDataset(numbered).convert_labels(LabelSpace.SORTED_WNID)
+
+
+def test_a_label_space_that_the_database_contradicts_is_refused(numbered: Path) -> None:
+    with pytest.raises(ValueError, match=r"got 'tf_builder', but .* says 'custom'"):
+        LmdbDataset(numbered, label_space=LabelSpace.TF_BUILDER)
 
 
 def test_stored_bytes_are_given_unchanged(database: Path, images: list[bytes]) -> None:
@@ -231,7 +287,9 @@ def test_an_older_database_gives_items_by_consent(tmp_path: Path) -> None:
     assert [label for _, label in (dataset[0], dataset[1])] == [7, 8]
     assert np.array_equal(np.array(dataset[1][0]), np.array(Image.open(io.BytesIO(raws[1]))))
     assert dataset.labels is None
-    assert dataset.classes is None
+    assert dataset.classes is not None
+    assert dataset.classes.label_space is LabelSpace.SORTED_WNID
+    assert dataset.classes.name(7) == "cock"
 
 
 # -- front to back
