@@ -153,6 +153,12 @@ class WindowDataset(StagedDataset[Pair, Any]):
         self._input_offsets = tuple(input_offsets)
         self._target_offsets = tuple(target_offsets)
         self._offsets = sorted({*input_offsets, *target_offsets})
+        self._input_places = _find_places(input_offsets, self._offsets)
+        self._target_places = _find_places(target_offsets, self._offsets)
+        if not set(input_offsets).isdisjoint(target_offsets):
+            # Views would share memory, and what is done to one in place would be done to both.
+            self._target_places = list(self._target_places)
+            self._input_places = list(self._input_places)
         self._folder = None if download_folder is None else Path(download_folder).expanduser()
         self._local: Store | None = None if self._folder is None else open_store(self._folder)
         self._index_name = index_name
@@ -281,11 +287,7 @@ class WindowDataset(StagedDataset[Pair, Any]):
             except MissingBytesError as missing:
                 # Of HDF5's own structures, which it may look up by other ways than before.
                 self._supply(window.file_number, known, missing)
-        places = {offset: place for place, offset in enumerate(self._offsets)}
-        return (
-            array[[places[offset] for offset in self._input_offsets]],
-            array[[places[offset] for offset in self._target_offsets]],
-        )
+        return _pick(array, self._input_places), _pick(array, self._target_places)
 
     @override
     def apply_transform(self, decoded: Pair) -> Any:
@@ -419,6 +421,17 @@ def open_windows(
         raise KeyNotFoundError(f"{url}: no file fits {', '.join(patterns)}; check file_filter")
     options.setdefault("index_name", f"the listing of {url}")
     return WindowDataset(listed.limit(limit), store, **options)
+
+
+def _find_places(offsets: Sequence[int], among: Sequence[int]) -> range | list[int]:
+    """Say where the frames are among those that were read; as a range if side by side."""
+    places = [among.index(offset) for offset in offsets]
+    together = range(places[0], places[0] + len(places))
+    return together if places == list(together) else places
+
+
+def _pick(array: NDArray[Any], places: range | list[int]) -> NDArray[Any]:
+    return array[places.start : places.stop] if isinstance(places, range) else array[places]
 
 
 def _forget(value: object) -> None:

@@ -156,6 +156,20 @@ def test_offsets_are_free_and_may_overlap(tmp_path: Path) -> None:
     np.testing.assert_array_equal(targets, array[[8, 33]])
 
 
+@pytest.mark.parametrize("target_offsets", [[2, 3], [1, 2]])
+def test_what_is_done_to_inputs_in_place_is_not_done_to_targets(
+    tmp_path: Path, target_offsets: list[int]
+) -> None:
+    array = make_array(0)
+    write_hdf5(tmp_path / "a.h5", array)
+    dataset = make_dataset(tmp_path, "ranged", input_offsets=[0, 1], target_offsets=target_offsets)
+
+    inputs, targets = dataset[4]
+    inputs[:] = 0
+
+    np.testing.assert_array_equal(targets, array[[4 + offset for offset in target_offsets]])
+
+
 def open_bucket(server: ObjectServer) -> Store:
     return open_store(
         "s3://data",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -138,6 +138,24 @@ def test_a_folder_goes_to_a_bucket_with_its_index_under_its_own_name(
     assert status == 0
     keys = [info.key for info in open_bucket(object_server, "s3://data").list()]
     assert keys == ["x/a/2.jpg", "x/lists/index.json"]
+
+
+def test_a_web_server_is_copied_by_an_index(object_server: ObjectServer, tmp_path: Path) -> None:
+    object_server.create_bucket("public", public=True)
+    object_server.put_objects("public", {"a/1.jpg": b"one", "a/2.jpg": b"two", "b.jpg": b"x"})
+    index = tmp_path / "index.json"
+    Index.from_keys(["a/2.jpg", "b.jpg"]).save_json(index)
+    target = tmp_path / "copy"
+
+    url = f"{object_server.endpoint_url}/public"
+    status = main(["copy", url, str(target), "--index", str(index)])
+
+    assert status == 0
+    assert files_below(target) == {
+        "a/2.jpg": b"two",
+        "b.jpg": b"x",
+        "index.json": index.read_bytes(),
+    }
 
 
 def test_a_first_copy_asks_twice_an_object_and_a_second_reads_nothing(
@@ -315,18 +333,20 @@ def test_copy_to_folder_takes_the_time_and_raises_for_what_is_missing(
 def test_ctrl_c_ends_a_copy_with_130_and_leaves_whole_files_only(
     bucket: ObjectServer, tmp_path: Path
 ) -> None:
-    bucket.set_bandwidth(connection_bytes_per_s=20_000)
+    bucket.set_bandwidth(connection_bytes_per_s=6000)
     target = tmp_path / "copy"
     command = [sys.executable, "-m", "concurrent_dataloader.prepare", "copy", "s3://data/train"]
-    command += [str(target), "--concurrency", "2", "--credentials"]
+    command += [str(target), "--concurrency", "1", "--credentials"]
     command.append(str(write_credentials(bucket, tmp_path / "c.json")))
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not (target.is_dir() and len(files_below(target)) > 3):
-        assert process.poll() is None
-        os.sched_yield()
-
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while len(list(target.rglob("*.JPEG"))) < 4:
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=30)
+        finally:
+            process.kill()
 
     assert process.returncode == 130
     assert said == "concurrent-dataloader: interrupted\n"
