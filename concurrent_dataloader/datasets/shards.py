@@ -397,14 +397,16 @@ def _match_labels(
 ) -> NDArray[np.int32]:
     """Give labels as ``classes`` counts them."""
     labels = index.labels
-    if by_key or labels is None or (index.classes is not None and classes.label_rule != "parent"):
+    if by_key or labels is None:
         return classes.labels_of(index.names.keys())
-    matched = labels.copy()
     if index.classes is not None:
-        for label in np.unique(labels[labels != NO_LABEL]).tolist():
-            # By the rule "parent", a class is known by the folder of its samples.
-            matched[labels == label] = classes.label_of(f"{index.classes[label]}/*")
-        return matched
+        try:
+            return _match_names(labels, index.classes, classes)
+        except UnknownClassError:
+            if classes.label_rule == "parent":
+                raise
+            return classes.labels_of(index.names.keys())  # known by number, or file name
+    matched = labels
     if LabelSpace.CUSTOM not in (space, classes.label_space):
         matched = _convert(labels, space, classes.label_space)
     if int(matched.max()) >= classes.count:
@@ -413,6 +415,16 @@ def _match_labels(
             "the classes given; give those of this data set"
         )
     return matched
+
+
+def _match_names(
+    labels: NDArray[np.int32], names: Sequence[str], classes: Classes
+) -> NDArray[np.int32]:
+    table = np.full(len(names) + 1, NO_LABEL, np.int32)  # the last is that of NO_LABEL
+    for label in np.unique(labels[labels != NO_LABEL]).tolist():
+        # Classes are known by the folder of their samples.
+        table[label] = classes.label_of(f"{names[label]}/*")
+    return table[labels]
 
 
 def _convert(

@@ -20,7 +20,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from typing_extensions import Buffer
 
 from concurrent_dataloader.dataloader_mod.dataloader import DataLoader
-from concurrent_dataloader.datasets import ShardDataset
+from concurrent_dataloader.datasets import ScratchDataset, ShardDataset
 from concurrent_dataloader.errors import (
     ByteRangeError,
     IndexFormatError,
@@ -394,6 +394,17 @@ def test_classes_of_another_split_are_matched_by_name() -> None:
     bodies, index = pack_tars(val, classes=["mouse"])
     with pytest.raises(UnknownClassError, match="'mouse'"):
         ShardDataset(index, MemoryStore(bodies), train.classes)
+
+
+def test_classes_of_a_folder_are_matched_by_name(image_folder: Path) -> None:
+    val = {"val.tar": [("0000001", {"jpg": IMAGES["cat/1.jpg"], "cls": b"0"})]}
+    bodies, index = pack_tars(val, classes=["cat"])
+    by_number = Classes({"1": 7}, label_rule="number")
+
+    folder = ScratchDataset(image_folder)
+
+    assert ShardDataset(index, MemoryStore(bodies), folder.classes).label(0) == 1
+    assert ShardDataset(index, MemoryStore(bodies), by_number).label(0) == 7
 
 
 def test_classes_of_another_split_count_labels_without_names() -> None:
