@@ -488,6 +488,7 @@ def test_kaggles_layout_is_read_as_it_is_w13(kaggle: Path, below: str) -> None:
     train = open_source(kaggle / below, split="train", boxes="auto")
     val = open_source(kaggle / below, split="val", boxes="auto")
     test = open_source(kaggle / below, split="test")
+    same = open_source(kaggle / below, split="validation")
 
     box = (Box(0.1, 0.5, 0.5, 0.6),)
     assert names_of(train)[1] == "n02100735/n02100735_12.JPEG"
@@ -495,6 +496,7 @@ def test_kaggles_layout_is_read_as_it_is_w13(kaggle: Path, below: str) -> None:
     assert [train.boxes(n) for n in range(4)] == [(), (), (), box]
     assert (labels_of(val), val.label_space) == (SORTED_LABELS, "sorted_wnid")
     assert val.boxes(9) == box
+    assert labels_of(same) == SORTED_LABELS
     assert bytes(val.read(0)) == b"ILSVRC2012_val_00000001"
     assert (labels_of(test), test.classes, len(test)) == ([None], None, 1)
     with pytest.raises(ValueError, match=r"split: got None for Kaggle's layout .* train, val"):

@@ -323,6 +323,13 @@ def test_an_empty_source_is_an_error(tmp_path: Path) -> None:
             open_source(tmp_path / name if "*" not in name else tmp_path / "none" / name)
 
 
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "photos.zip").write_bytes(b"")
+
+    with pytest.raises(ValueError, match=r"photos\.zip', a file that is neither a tar nor an ind"):
+        open_source(tmp_path / "photos.zip")
+
+
 # -- damage
 
 

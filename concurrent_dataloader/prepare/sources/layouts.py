@@ -168,6 +168,11 @@ class Search:
     # -- folders
 
     def _find_folder(self, text: str) -> Place:
+        if os.path.isfile(text):
+            raise ValueError(
+                f"source: got {text!r}, a file that is neither a tar nor an index; expected a"
+                " folder, .tar, .tar.gz, .tar.bz2, .tar.xz, .json or .packed"
+            )
         with contextlib.closing(self.files.open_folder(text)) as store:
             for base in ("ILSVRC/", ""):
                 if _has(store, f"{base}Data/CLS-LOC/"):
@@ -250,22 +255,23 @@ class Search:
     # -- Kaggle
 
     def _find_kaggle(self, text: str, base: str, store: WritableStore) -> Place:
-        if self.split not in _KAGGLE_SETS:
+        split = "val" if self.split == "validation" else self.split
+        if split not in _KAGGLE_SETS:
             raise ValueError(
                 f"split: got {self.split!r} for Kaggle's layout in {text}, expected one of"
                 f" {', '.join(_KAGGLE_SETS)}"
             )
         above = text if base else (os.path.dirname(text) or ".")
-        place = self._find_in_folder(join(text, f"{base}Data/CLS-LOC/{self.split}"), (above, text))
-        listed = f"{base}ImageSets/CLS-LOC/{_KAGGLE_SETS[self.split]}"
+        place = self._find_in_folder(join(text, f"{base}Data/CLS-LOC/{split}"), (above, text))
+        listed = f"{base}ImageSets/CLS-LOC/{_KAGGLE_SETS[split]}"
         found = place.found
         if _has(store, listed):
             found = _keep_listed(found, bytes(store.get(listed)), join(text, listed))
         return dataclasses.replace(
             place,
             found=found,
-            xml_folder=join(text, f"{base}Annotations/CLS-LOC/{self.split}"),
-            has_classes=self.split != "test",
+            xml_folder=join(text, f"{base}Annotations/CLS-LOC/{split}"),
+            has_classes=split != "test",
         )
 
 
