@@ -42,6 +42,7 @@ _NO_EXPECTATION = (
     "nothing says what should be there; give --index, --checksums, --checksum or --imagenet,"
     " decode all with --deep, or record checksums with --write-checksums"
 )
+_BUILDERS_BASE = 1
 _TREES = {"train": "train", "validation": "validation", "val": "validation"}
 """Folder below the root -> key of `IMAGENET_TREES`."""
 
@@ -90,8 +91,9 @@ class CheckSettings:
     num_classes: int | None = None
     """Labels are 0 to this, less one; None: as the index or metadata.json says."""
 
-    label_base: int = 1
-    """What TFRecords call the first class. TensorFlow's builder counts from 1."""
+    label_base: int | None = None
+    """What TFRecords call the first class; None: as metadata.json says, else 1, as TensorFlow's
+    builder counts."""
 
     allow_pickle: bool = False
     """Also read LMDB databases of the older system."""
@@ -344,6 +346,10 @@ class _Check:
         if known is not None and known.payload == "raw" and known.image_size is not None:
             raw_bytes = 3 * known.image_size[0] * known.image_size[1]
         label_base = self._settings.label_base
+        if label_base is None:
+            # The older layout says nothing of it.
+            is_told = known is not None and known.kind == "tfrecord"
+            label_base = known.label_base if known is not None and is_told else _BUILDERS_BASE
         return Rules(num_classes=num_classes, label_base=label_base, raw_bytes=raw_bytes)
 
     def _note_what_was_found(self, files: ShardFiles) -> None:
@@ -395,7 +401,8 @@ def check_samples_again(
         ValueError: ``settings.concurrency`` is less than 1.
     """
     classes = None if settings.classes is None else Classes.load(settings.classes)
-    rules = Rules(num_classes=settings.num_classes, label_base=settings.label_base, classes=classes)
+    label_base = _BUILDERS_BASE if settings.label_base is None else settings.label_base
+    rules = Rules(num_classes=settings.num_classes, label_base=label_base, classes=classes)
 
     def check(sample: BadSample) -> tuple[BadSample, BadSample | None]:
         path = place.path(sample.key)

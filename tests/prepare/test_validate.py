@@ -686,6 +686,31 @@ def test_tfrecords_are_checked_record_by_record(
     assert validate(capsys, tmp_path, "--from", report)[0] == 0
 
 
+@pytest.mark.parametrize("label_base", [0, 1])
+def test_the_first_class_of_tfrecords_is_what_their_metadata_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], label_base: int
+) -> None:
+    path = tmp_path / "train-00000-of-00001"
+    with path.open("wb") as file:
+        writer = TFRecordWriter(file)
+        for label in (0, 2):
+            example = ImageExample(encode_image(label), label, filename=f"{label}.JPEG")
+            writer.write(serialize_image_example(example, label_base=label_base))
+    md5 = hashlib.md5(path.read_bytes()).hexdigest()
+    shard = ShardMetadata(name=path.name, num_samples=2, size_bytes=path.stat().st_size, md5=md5)
+    split = SplitMetadata(
+        num_samples=2, shards=(shard,), kind="tfrecord", label_base=label_base, classes=CLASSES
+    )
+    write_metadata(tmp_path, train=split)
+
+    status, lines = validate(capsys, tmp_path, "--deep")
+
+    assert status == 0, lines
+    assert lines[:2] == ["train class 0 (ant): 1 samples", "train class 2 (cat): 1 samples"]
+    other = validate(capsys, tmp_path, "--deep", "--label-base", 1 - label_base)
+    assert other[0] == 1 or other[1][0] != lines[0]
+
+
 def test_tfrecords_cut_short_are_found_without_reading_payloads(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -91,8 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--label-base",
         type=int,
         choices=(0, 1),
-        default=1,
-        help="what TFRecords call the first class (default: %(default)s)",
+        help="what TFRecords call the first class (default: as metadata.json says, or 1)",
     )
     group.add_argument(
         "--allow-pickle",
