@@ -68,7 +68,8 @@ class ImagenetLoader:
             batch_size: Samples of a batch.
             shuffle: Whether to shuffle within the cache; None: for "train" only.
             num_workers: Processes that read and decode; 0: this one does.
-            cache: Records that are held in memory at once, over all workers.
+            cache: Records that are held in memory at once, over all workers; each of several may
+                hold a batch more.
             collate_fn: As torch's.
             drop_last: Whether to leave out the last batch if it is not full.
             cuda: Whether to give batches on the current CUDA device.

@@ -387,7 +387,8 @@ class SequentialLmdb(IterableDataset[Any]):
             transform: Makes the item's first element of the decoded image; may be random.
             target_transform: Makes the item's second element of the label.
             decode: A decoder's name, a pure function of the raw bytes, or None for the bytes.
-            cache: Records that are held in memory at once, over all workers.
+            cache: Records that are held in memory at once, over all workers; each of several may
+                hold a batch more.
             seed: Of the shuffle; 0 to 2**32 - 1.
             drop_last: Whether the loader drops a last batch that is not full: its records are then
                 not read. They are others in each epoch if shuffled.

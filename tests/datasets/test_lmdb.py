@@ -363,6 +363,20 @@ def test_b_03_the_first_record_comes_long_before_the_cache_is_full(numbered: Pat
     assert order[:256].max() < 10_000
 
 
+@pytest.mark.parametrize("num_workers", [2, 4, 8])
+def test_b_03_workers_hold_no_more_than_the_cache_and_a_batch_each(num_workers: int) -> None:
+    count, cache, batch_size = 4000, 400, 16
+    order = draw_local_order(count, cache, seed=0, epoch=0)
+    batches = np.arange(count) // batch_size
+
+    num_held = 0
+    for worker in range(num_workers):
+        mine = order[batches % num_workers == worker]
+        num_held += count_held(np.argsort(np.argsort(mine)))
+
+    assert num_held <= cache + num_workers * batch_size
+
+
 def test_a_cache_of_the_whole_shuffles_the_whole() -> None:
     firsts = {int(draw_local_order(10, 10, seed, 0)[0]) for seed in range(200)}
 
