@@ -32,7 +32,6 @@ from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.stores.base import Store
 from concurrent_dataloader.threads import DaemonThreads
 
-_FIRST_BYTES = 512 << 10
 _SKIP_BYTES = 1 << 20
 _KILL_TIMEOUT_S = 5.0
 
@@ -137,11 +136,8 @@ class RangedStream(Stream):
             self._parts.append(None)
         else:
             start, stop = source.byte_range
-            size = ahead.choose_first_bytes()
-            while start < stop:
-                self._parts.append(ByteRange(start, min(start + size, stop)))
-                start += size
-                size = min(2 * size, ahead.part_bytes)
+            for begin in range(start, stop, ahead.part_bytes):
+                self._parts.append(ByteRange(begin, min(begin + ahead.part_bytes, stop)))
 
     @override
     def begin(self) -> bool:
@@ -252,20 +248,10 @@ class ReadAhead:
         self.part_bytes = part_bytes
         self._max_parts = max_parts
         self._window = max(1, max_parts // num_open)
-        self._num_first = num_open
         self._waiting = collections.deque(sources)
         self._upcoming: collections.deque[Stream] = collections.deque()
         self._active: list[Stream] = []
         self._threads = DaemonThreads(max_parts + num_open, "shard-reader")
-
-    def choose_first_bytes(self) -> int:
-        """Give the size of a new stream's first part.
-
-        Small for the first streams, and growing: the first batch waits for some samples of each,
-        and not for ``max_parts`` large parts that come at the same time.
-        """
-        self._num_first -= 1
-        return self.part_bytes if self._num_first < 0 else min(_FIRST_BYTES, self.part_bytes)
 
     def open_next(self) -> Stream:
         """Open the next of the sources; at most as many at once as was said."""

@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -881,29 +881,6 @@ def test_reading_ahead_is_bounded(
     taken_bytes = 12 * 2 * 5120  # a full buffer
     assert 1 < counters.max_in_flight <= 6
     assert counters.body_bytes_sent <= taken_bytes + 2 * 6 * 8192
-
-
-def test_the_first_requests_are_small_and_grow(tmp_path: Path) -> None:
-    class Noting(MemoryStore):
-        sizes: ClassVar[list[int]] = []
-
-        def get(self, key: str, byte_range: ByteRange | None = None) -> Any:
-            assert byte_range is not None
-            self.sizes.append(byte_range.stop - byte_range.start)
-            return super().get(key, byte_range)
-
-    raw = tar_of({"a.jpg": bytes(9 << 20), "a.cls": b"0"})
-    store = Noting({f"{shard}.tar": raw for shard in range(2)})
-
-    assert labels_of(stream("{0..1}.tar", store=store, index=None, reading=ReadSettings())) == [
-        0,
-        0,
-    ]
-
-    size = len(raw)
-    growing = [512 << 10, 1 << 20, 2 << 20, 4 << 20]
-    full = [4 << 20, 4 << 20]
-    assert sorted(store.sizes) == sorted([*growing, size - sum(growing), *full, size - sum(full)])
 
 
 def test_requests_are_large(remote: ObjectServer, folder: Path) -> None:
