@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -39,9 +40,10 @@ from torch.utils.data import DistributedSampler
 from torchvision.transforms import v2
 
 from benchmarking.misc.init_benchmarking import DATASETS, get_dataset
-from concurrent_dataloader import DataLoader, ShardDataset, StreamedShards
+from concurrent_dataloader import DataLoader, ShardDataset, StreamedShards, open_store
 from concurrent_dataloader.errors import LoaderError
 from concurrent_dataloader.labels import LabelSpace
+from concurrent_dataloader.prepare.copy import copy_to_folder
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Args = argparse.Namespace
@@ -112,6 +114,7 @@ def add_own_arguments(add: Callable[..., Any]) -> None:
     add("--s3-credential-file", type=Path, help="JSON; the standard AWS chain when absent")
     add("--use-cache", action="store_true", help="read through --cache-endpoint-url")
     add("--cache-endpoint-url", help="of an HTTP cache in front of the store")
+    add("--copy-to", type=Path, help="folder of this machine to copy the data to, and read it from")
     add("--loader", choices=("ours", "torch"), default="ours")
     add("--fetch-impl", choices=("threaded", "asyncio", "vanilla"), default="threaded")
     add("--num-fetch-workers", type=at_least(1), help="images in flight per worker")
@@ -155,6 +158,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Args:
         parser.error(f"argument --stream: got --dataset {args.dataset}, expected shards")
     if args.stream and args.dataset_limit is not None:
         parser.error("argument --stream: reads all shards, expected no --dataset-limit with it")
+    if args.copy_to is not None and (args.dummy or args.index_file or args.val_index_file):
+        parser.error(
+            "argument --copy-to: copies all of the data, expected no --dummy, no index file"
+        )
     if args.dataset == "auto" and (args.index_file or args.val_index_file or args.use_cache):
         # These belong to images one by one; packed data has an index of its own.
         args.dataset = "s3" if args.data.startswith("s3://") else "scratch"
@@ -224,6 +231,27 @@ def seed_epoch(seed: int, epoch: int, place: Place) -> None:
 
 
 # --- data -----------------------------------------------------------------------------------------
+
+
+def copy_data(args: Args, place: Place) -> float:
+    """Copy the data to this machine, once for all its processes; gives the seconds it took."""
+    began_s = time.perf_counter()
+    if place.rank % place.num_local == 0:
+        is_bucket_name = args.dataset == "s3" and "://" not in args.data
+        open_root = functools.partial(
+            open_store, credentials=args.s3_credential_file, endpoint_url=args.endpoint_url
+        )
+        url = f"s3://{args.data}" if is_bucket_name else args.data
+        report = copy_to_folder(url, args.copy_to, open_root=open_root)
+        print(
+            f"copied {report.num_copied} files, {report.copied_bytes / 1e6:.1f} MB (10^6 bytes), to"
+            f" {args.copy_to} in {report.duration_s:.1f} s; {report.num_skipped} were there"
+        )
+    if place.world_size > 1:
+        dist.barrier()
+    args.data = str(args.copy_to)
+    args.dataset = "scratch" if args.dataset == "s3" else args.dataset
+    return time.perf_counter() - began_s
 
 
 def open_split(args: Args, split: str, classes: Any = None) -> Any:
@@ -396,6 +424,8 @@ class Job:
     best_acc1: float
     log: TextIO | None
     """Lines of JSON, of the first process."""
+    copy_s: float
+    """How long it took to copy the data to this machine."""
 
 
 # --- one epoch ------------------------------------------------------------------------------------
@@ -586,6 +616,7 @@ def set_up(args: Args, place: Place) -> Job:
     args.seed = state.get("seed") if args.seed is None else args.seed
     args.seed = agree_on_seed(args, place)
     seed_epoch(args.seed, -1, place)
+    copy_s = 0.0 if args.copy_to is None else copy_data(args, place)
     train = None if args.evaluate else open_split(args, "train")
     val = open_split(args, "val", getattr(train, "classes", None))
     classes = find_classes(args, val if train is None else train, state.get("classes"))
@@ -619,6 +650,7 @@ def set_up(args: Args, place: Place) -> Job:
         classes,
         best_acc1,
         log,
+        copy_s,
     )
 
 
@@ -676,11 +708,12 @@ def print_summary(results: Sequence[tuple[int, Result, Result]], job: Job) -> No
     time_s = sum(train.time_s for _, train, _ in results) or math.inf
     images_per_s = sum(train.num_images for _, train, _ in results) / time_s
     wait_share = sum(train.wait_s for _, train, _ in results) / time_s
-    record = {"images_per_s": images_per_s, "wait_share": wait_share}
+    record = {"images_per_s": images_per_s, "wait_share": wait_share, "copy_s": job.copy_s}
     write_record(job, "summary", best_acc1=job.best_acc1, **record)
     print(
         f"best acc@1 {job.best_acc1:.2f}, {images_per_s:.1f} images/s in training, "
-        f"{wait_share:.1%} of the time waiting for data",
+        f"{wait_share:.1%} of the time waiting for data"
+        + (f"; {job.copy_s:.1f} s before it to copy the data" if job.copy_s else ""),
         flush=True,
     )
 

@@ -183,6 +183,33 @@ def test_losses_from_packed_data_are_those_of_single_files(
 
 
 @pytest.mark.slow
+def test_data_copied_first_gives_the_same_job_and_both_times(
+    train: Callable[..., Path],
+    images: dict[str, bytes],
+    object_server: ObjectServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    object_server.put_objects("photos", {f"set/{key}": raw for key, raw in images.items()})
+    for name, value in object_server.environment().items():
+        monkeypatch.setenv(name, value)
+    copied = tmp_path / "local"
+
+    single = losses_of(train("single", "--epochs", "1"))
+    first = train("copied", "--epochs", "1", "--copy-to", str(copied), data="s3://photos/set")
+    again = train("again", "--epochs", "1", "--copy-to", str(copied), data="s3://photos/set")
+
+    assert losses_of(first) == losses_of(again) == single
+    assert sum(path.is_file() for path in copied.rglob("*")) == len(images)
+    said = capfd.readouterr().out
+    assert f"copied {len(images)} files" in said
+    assert f"copied 0 files, 0.0 MB (10^6 bytes), to {copied}" in said
+    (summary,) = read_log(first, "summary")
+    assert 0 < summary["copy_s"] < 60
+
+
+@pytest.mark.slow
 def test_a_stream_of_shards_trains_on_every_image_once_an_epoch(
     train: Callable[..., Path],
     image_folder: Path,
@@ -545,7 +572,7 @@ def test_the_epoch_is_told_to_what_wants_to_know() -> None:
         ("--fetch-impl async", "--fetch-impl: invalid choice: 'async'"),
         ("--loader dali", "--loader: invalid choice: 'dali'"),
         ("--resume gone.pth.tar", "argument --resume: gone.pth.tar: no such file"),
-        ("", "nowhere/train: no such folder; give the root of the images"),
+        ("", "nowhere: nothing there, expected shards of tar or TFRecord"),
         ("--index-file gone.json", "nowhere: no such folder"),
         ("--dataset s3 --use-cache", "use_cache: got True without cache_endpoint_url"),
         ("--dataset s3 --index-file gone.json", "gone.json: no such index file"),
