@@ -82,6 +82,8 @@ def _naming_damage(where: str) -> Generator[None]:
     try:
         yield
     except _import_lmdb().Error as error:
+        if isinstance(error.__context__, GeneratorExit):
+            return  # a scan that a fork has taken along, whose environment the child has closed
         raise ShardFormatError(
             f"{_explain(where, error)}; the database is damaged: copy it again, or write it anew"
         ) from error
@@ -90,17 +92,11 @@ def _naming_damage(where: str) -> Generator[None]:
 # -- environments, one a file and process
 
 
-class _Opened:
-    """An environment of this process; ends with the last one that refers to it."""
-
-    def __init__(self, environment: lmdb.Environment) -> None:
-        self.environment = environment
-        self._finalizer = weakref.finalize(self, environment.close)
-        self._finalizer.atexit = False
-
-
-# By device and inode. Guarded by `_opening`.
-_opened: weakref.WeakValueDictionary[tuple[int, int], _Opened] = weakref.WeakValueDictionary()
+# By device and inode. Guarded by `_opening`. An environment closes itself when neither a file nor a
+# transaction refers to it any more; to close it earlier would take it from a scan under way.
+_opened: weakref.WeakValueDictionary[tuple[int, int], lmdb.Environment] = (
+    weakref.WeakValueDictionary()
+)
 _opening = threading.RLock()
 
 
@@ -111,21 +107,21 @@ def _close_inherited() -> None:
     """
     global _opening
     _opening = threading.RLock()
-    for opened in list(_opened.values()):
-        opened.environment.close()
+    for environment in list(_opened.values()):
+        environment.close()
     _opened.clear()
 
 
 os.register_at_fork(after_in_child=_close_inherited)
 
 
-def _open(path: Path, readahead: bool) -> _Opened:
+def _open(path: Path, readahead: bool) -> lmdb.Environment:
     lmdb = _import_lmdb()
     data_path = find_data_file(path)
     with _opening:
         status = data_path.stat()
-        opened = _opened.get((status.st_dev, status.st_ino))
-        if opened is None:
+        environment = _opened.get((status.st_dev, status.st_ino))
+        if environment is None:
             try:
                 environment = lmdb.open(
                     os.fspath(path),
@@ -137,10 +133,13 @@ def _open(path: Path, readahead: bool) -> _Opened:
                 )
             except (lmdb.Error, OSError) as error:
                 _refuse(data_path, status.st_size, error)
-            opened = _Opened(environment)
-            _check_whole(environment, data_path, status.st_size)
-            _opened[status.st_dev, status.st_ino] = opened
-        return opened
+            try:
+                _check_whole(environment, data_path, status.st_size)
+            except ShardFormatError:
+                environment.close()
+                raise
+            _opened[status.st_dev, status.st_ino] = environment
+        return environment
 
 
 def find_data_file(path: Path) -> Path:
@@ -265,7 +264,7 @@ class LmdbFile:
         self.path = Path(path).expanduser()
         self.readahead = readahead
         self.allow_pickle = allow_pickle
-        self._kept: tuple[int, _Opened] | None = None
+        self._kept: tuple[int, lmdb.Environment] | None = None
         self.metadata: DatabaseMetadata | None = None
         """None for a database of the older system."""
         self._keys: NDArray[np.bytes_] | None = None
@@ -299,10 +298,10 @@ class LmdbFile:
         Raises:
             ShardFormatError: It is not there.
         """
-        opened = self._open()
+        environment = self._open()
         with (
             _naming_damage(str(self.path)),
-            opened.environment.begin(buffers=True) as transaction,
+            environment.begin(buffers=True) as transaction,
         ):
             view = transaction.get(self._key(position))
             if view is None:
@@ -319,14 +318,14 @@ class LmdbFile:
         Raises:
             ShardFormatError: One is not there.
         """
-        opened = self._open()  # kept until the last one, whatever becomes of `self`
+        environment = self._open()
         with (
             _naming_damage(str(self.path)),
-            opened.environment.begin(buffers=True) as transaction,
+            environment.begin(buffers=True) as transaction,
             transaction.cursor() as cursor,
         ):
             if self.readahead and hasattr(os, "posix_fadvise"):
-                positions = self._read_ahead(opened, transaction, positions)
+                positions = self._read_ahead(environment, transaction, positions)
             for position in positions:
                 if not cursor.set_key(self._key(position)):
                     raise self._missing(position)
@@ -347,8 +346,8 @@ class LmdbFile:
         """Read all labels, (N,) int32, -1 for none; None where the database does not list them."""
         if self.metadata is None:
             return None
-        opened = self._open()
-        with opened.environment.begin(buffers=True) as transaction:
+        environment = self._open()
+        with environment.begin(buffers=True) as transaction:
             view = transaction.get(LABELS_KEY)
             if view is None:
                 raise ShardFormatError(f"{self.path}: has no labels; write the database anew")
@@ -360,12 +359,12 @@ class LmdbFile:
 
     def _read_ahead(
         self,
-        opened: _Opened,
+        environment: lmdb.Environment,
         transaction: lmdb.Transaction[memoryview],
         positions: Iterable[int],
     ) -> Iterator[int]:
         """Yield the positions; ask for the next piece of the file when one is begun."""
-        with _FileMap(opened.environment, find_data_file(self.path)) as file_map:
+        with _FileMap(environment, find_data_file(self.path)) as file_map:
             pieces = self._cut(file_map, transaction, positions)
             following = next(pieces, None)
             while following is not None:
@@ -408,7 +407,7 @@ class LmdbFile:
         """Copy a value out of the map, which does not outlive its transaction."""
         return bytes(view)
 
-    def _open(self) -> _Opened:
+    def _open(self) -> lmdb.Environment:
         kept = self._kept
         if kept is None or kept[0] != os.getpid():
             kept = self._kept = os.getpid(), _open(self.path, self.readahead)
@@ -430,10 +429,10 @@ class LmdbFile:
         )
 
     def _read_count(self) -> int:
-        opened = self._open()
+        environment = self._open()
         with (
             _naming_damage(str(self.path)),
-            opened.environment.begin(buffers=True) as transaction,
+            environment.begin(buffers=True) as transaction,
         ):
             ours = transaction.get(METADATA_KEY)
             if ours is None:

@@ -456,3 +456,43 @@ def test_keys_of_an_older_database_may_be_others(tmp_path: Path) -> None:
     file = LmdbFile(path, allow_pickle=True)
 
     assert [file.parse(*pair).label for pair in file.scan_raw(range(2))] == [0, 1]
+
+
+def test_a_scan_that_the_garbage_collector_ends_ends_in_silence(whole: Path) -> None:
+    file = LmdbFile(whole)
+    for readahead in (False, True):
+        file.readahead = readahead
+        scan = file.scan_raw(range(30))
+        next(scan)
+        cycle: list[Any] = [scan, file]
+        cycle.append(cycle)
+
+    del file, scan, cycle
+    gc.collect()  # what is raised in there is a warning, which is an error here
+
+    assert not _is_mapped(whole)
+    assert len(LmdbFile(whole).read_raw(0))
+
+
+def test_a_child_may_end_a_scan_of_its_parent_in_silence(whole: Path) -> None:
+    reading, writing = os.pipe()
+    scan = LmdbFile(whole).scan_raw(range(30))
+    next(scan)
+
+    child = os.fork()
+    if child == 0:  # nothing of pytest may run in it
+        try:
+            scan.close()  # pyright: ignore[reportAttributeAccessIssue]: it is a generator
+            os.write(writing, b"closed")
+        except BaseException as error:
+            os.write(writing, repr(error).encode())
+            raise
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writing)
+    answer = os.read(reading, 1000)
+    os.close(reading)
+
+    assert answer == b"closed"
+    assert len(list(scan)) == 29
