@@ -305,6 +305,7 @@ def open_stream(args: Args, shards: Any, place: Place, batch_size: int) -> Any:
         shuffle=True,
         seed=args.seed,
         batch_size=batch_size,
+        labels=shards.labels,  # as they were converted
         transform=shards.transform,
         decode=args.decoder,
         rank=place.rank,

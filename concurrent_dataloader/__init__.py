@@ -3,12 +3,14 @@
 The rooms, in the order in which data flows; imports point to the left only:
 
 ```text
-errors, ranges, files, packed  <-  stores, formats, index, labels
-                               <-  datasets  <-  dataloader_mod, prepare;  testing stands alone
+errors, ranges, threads, files, packed, shard_names
+    <-  stores, formats, index, labels  <-  shard_index
+    <-  datasets  <-  dataloader_mod, prepare  <-  imagenet_loader;  testing stands alone
 ```
 
-``stores`` give bytes by key, ``formats`` turn bytes into pixels, ``index`` knows which samples
-exist and ``labels`` which class each belongs to, ``datasets`` join them to samples by position,
+``stores`` give bytes by key, ``formats`` turn bytes into samples and back, ``index`` knows which
+samples exist, ``shard_index`` where in shards, and ``labels`` which class each belongs to,
+``datasets`` join them to samples by position,
 ``dataloader_mod`` makes batches, ``prepare`` holds the commands, ``testing`` an object server with
 latency and faults. Names below are imported when first used, so that commands start without torch.
 """
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from concurrent_dataloader.dataloader_mod.dataloader import DataLoader
     from concurrent_dataloader.datasets import (
         IndexedDataset,
+        LmdbDataset,
         S3_Dataset,
         S3Dataset,
         ScratchDataset,
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
         StreamedShards,
         open_dataset,
     )
+    from concurrent_dataloader.imagenet_loader import ImagenetLoader
     from concurrent_dataloader.index import Index
     from concurrent_dataloader.stores import open_store
 
@@ -37,8 +41,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DataLoader",
+    "ImagenetLoader",
     "Index",
     "IndexedDataset",
+    "LmdbDataset",
     "S3Dataset",
     "S3_Dataset",
     "ScratchDataset",
@@ -52,7 +58,9 @@ __all__ = [
 _HOMES = {
     "DataLoader": "concurrent_dataloader.dataloader_mod.dataloader",
     "Index": "concurrent_dataloader.index",
+    "ImagenetLoader": "concurrent_dataloader.imagenet_loader",
     "IndexedDataset": "concurrent_dataloader.datasets",
+    "LmdbDataset": "concurrent_dataloader.datasets",
     "S3Dataset": "concurrent_dataloader.datasets",
     "S3_Dataset": "concurrent_dataloader.datasets",
     "ScratchDataset": "concurrent_dataloader.datasets",

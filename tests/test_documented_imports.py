@@ -18,7 +18,9 @@ HOMES = [
 EXPORTED = [
     "DataLoader",
     "Index",
+    "ImagenetLoader",
     "IndexedDataset",
+    "LmdbDataset",
     "S3Dataset",
     "S3_Dataset",
     "ScratchDataset",

@@ -18,13 +18,24 @@ import pytest
 
 CHECKOUT = Path(__file__).parents[1]
 PACKAGES = ("concurrent_dataloader", "benchmarking")
-DISTRIBUTION_OF = {"PIL": "pillow", "typing_extensions": "typing-extensions"}
+DISTRIBUTION_OF = {
+    "PIL": "pillow",
+    "google_crc32c": "google-crc32c",
+    "typing_extensions": "typing-extensions",
+}
 OPTIONAL_OF = {
     "_aiobotocore": {"aiobotocore", "aiohttp"},
     "_aiohttp": {"aiohttp", "yarl"},
+    "arrays": {"h5py"},
+    "imagenet": {"scipy"},
+    "lmdb_file": {"lmdb"},
+    "lmdb_record": {"msgpack"},
     "pytest_plugin": {"pytest"},
 }
-OPTIONAL = ["aiobotocore", "aiohttp", "matplotlib", "sklearn", "skimage", "pytest"]
+OPTIONAL = [
+    *("aiobotocore", "aiohttp", "h5py", "lmdb", "matplotlib", "msgpack", "pytest", "scipy"),
+    *("skimage", "sklearn"),
+]
 
 
 @pytest.fixture(scope="module")

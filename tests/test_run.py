@@ -73,7 +73,8 @@ def test_an_unknown_verb_is_answered_with_those_that_there_are() -> None:
         (["bench"], "./run bench list"),
         (["plot", "no_such"], "expected one of:"),
         (["plot", "../results"], "expected one of:"),
-        (["makeshards"], "come with the packed formats"),
+        (["makeshards", "photos"], "expected SOURCE TARGET"),
+        (["makeshards", "photos", "--seed"], "expected SOURCE TARGET"),
     ],
     ids=" ".join,
 )

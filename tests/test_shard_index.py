@@ -41,6 +41,8 @@ def test_an_index_is_read_back_as_it_was_written(tmp_path: Path) -> None:
             assert twin.shard_of(position).name == f"train-{position // 4:06d}.tar"
             assert twin.payload(position) == index.payload(position)
             assert twin.extent(position) == index.extent(position)
+        assert twin.labels is not None
+        assert index.labels is not None
         assert np.array_equal(twin.labels, index.labels)
 
 

@@ -4,22 +4,29 @@ from concurrent_dataloader.datasets.array_windows import WindowDataset, open_win
 from concurrent_dataloader.datasets.contract import StagedDataset
 from concurrent_dataloader.datasets.detection import open_dataset
 from concurrent_dataloader.datasets.indexed import IndexedDataset, SampleMetadata
+from concurrent_dataloader.datasets.lmdb import LmdbDataset, SequentialLmdb
 from concurrent_dataloader.datasets.opening import (
     S3_Dataset,
     S3Dataset,
     ScratchDataset,
 )
+from concurrent_dataloader.datasets.rebatch import Rebatch
 from concurrent_dataloader.datasets.shard_opening import open_shards
 from concurrent_dataloader.datasets.shards import ShardDataset
 from concurrent_dataloader.datasets.streamed import StreamedShards
+from concurrent_dataloader.datasets.windows import SlidingWindow
 
 __all__ = [
     "IndexedDataset",
+    "LmdbDataset",
+    "Rebatch",
     "S3Dataset",
     "S3_Dataset",
     "SampleMetadata",
     "ScratchDataset",
+    "SequentialLmdb",
     "ShardDataset",
+    "SlidingWindow",
     "StagedDataset",
     "StreamedShards",
     "WindowDataset",
