@@ -41,7 +41,7 @@ from concurrent_dataloader.formats.tfrecord import (
 )
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.shard_index import Shard, ShardIndex, ShardIndexBuilder
-from concurrent_dataloader.stores import RetryPolicy
+from concurrent_dataloader.stores import Credentials, RetryPolicy
 from concurrent_dataloader.stores._memory import MemoryStore
 from concurrent_dataloader.testing import Fault, ObjectServer
 from tests.datasets.conftest import encode_image
@@ -754,7 +754,14 @@ def test_a15_the_rank_is_that_of_torch_distributed_and_travels(folder: Path) -> 
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
 def test_each_start_method_gives_the_same_samples(remote: ObjectServer, start_method: str) -> None:
-    dataset = shuffled("s3://bucket/", decode=bytes, batch_size=8)
+    # Told, since a fork server has the environment of the time when some test started it.
+    dataset = shuffled(
+        "s3://bucket/",
+        decode=bytes,
+        batch_size=8,
+        credentials=Credentials(remote.access_key, remote.secret_key),
+        endpoint_url=remote.endpoint_url,
+    )
     dataset.set_epoch(1)
     expected = labels_of(dataset)
     dataset.set_epoch(1)  # the parent has read before its worker starts
