@@ -662,7 +662,7 @@ def run(local_rank: int, args: Args) -> None:
     with join_processes(local_rank, args) as place, contextlib.ExitStack() as stack:
         try:
             job = set_up(args, place)
-        except (LoaderError, ValueError, FileNotFoundError) as error:
+        except (LoaderError, ValueError, OSError) as error:
             print(f"imagenet.py: error: {error}", file=sys.stderr, flush=True)
             raise SystemExit(2) from error
         stack.enter_context(job.log or contextlib.nullcontext())

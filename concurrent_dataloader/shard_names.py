@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
-from concurrent_dataloader.errors import KeyNotFoundError
+from concurrent_dataloader.errors import KeyNotFoundError, ShardFormatError
 
 Split = Literal["train", "val", "test"]
 
@@ -245,6 +245,25 @@ def split_url(url: str) -> tuple[str, str]:
     return (f"{scheme}://{root}", key) if slash else (url, "")
 
 
+UNFINISHED = ".unfinished-"
+"""Begin of the name of a folder beside shards, of a run that writes a split and has not ended."""
+
+
+def check_finished(names: Iterable[str], where: str) -> None:
+    """Look among the names in a folder for what says that its shards are not all there.
+
+    Raises:
+        ShardFormatError: A run that writes shards there is under way, or was stopped.
+    """
+    for name in names:
+        if name.startswith(UNFINISHED):
+            split = name.partition("/")[0].removeprefix(UNFINISHED)
+            raise ShardFormatError(
+                f"{where}: holds an unfinished run of split {split!r}, expected whole sets of "
+                "shards; give the command that writes them again, and it goes on"
+            )
+
+
 def locate_shards(source: Source, list_objects: ListObjects) -> ShardSet:
     """Find the shards that a source names, below one root.
 
@@ -259,6 +278,7 @@ def locate_shards(source: Source, list_objects: ListObjects) -> ShardSet:
     Raises:
         ValueError: The source cannot be expanded, or its shards share no root.
         KeyNotFoundError: A glob fits nothing, or a folder holds no shard.
+        ShardFormatError: A run that writes shards there has not ended.
     """
     found: list[tuple[str, int | None]] = []
     for name in expand_shards(source):
@@ -274,7 +294,9 @@ def _list_shards(
     name: str, is_folder: bool, list_objects: ListObjects
 ) -> list[tuple[str, int | None]]:
     root, pattern = (name.rstrip("/") or "/", "*") if is_folder else _split_glob(name)
-    listed = dict(list_objects(root, re.split(r"[*?\[]", pattern, maxsplit=1)[0]))
+    begin_of_names = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
+    listed = dict(list_objects(root, begin_of_names))
+    check_finished(dict(list_objects(root, UNFINISHED)) if begin_of_names else listed, name)
     names = match_names(pattern, listed)
     shards = [key for key in names if not is_folder or find_kind(key) is not None]
     if not shards:

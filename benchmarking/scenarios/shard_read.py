@@ -7,11 +7,11 @@ ranges, on the object server at 100 ms (lognormal, sigma 0.3); train transforms,
 workers. ``cls`` is the position of a sample, so that a batch says what is in it.
 
 Varied: ``stream``: our stream of shards, shuffled with its defaults, against torch's loader over
-the same photographs in RAM. ``webdataset``: the same stream against the webdataset package over
-the same shards and server, by presigned addresses, which it reads by curl. Both sides run whole
-epochs, with the start of the workers in them. ``random``: our loader over byte ranges of the
-shards, globally shuffled, against the same from RAM. ``requests``: GETs a sample of such epochs,
-globally shuffled and in order.
+the same photographs in RAM. ``webdataset``: the same stream against the webdataset package over the
+same shards and server, by presigned addresses, which it reads by curl. Both sides run whole epochs,
+with the start of the workers in them. ``random``: our loader over byte ranges of the shards,
+globally shuffled, against the same, and against torch's loader, from RAM. ``requests``: GETs a
+sample of such epochs, globally shuffled and in order.
 """
 
 from __future__ import annotations
@@ -151,6 +151,9 @@ def compare_random(effort: Effort) -> list[Row]:
             name: functools.partial(our_loader, _random_access(packed, store), effort)
             for name, store in stores.items()
         }
+        loaders["torch"] = functools.partial(
+            torch_loader, _random_access(packed, stores["RAM"]), effort
+        )
         check_same_batches(loaders, num_batches=4)
         speeds = measure_in_turns(
             {
@@ -159,11 +162,11 @@ def compare_random(effort: Effort) -> list[Row]:
             },
             effort,
         )
-    ours, theirs = speeds["store"], speeds["RAM"]
+    ours = speeds["store"]
     return [
         make_row(
             _SCENARIO,
-            "random access by byte range at 100 ms, against the same from RAM",
+            f"random access by byte range at 100 ms, against {who} from RAM",
             _describe(photos, effort, num_warm_up_batches=NUM_WARM_UP_BATCHES),
             {
                 "ratio": paired_ratio(column(ours, "images_per_s"), column(theirs, "images_per_s")),
@@ -174,6 +177,7 @@ def compare_random(effort: Effort) -> list[Row]:
             },
             Bar(figure="ratio", bound=0.95),
         )
+        for who, theirs in (("the same", speeds["RAM"]), ("torch's loader", speeds["torch"]))
     ]
 
 

@@ -24,8 +24,11 @@ from concurrent_dataloader.shard_names import (
     ShardSet,
     Split,
     expand_shards,
+    find_kind,
     find_split,
+    has_glob,
     locate_shards,
+    match_names,
     split_url,
 )
 from concurrent_dataloader.stores import open_store, open_writable_store
@@ -85,6 +88,7 @@ def find_shards(
         if shard_index is not None and index != "auto":
             raise ValueError("index: got one for compressed shards, which have no byte ranges")
         return FoundShards(shards, None, None)
+    _refuse_missing(shard_index, shards, texts)
     return FoundShards(shards, _match_index(shard_index, shards), shard_index.labels)
 
 
@@ -210,6 +214,27 @@ def _find_index(store: Store, names: Sequence[str]) -> ShardIndex | None:
         except (KeyNotFoundError, AccessDeniedError):  # a key that may not list is denied
             continue
     return None
+
+
+def _refuse_missing(index: ShardIndex, shards: ShardList, texts: Sequence[str]) -> None:
+    """Raise if a folder, or a glob, lacks a shard that the index names.
+
+    Raises:
+        KeyNotFoundError: It does. Shards that were named one by one are what was wanted.
+    """
+    if not all(has_glob(text) or find_kind(text) is None for text in texts):
+        return
+    here = {key.rpartition("/")[2] for key in shards.keys}
+    absent = {shard.name.rpartition("/")[2] for shard in index.shards} - here
+    for text in texts:
+        pattern = text.rpartition("/")[2] if has_glob(text) else "*"
+        missing = sorted(match_names(pattern, absent))
+        if missing:
+            raise KeyNotFoundError(
+                f"{text}: no shard {missing[0]!r}, one of {len(missing)} missing of the "
+                f"{len(index.shards)} that the index beside them names; fetch it, or name the "
+                "shards that are to be read"
+            )
 
 
 def _match_index(index: ShardIndex, shards: ShardList) -> ShardTable:

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, Protocol
 from concurrent_dataloader.errors import KeyNotFoundError
 from concurrent_dataloader.index import Index
 from concurrent_dataloader.labels import Classes
-from concurrent_dataloader.prepare.checksums import read_checksums
+from concurrent_dataloader.prepare.checksums import Finding, read_checksums
 from concurrent_dataloader.prepare.deep import (
     SampleTally,
     ShardResult,
@@ -34,7 +34,7 @@ from concurrent_dataloader.prepare.validate import (
     validate_shards,
     validate_tree,
 )
-from concurrent_dataloader.shard_names import find_split
+from concurrent_dataloader.shard_names import UNFINISHED, find_split
 from concurrent_dataloader.stores import WritableStore
 from concurrent_dataloader.stores.base import ObjectInfo
 
@@ -208,11 +208,21 @@ class _Check:
             self._report.notes.append("nothing says which files should be there: only decoded")
             self._report.count([info for info in self._infos if _is_image(info.key)])
             self._decode_files()
+        self._find_unfinished()
         self._report.findings += self._tally.findings
         if self._tally.num_copies:
             note = f"{self._tally.num_copies} samples hold the same bytes as another one"
             self._report.notes.append(note)
         return Outcome(self._report, self._tally, self._names)
+
+    def _find_unfinished(self) -> None:
+        begun = sorted(
+            {info.key.partition("/")[0] for info in self._infos if info.key.startswith(UNFINISHED)}
+        )
+        for folder in begun:
+            split = folder.removeprefix(UNFINISHED)
+            detail = f"a run that writes split {split!r} has not ended; give its command again"
+            self._report.findings.append(Finding(folder, "unfinished", detail))
 
     # -- single files
 

@@ -21,7 +21,16 @@ _PART_BYTES = 8 << 20
 """A file is read in parts of this size; from a disk, 1 to 8 MiB cost the same."""
 
 Problem = Literal[
-    "missing", "extra", "renamed", "swapped", "duplicate", "size", "content", "metadata", "sample"
+    "missing",
+    "extra",
+    "renamed",
+    "swapped",
+    "duplicate",
+    "size",
+    "content",
+    "metadata",
+    "sample",
+    "unfinished",
 ]
 
 

@@ -17,6 +17,7 @@ from concurrent_dataloader.index import Index
 from concurrent_dataloader.prepare.index import is_folder, split_url
 from concurrent_dataloader.prepare.parallel import ByteBudget, call_concurrently
 from concurrent_dataloader.ranges import ByteRange
+from concurrent_dataloader.shard_names import check_finished
 from concurrent_dataloader.stores import Store, WritableStore, open_store
 from concurrent_dataloader.stores.base import ObjectInfo, SizedStore
 
@@ -69,8 +70,13 @@ def items_of_index(index: Index) -> Iterator[CopyItem]:
 
 
 def items_below(source: WritableStore) -> Iterator[CopyItem]:
-    """Yield all objects of a store, as it lists them, but the markers of folders."""
+    """Yield all objects of a store, as it lists them, but the markers of folders.
+
+    Raises:
+        ShardFormatError: Shards are being written there, or a run that did was stopped.
+    """
     for info in source.list():
+        check_finished([info.key], source.describe(""))
         if not (info.key.endswith("/") and info.size_bytes == 0):
             yield CopyItem(info.key, info.size_bytes)
 
@@ -87,9 +93,10 @@ def copy_objects(
     """Copy objects from one store to another, each under its own key.
 
     What the target has with the same size is left as it is, so that a copy goes on where one was
-    stopped. The size of each copy is asked for after it was written. One that fails does not stop
-    the others. Objects become visible whole. Memory is bounded by 1 GiB, or the largest object, and
-    does not grow with their number.
+    stopped; if the target's metadata or indexes are not the source's, contents are compared. The
+    size of each copy is asked for after it was written. One that fails does not stop the others.
+    Objects become visible whole. Memory is bounded by 1 GiB, or the largest object, and does not
+    grow with their number.
 
     Args:
         items: The objects.
@@ -107,6 +114,8 @@ def copy_objects(
     begun_s = time.monotonic()
     # Asking an empty target for each object would double the requests of a first copy.
     is_fresh = next(iter(target.list()), None) is None
+    # Shards of other data may well have the same size; what describes them has not.
+    verify = verify or (not is_fresh and _describes_others(source, target))
     copier = _Copier(source, target, is_fresh=is_fresh, verify=verify)
     counts = {"copied": 0, "skipped": 0, "failed": 0}
     copied_bytes = 0
@@ -244,6 +253,22 @@ def index_key_of_url(index: str, source: str) -> str:
     if parts.root != root.root or not parts.key.startswith(prefix) or parts.key == prefix:
         raise ValueError(f"--index: got {index!r}, expected a local file, or a URL below {source}")
     return parts.key.removeprefix(prefix)
+
+
+def _describes_others(source: Store, target: Store) -> bool:
+    """Tell whether what the target's metadata or indexes speak of is not what the source has."""
+    for name in ("metadata.json", *(f"{split}-index.npz" for split in ("train", "val", "test"))):
+        there = _read_small(target, name)
+        if there is not None and there != _read_small(source, name):
+            return True
+    return False
+
+
+def _read_small(store: Store, name: str) -> bytes | None:
+    try:
+        return bytes(store.get(name))
+    except KeyNotFoundError:
+        return None
 
 
 class _Copier:

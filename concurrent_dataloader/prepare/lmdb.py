@@ -9,7 +9,7 @@ import functools
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,26 +54,6 @@ class Written(NamedTuple):
 def database_name(split: str) -> str:
     """Give the usual name of a split's database; an older system's."""
     return f"ILSVRC-{split}.lmdb"
-
-
-def check_same_classes(sources: Mapping[str, Source]) -> None:
-    """Raise unless splits that belong together number their classes alike.
-
-    Raises:
-        ValueError: They do not; a model trained on one would be wrong on the other.
-    """
-    (first, one), *others = sources.items()
-    for split, other in others:
-        if other.classes is None or one.classes is None:
-            if other.classes is not one.classes:
-                raise ValueError(f"splits: of {first} and {split} one has classes, the other none")
-        elif list(other.classes) != list(one.classes):
-            unshared = sorted({*one.classes}.symmetric_difference(other.classes))
-            what = f", as {unshared[0]!r} is in one of them only" if unshared else ""
-            raise ValueError(
-                f"splits: {first} has {len(one.classes)} classes and {split} others,"
-                f" {len(other.classes)}{what}; give both the same by --class-map"
-            )
 
 
 def write_lmdb(

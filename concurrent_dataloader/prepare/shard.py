@@ -314,8 +314,8 @@ def survey_source(source: Source, settings: ShardSettings) -> Survey:
         names = [source.name(position) for position in same]
         raise ValueError(
             f"{names[0]!r} and {names[1]!r}: both get the key"
-            f" {settings.key(names[0], same[0], digits)!r}, expected one for each; choose the key"
-            " style 'path' or 'index', or rename one"
+            f" {settings.key(names[0], same[0], digits)!r}, expected one for each; rename one,"
+            " or choose another key style: 'index' numbers them"
         )
     return Survey(hashes, sizes, json_sizes, digest.hexdigest())
 

@@ -43,6 +43,7 @@ from concurrent_dataloader.prepare.parallel import call_concurrently
 from concurrent_dataloader.prepare.plan import find_duplicate
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.shard_index import NO_LABEL, Shard, ShardIndex, ShardIndexBuilder
+from concurrent_dataloader.shard_names import UNFINISHED, check_finished
 from concurrent_dataloader.stores import RangedFile, Store, WritableStore, open_writable_store
 from concurrent_dataloader.threads import DaemonThreads
 
@@ -119,6 +120,7 @@ def open_shard_set(
     """
     store = open_root(location)
     try:
+        check_finished((info.key for info in store.list(UNFINISHED)), location)
         metadata = read_metadata(store)
         index = _find_index(store, split, location, metadata)
         return ShardSet(location, split, store, index, metadata)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from typing_extensions import Buffer
@@ -59,3 +59,23 @@ class Source(Protocol):
     def close(self) -> None:
         """Give back what this process has opened, temporary files included. May be called twice."""
         ...
+
+
+def check_same_classes(sources: Mapping[str, Source]) -> None:
+    """Raise unless splits that belong together number their classes alike.
+
+    Raises:
+        ValueError: They do not; a model trained on one would be wrong on the other.
+    """
+    (first, one), *others = sources.items()
+    for split, other in others:
+        if other.classes is None or one.classes is None:
+            if other.classes is not one.classes:
+                raise ValueError(f"splits: of {first} and {split} one has classes, the other none")
+        elif list(other.classes) != list(one.classes):
+            unshared = sorted({*one.classes}.symmetric_difference(other.classes))
+            what = f", as {unshared[0]!r} is in one of them only" if unshared else ""
+            raise ValueError(
+                f"splits: {first} has {len(one.classes)} classes and {split} others,"
+                f" {len(other.classes)}{what}; give both the same by --class-map"
+            )

@@ -25,6 +25,7 @@ from concurrent_dataloader.errors import KeyNotFoundError, LoaderError
 from concurrent_dataloader.prepare.metadata import METADATA_NAME, Metadata, ShardMetadata
 from concurrent_dataloader.prepare.plan import NamePattern
 from concurrent_dataloader.shard_index import ShardIndex
+from concurrent_dataloader.shard_names import UNFINISHED
 from concurrent_dataloader.stores import WritableStore, open_writable_store
 from concurrent_dataloader.stores._local import LocalStore
 
@@ -131,7 +132,7 @@ class ShardTarget:
     @property
     def state(self) -> str:
         """Folder of what an unfinished run needs to go on."""
-        return f".unfinished-{self.split}"
+        return f"{UNFINISHED}{self.split}"
 
     @property
     def index_name(self) -> str:
@@ -208,14 +209,15 @@ class ShardTarget:
                 error.errno, f"{error.strerror}; check the target and its rights", str(self.folder)
             ) from error
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise BlockingIOError(
-                    error.errno, f"another run is writing the split {self.split!r}", str(state)
-                ) from error
-            except OSError:  # a file system without locks: nobody is kept out
-                pass
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)  # and leave the folder, which is the other run's
+            raise BlockingIOError(
+                error.errno, f"another run is writing the split {self.split!r}", str(state)
+            ) from error
+        except OSError:  # a file system without locks: nobody is kept out
+            pass
+        try:
             yield
         finally:
             os.close(descriptor)

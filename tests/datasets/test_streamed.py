@@ -12,6 +12,7 @@ import lzma
 import os
 import pickle
 import random
+import shutil
 import threading
 import time
 import warnings
@@ -1112,3 +1113,28 @@ def test_images_of_shards_are_those_of_files(tmp_path: Path) -> None:
 
     for image, raw in zip(images, raws, strict=True):
         assert np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(raw))))
+
+
+@pytest.mark.parametrize("source", ["", "train-*.tar", "train-00000[0-9].tar"])
+def test_a_shard_that_the_index_names_and_the_folder_lacks_is_an_error(
+    source: str, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "set")
+    (tmp_path / "set" / "train-000001.tar").unlink()
+
+    with pytest.raises(KeyNotFoundError, match=r"no shard 'train-000001\.tar', one of 1 missing"):
+        stream(str(tmp_path / "set" / source))
+
+
+def test_a_glob_for_some_shards_of_the_index_gives_these(folder: Path) -> None:
+    assert len(stream(str(folder / "train-*1.tar"))) == COUNTS[1]
+
+
+def test_shards_of_a_run_that_has_not_ended_are_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "set")
+    (tmp_path / "set" / ".unfinished-train").mkdir()
+    (tmp_path / "set" / ".unfinished-train" / "plan.json").write_text("{}")
+
+    for source in (tmp_path / "set", tmp_path / "set" / "train-*.tar"):
+        with pytest.raises(ShardFormatError, match="an unfinished run of split 'train'"):
+            stream(str(source))

@@ -362,8 +362,8 @@ def test_ctrl_c_ends_a_copy_with_130_and_leaves_whole_files_only(
         (["nowhere", "target"], "nowhere: no such folder"),
         ([".", "http://host/x"], "which can be read only"),
         (["http://localhost:1/x", "target"], "cannot be listed; give an index"),
-        ([".", "target", "--index", "no.json"], "no.json: no such index file"),
-        ([".", "target", "--concurrency", "0"], "concurrency: got 0, expected 1 or more"),
+        (["set", "target", "--index", "no.json"], "no.json: no such index file"),
+        (["set", "target", "--concurrency", "0"], "concurrency: got 0, expected 1 or more"),
         (["s3://a/b", "t", "--index", "s3://a/c/i.json", "--anonymous"], "a URL below s3://a/b"),
     ],
 )
@@ -375,6 +375,7 @@ def test_what_cannot_be_copied_is_one_line_and_status_1(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "set").mkdir()
 
     assert main(["copy", *arguments]) == 1
 
@@ -437,3 +438,51 @@ def test_a_budget_lets_one_go_that_is_larger_than_all() -> None:
 
     assert not was_let_in
     assert second.is_set()
+
+
+def test_shards_of_other_data_with_the_same_sizes_are_replaced(tmp_path: Path) -> None:
+    for name, content in (("one", b"1"), ("two", b"2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train-000000.tar").write_bytes(content * 100)
+        (tmp_path / name / "train-index.npz").write_bytes(content * 10)
+
+    assert main(["copy", str(tmp_path / "one"), str(tmp_path / "out")]) == 0
+    assert main(["copy", str(tmp_path / "two"), str(tmp_path / "out")]) == 0
+
+    assert files_below(tmp_path / "out") == files_below(tmp_path / "two")
+
+
+def test_shards_that_are_still_being_written_are_not_copied(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "set" / ".unfinished-train").mkdir(parents=True)
+    (tmp_path / "set" / ".unfinished-train" / "plan.json").write_text("{}")
+    (tmp_path / "set" / "train-000000.tar").write_bytes(b"1")
+
+    assert main(["copy", str(tmp_path / "set"), str(tmp_path / "out")]) == 1
+
+    assert "unfinished run of split 'train'" in capsys.readouterr().err
+    assert not files_below(tmp_path / "out")
+
+
+@pytest.mark.parametrize("target", ["set", "set/deeper"])
+def test_a_target_within_the_source_is_refused(
+    target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a").write_bytes(b"1")
+
+    assert main(["copy", str(tmp_path / "set"), str(tmp_path / target)]) == 1
+
+    assert "expected another place" in capsys.readouterr().err
+    assert files_below(tmp_path / "set") == {"a": b"1"}
+
+
+def test_a_source_with_nothing_in_it_is_an_error(
+    bucket: ObjectServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+
+    assert main(["copy", str(tmp_path / "empty"), str(tmp_path / "out")]) == 1
+
+    assert "holds nothing to copy" in capsys.readouterr().err

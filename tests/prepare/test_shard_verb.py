@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 from concurrent_dataloader.formats.tar import read_samples
 from concurrent_dataloader.prepare.__main__ import main
 from concurrent_dataloader.prepare.metadata import Metadata
+from concurrent_dataloader.prepare.target import ShardTarget
 from concurrent_dataloader.testing import ObjectServer
 from tests.prepare.blocking import MARK
 
@@ -376,3 +378,37 @@ def test_a_terminal_shows_a_bar(folder: Path, tmp_path: Path) -> None:
     assert run.returncode == 0
     assert b"3/3" in shown
     assert b"20 samples" in shown
+
+
+def test_a_second_run_at_the_same_time_leaves_the_first_alone(tmp_path: Path) -> None:
+    first, second = ShardTarget(tmp_path, "train"), ShardTarget(tmp_path, "train")
+
+    with first.lock():
+        with pytest.raises(BlockingIOError, match="another run"), second.lock():
+            pass
+        assert (tmp_path / ".unfinished-train").is_dir()
+
+    assert not (tmp_path / ".unfinished-train").exists()
+
+
+def test_splits_with_different_classes_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "val"):
+        make_folder(tmp_path / "set" / split, 9)
+    absent = min((tmp_path / "set" / "val").iterdir())
+    shutil.rmtree(absent)
+
+    assert shard(tmp_path / "set", tmp_path / "out", "--splits", "train,val") == 1
+
+    assert f"{absent.name!r} is in one of them only" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_size_that_is_too_large_is_a_usage_error(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        shard(folder, tmp_path / "out", "--maxsize", "1e400")
+
+    assert "expected less than 2**63 bytes" in capsys.readouterr().err

@@ -979,3 +979,15 @@ def test_odd_names_survive_being_recorded(tmp_path: Path) -> None:
     write_checksums(tmp_path / "sums", files)
 
     assert read_checksums(tmp_path / "sums") == files
+
+
+def test_a_set_whose_run_has_not_ended_is_not_ok(
+    tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (shards / ".unfinished-val").mkdir()
+    (shards / ".unfinished-val" / "plan.json").write_text("{}")
+
+    status, lines = validate(capsys, shards)
+
+    assert status == 1
+    assert any("a run that writes split 'val' has not ended" in line for line in lines), lines

@@ -32,7 +32,10 @@ def parse_size(text: str) -> int | None:
             f"got {text!r}, expected a size such as 3e9, 300MB, 1GiB, or none"
         )
     unit = (found[2] or "").replace("K", "k")
-    return round(float(found[1]) * (_UNITS | _BINARY_UNITS)[unit])
+    size = float(found[1]) * (_UNITS | _BINARY_UNITS)[unit]
+    if size >= 2**63:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected less than 2**63 bytes, or none")
+    return round(size)
 
 
 class Kind(NamedTuple):

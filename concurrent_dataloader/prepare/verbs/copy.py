@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from concurrent_dataloader.errors import KeyNotFoundError
 from concurrent_dataloader.files import write_whole
 from concurrent_dataloader.index import Index
 from concurrent_dataloader.prepare.copy import (
@@ -80,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Copy, and say what became of it."""
+    _refuse_itself(options)
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(
             contextlib.closing(open_store(options.source, **store_settings(options)))
@@ -102,6 +104,8 @@ def run(options: argparse.Namespace) -> int:
         )
         if index is not None and not report.num_failed:
             target.put(index.key, index.path.read_bytes())
+    if not report.num_copied + report.num_skipped + report.num_failed:
+        raise KeyNotFoundError(f"{options.source}: holds nothing to copy; check the source")
     megabytes = report.copied_bytes / 1e6
     print(
         f"{options.target}: {report.num_copied} objects copied ({megabytes:.1f} MB of 10^6 bytes), "
@@ -114,6 +118,20 @@ def run(options: argparse.Namespace) -> int:
     elif index is not None:
         print(f"{target.describe(index.key)}: the index")
     return 1 if report.num_failed else 0
+
+
+def _refuse_itself(options: argparse.Namespace) -> None:
+    """Raise for a target in the source, which would have the copies copied."""
+    places: list[str] = []
+    for text in (options.source, options.target):
+        is_path = is_folder(text)
+        path = Path(text.removeprefix("file://")).expanduser() if is_path else None
+        places.append(f"{text.rstrip('/') if path is None else path.resolve()}/")
+    is_elsewhere = any(getattr(options, name) is not None for name in _TARGET_OPTIONS)
+    if places[1].startswith(places[0]) and (is_folder(options.target) or not is_elsewhere):
+        raise ValueError(
+            f"target: got {options.target}, which lies in {options.source}, expected another place"
+        )
 
 
 def _tell(progress: Progress, copied: Copied) -> None:

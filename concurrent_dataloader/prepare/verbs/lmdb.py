@@ -11,10 +11,10 @@ from concurrent_dataloader.formats.lmdb_file import DEFAULT_MAP_BYTES
 from concurrent_dataloader.formats.lmdb_record import Order
 from concurrent_dataloader.prepare.lmdb import (
     DEFAULT_CONCURRENCY,
-    check_same_classes,
     database_name,
     write_lmdb,
 )
+from concurrent_dataloader.prepare.source import check_same_classes
 from concurrent_dataloader.prepare.sources import SampleTable
 from concurrent_dataloader.prepare.verbs._bar import show_progress
 from concurrent_dataloader.prepare.verbs._common import add_store_options

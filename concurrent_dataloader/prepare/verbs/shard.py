@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -17,6 +18,7 @@ from concurrent_dataloader.prepare.shard import (
     check_splits,
     write_shards,
 )
+from concurrent_dataloader.prepare.source import check_same_classes
 from concurrent_dataloader.prepare.sources import SampleTable
 from concurrent_dataloader.prepare.steps import (
     DEFAULT_QUALITY,
@@ -264,6 +266,8 @@ def _add_run_options(group: argparse._ArgumentGroup) -> None:
 def run(options: argparse.Namespace) -> None:
     """Pack each split."""
     apply_config(options, KINDS)
+    if os.getcwd() not in sys.path:  # where users have their module; an installed command lacks it
+        sys.path.append(os.getcwd())
     settings = {split: _settings(options, split) for split in options.splits or _DEFAULT_SPLITS}
     with contextlib.ExitStack() as stack:
         sources: dict[str, SampleTable] = {}
@@ -271,6 +275,9 @@ def run(options: argparse.Namespace) -> None:
             part = split if options.splits else None
             source = open_samples(options, options.source, part)
             sources[split] = stack.enter_context(contextlib.closing(source))
+        labelled = {split: each for split, each in sources.items() if each.classes is not None}
+        if len(labelled) > 1:  # test images often have no labels
+            check_same_classes(labelled)
         if len(settings) > 1:
             check_splits([(sources[split], settings[split]) for split in settings])
         for split in settings:
