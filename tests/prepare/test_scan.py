@@ -346,7 +346,7 @@ def test_a_compressed_tar_says_what_to_do(tmp_path: Path) -> None:
 def test_missing_shards_mixed_kinds_and_empty_tars_are_errors(tmp_path: Path) -> None:
     write(tmp_path, {"a.tar": make_tar([]), "b.tfrecord": b""})
 
-    with pytest.raises(KeyNotFoundError, match=r"a-1.tar: no such shard"):
+    with pytest.raises(KeyNotFoundError, match=r"a-[123].tar: no such shard"):
         scan(f"{tmp_path}/a-{{1..3}}.tar")
     with pytest.raises(ValueError, match=r"a.tar, b.tfrecord, expected shards of one kind"):
         scan(tmp_path)
