@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ class Together(NamedTuple):
 
 
 class _Failed(NamedTuple):
-    error: Exception
+    error: BaseException
 
 
 def make_fetch(stages: Stages) -> Callable[[Any], Any]:
@@ -69,17 +70,72 @@ def make_fetch_async(stages: Stages) -> Callable[[Any], Any]:
 
 
 def begin(
-    stages: Stages, positions: Sequence[Any], submit: Callable[[Any], Future[Any]]
-) -> list[Future[Any]]:
+    stages: Stages, batches: Sequence[Sequence[Any]], submit: Callable[[Any], Future[Any]]
+) -> list[list[Future[Any]]]:
     """Send samples on their way, those that may be together in one request.
 
+    Raises nothing that a position or the dataset is to blame for: that is in the futures, so that
+    it comes in the turn of its sample, and other batches go on.
+
     Returns:
-        A future for each sample, in the order of ``positions``.
+        A future for each position of each batch.
     """
     if not stages.merges_requests:
-        return list(map(submit, positions))
+        return [list(map(submit, positions)) for positions in batches]
+    together = [position for positions in batches for position in positions]
+    try:
+        groups = _plan(stages, together)
+    except Exception as error:  # noqa: BLE001 - goes to the samples that are to blame
+        if len(batches) > 1:
+            return [begin(stages, [positions], submit)[0] for positions in batches]
+        return [_begin_alone(stages, together, submit, error)]
+    futures = iter(_begin_groups(together, groups, submit))
+    return [list(itertools.islice(futures, len(positions))) for positions in batches]
+
+
+def _plan(stages: Stages, positions: Sequence[Any]) -> list[list[int]]:
+    groups = stages.plan_requests(positions)
+    planned = sorted(itertools.chain.from_iterable(groups))
+    if planned != list(range(len(positions))):
+        raise RuntimeError(
+            f"plan_requests: got {len(set(planned))} of {len(positions)} positions in "
+            f"{len(planned)} places, expected each once"
+        )
+    return groups
+
+
+def _begin_alone(
+    stages: Stages,
+    positions: Sequence[Any],
+    submit: Callable[[Any], Future[Any]],
+    error: Exception,
+) -> list[Future[Any]]:
+    """Begin what can be planned by itself; the rest fails, or all where that tells none apart."""
+    failures: dict[int, Exception] = {}
+    for number, position in enumerate(positions):
+        try:
+            _plan(stages, [position])
+        except Exception as own:  # noqa: BLE001 - goes to its sample
+            failures[number] = own
+    if len(failures) in (0, len(positions)):
+        failures = dict.fromkeys(range(len(positions)), error)
+    return [
+        _fail(failures[number]) if number in failures else submit(position)
+        for number, position in enumerate(positions)
+    ]
+
+
+def _fail(error: Exception) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_exception(error)
+    return future
+
+
+def _begin_groups(
+    positions: Sequence[Any], groups: list[list[int]], submit: Callable[[Any], Future[Any]]
+) -> list[Future[Any]]:
     futures: dict[int, Future[Any]] = {}
-    for group in stages.plan_requests(positions):
+    for group in groups:
         if len(group) == 1:
             futures[group[0]] = submit(positions[group[0]])
             continue
@@ -89,15 +145,15 @@ def begin(
         shared.add_done_callback(_Share(parts))
         for part in parts:
             part.add_done_callback(_Cancel(shared, parts))
-    if len(futures) != len(positions):
-        raise RuntimeError(
-            f"plan_requests: got {len(futures)} of {len(positions)} positions, expected each once"
-        )
     return [futures[number] for number in range(len(positions))]
 
 
 class _Share:
-    """Hands the result of a request to its samples."""
+    """Hands the result of a request to its samples.
+
+    A future drops what its callbacks raise, and the samples would be waited for without end: so
+    nothing of the dataset's is called here unguarded.
+    """
 
     def __init__(self, parts: list[Future[Any]]) -> None:
         self._parts = parts
@@ -107,23 +163,24 @@ class _Share:
             for part in self._parts:
                 part.cancel()
             return
-        error = shared.exception()
-        fetched: Sequence[Any] = () if error is not None else shared.result()
-        if error is None and len(fetched) != len(self._parts):
-            error = RuntimeError(
-                f"fetch_many: got {len(fetched)} samples, expected {len(self._parts)}"
-            )
-        if error is not None:
-            fetched = [None] * len(self._parts)
-        for part, value in zip(self._parts, fetched, strict=True):
+        for part, value in zip(self._parts, self._take(shared), strict=True):
             if not part.set_running_or_notify_cancel():
                 continue
-            if error is not None:
-                part.set_exception(error)
-            elif isinstance(value, _Failed):
+            if isinstance(value, _Failed):
                 part.set_exception(value.error)
             else:
                 part.set_result(value)
+
+    def _take(self, shared: Future[Any]) -> list[Any]:
+        try:
+            fetched = list(shared.result())
+            if len(fetched) != len(self._parts):
+                raise RuntimeError(
+                    f"fetch_many: got {len(fetched)} samples, expected {len(self._parts)}"
+                )
+        except BaseException as error:  # noqa: BLE001 - goes to all the samples
+            return [_Failed(error)] * len(self._parts)
+        return fetched
 
 
 class _Cancel:

@@ -93,14 +93,16 @@ class FetchedDataset:
     def begin(self, *batches: Batch) -> None:
         """Send samples of batches on their way, unless they are; together where that is cheaper."""
         new = [batch for batch in batches if batch.futures is None]
+        if not new:
+            return
         is_one = not self._auto_collation or self._stages.takes_batches
         for batch in new:
             # A list, since a sampler may give an iterator, which can be read only once.
             batch.units = [batch.positions] if is_one else list(batch.positions)
-        units = [unit for batch in new for unit in batch.units]
-        futures = iter(requests.begin(self._stages, units, self._fetcher.submit))
-        for batch in new:
-            batch.futures = collections.deque(itertools.islice(futures, len(batch.units)))
+        units = [batch.units for batch in new]
+        begun = requests.begin(self._stages, units, self._fetcher.submit)
+        for batch, futures in zip(new, begun, strict=True):
+            batch.futures = collections.deque(futures)
 
     def __getitems__(self, batch: Batch) -> Any:
         """Finish a batch's samples, in order; called by torch's loop with automatic batching."""

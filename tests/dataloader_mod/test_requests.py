@@ -72,7 +72,7 @@ def test_a_request_is_given_up_when_nobody_wants_any_of_its_samples() -> None:
         submitted.append(Future())
         return submitted[-1]
 
-    parts = requests.begin(find_stages(MergedSquares(20)), [1, 2, 3], submit)
+    (parts,) = requests.begin(find_stages(MergedSquares(20)), [[1, 2, 3]], submit)
     parts[0].cancel()
     parts[1].cancel()
     assert not submitted[0].cancelled()
@@ -98,3 +98,59 @@ def test_too_few_samples_of_a_request_are_an_error() -> None:
 
     with pytest.raises(RuntimeError, match="got 4 samples, expected 5"):
         next(iter(DataLoader(Short(20), batch_size=5, batch_pool=0)))
+
+
+class Bounded(MergedSquares):
+    """Plans by looking each position up, as a data set does that has an index."""
+
+    def plan_requests(self, positions: Any) -> list[list[int]]:
+        for position in positions:
+            if not position < self.num_samples:
+                raise IndexError(f"position: got {position}, expected less than {self.num_samples}")
+        return super().plan_requests(positions)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_position_that_cannot_be_planned_fails_in_its_turn_with_its_error(
+    num_workers: int,
+) -> None:
+    sampler: Any = [0, 1, 2, 3, 99, 5, 6, 7]
+    with DataLoader(Bounded(20), 2, sampler=sampler, num_workers=num_workers) as loader:
+        batches = iter(loader)
+        assert [next(batches)[1].tolist() for _ in range(2)] == [[0, 1], [2, 3]]
+        with pytest.raises(IndexError, match="got 99, expected less than 20"):
+            next(batches)
+        if num_workers:
+            assert next(batches)[1].tolist() == [6, 7]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_plan_that_is_wrong_as_a_whole_is_an_error_in_the_loop(num_workers: int) -> None:
+    class Doubling(MergedSquares):
+        def plan_requests(self, positions: Any) -> list[list[int]]:
+            groups = super().plan_requests(positions)
+            return groups if len(positions) == 1 else [*groups, groups[0]]
+
+    with (
+        DataLoader(Doubling(20), batch_size=5, num_workers=num_workers) as loader,
+        pytest.raises(RuntimeError, match="5 of 5 positions in 10 places, expected each once"),
+    ):
+        next(iter(loader))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("answer", [None, 7, "raises"])
+def test_an_answer_that_is_no_list_of_samples_is_an_error_and_no_wait(
+    num_workers: int, answer: Any
+) -> None:
+    class Odd(MergedSquares):
+        def fetch_many(self, positions: Any) -> Any:
+            return (1 // 0 for _ in positions) if answer == "raises" else answer
+
+    error = ZeroDivisionError if answer == "raises" else TypeError
+    with (
+        DataLoader(Odd(20), batch_size=5, num_workers=num_workers) as loader,
+        pytest.raises(error),
+    ):
+        next(iter(loader))
