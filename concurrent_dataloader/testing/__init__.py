@@ -18,7 +18,7 @@ concurrent_dataloader.testing --help`` serves by hand. How a request goes throug
 
 ```text
 object_server  the handle: starts the process, tells it what to do
-_process       listens, and ends with its parent
+_process       ends with its parent; _door: listens, or is shut for a while
 _connection    bytes in, bytes out; latency, bandwidth, and faults as behaviour has them
 _server        who may do what; hears _control; counters say what was done
 _request       HTTP/1.1 requests and their bodies; _streaming: aws-chunked ones
@@ -35,11 +35,11 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from concurrent_dataloader.testing.behaviour import Fault, FaultKind, Latency
+    from concurrent_dataloader.testing.behaviour import Fault, FaultKind, Latency, OutageKind
     from concurrent_dataloader.testing.counters import Counters
     from concurrent_dataloader.testing.object_server import ObjectServer
 
-__all__ = ["Counters", "Fault", "FaultKind", "Latency", "ObjectServer"]
+__all__ = ["Counters", "Fault", "FaultKind", "Latency", "ObjectServer", "OutageKind"]
 
 # Imported when first used: pytest loads this package in each run, whether a test needs it or not.
 _HOMES = {
@@ -48,6 +48,7 @@ _HOMES = {
     "FaultKind": "concurrent_dataloader.testing.behaviour",
     "Latency": "concurrent_dataloader.testing.behaviour",
     "ObjectServer": "concurrent_dataloader.testing.object_server",
+    "OutageKind": "concurrent_dataloader.testing.behaviour",
 }
 
 

@@ -65,7 +65,7 @@ class Host(Protocol):
         ...
 
     def answer(self, request: Request, *, after_stall: bool) -> tuple[Answer | None, Fault | None]:
-        """Answer a request, and say how to spoil the answer; no answer at all for a stalled one."""
+        """Answer a request, and say how to spoil the answer; some faults leave no answer at all."""
         ...
 
     def common_lines(self) -> bytes:
@@ -187,7 +187,9 @@ class Connection(asyncio.BufferedProtocol):
             return
         answer, fault = self._host.answer(request, after_stall=after_stall)
         if answer is None:
-            if fault is not None and fault.stall_s is not None:
+            if fault is not None and fault.kind == "reset_before_headers":
+                self._reset()
+            elif fault is not None and fault.stall_s is not None:
                 go_on = functools.partial(self._answer, after_stall=True)
                 self._timer = self._host.loop.call_later(fault.stall_s, go_on)
         elif fault is not None:

@@ -43,6 +43,7 @@ class Control:
             "set_faults": lambda a, _: server.set_faults(
                 [Fault(**_tuples(f)) for f in a["faults"]]
             ),
+            "set_outage": lambda a, _: server.set_outage(a["kind"], a["duration_s"]),
             "add_credential": lambda a, _: server.authenticator.add(Credential(**a)),
             "expire_session_tokens": lambda a, _: server.authenticator.expire_session_tokens(),
             "drop_connections": self._drop_connections,

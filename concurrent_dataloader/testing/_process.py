@@ -6,17 +6,15 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from typing import Final
 
 from concurrent_dataloader.testing._connection import Connection
+from concurrent_dataloader.testing._door import Door
 from concurrent_dataloader.testing._server import Server, Settings
 
 HOST: Final = "127.0.0.1"
-_BACKLOG: Final = 4096
-_SEND_BUFFER_BYTES: Final = 1 << 20
 _PARENT_CHECK_S: Final = 1.0
 
 
@@ -45,32 +43,18 @@ async def serve(
         # Ctrl-C reaches the whole group; the parent needs the server for its own way out.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         _stop_with_parent(loop, stopped, parent_pid)
-    server = Server(settings, loop)
-    listener = await loop.create_server(
-        lambda: Connection(server), sock=_listen(settings.port), backlog=_BACKLOG
-    )
+    door = Door(HOST, settings.port, loop)
     try:
-        on_ready(server, listener.sockets[0].getsockname()[1])
-        await stopped.wait()
+        server = Server(settings, loop, door)
+        await door.open(lambda: Connection(server))
+        try:
+            on_ready(server, door.port)
+            await stopped.wait()
+        finally:
+            for connection in list(server.connections):
+                connection.drop()
     finally:
-        listener.close()
-        for connection in list(server.connections):
-            connection.drop()
-
-
-def _listen(port: int) -> socket.socket:
-    listening = socket.socket()
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Taken over by each connection: room for a whole small object, so that it goes in one call.
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
-        listening.bind((HOST, port))
-    except OSError as error:
-        listening.close()
-        raise OSError(
-            error.errno, f"port: got {port}, which cannot be had; {error.strerror}"
-        ) from error
-    return listening
+        door.close()
 
 
 def _stop_with_parent(

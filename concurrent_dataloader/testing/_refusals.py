@@ -32,6 +32,7 @@ _STATUS_AND_WORDS: dict[str, tuple[int, str]] = {
     "NotImplemented": (501, "A header or a query you provided implies what is not implemented."),
     "PreconditionFailed": (412, "At least one of the preconditions you specified did not hold."),
     "RequestTimeTooSkewed": (403, "The request time and the server's time differ too much."),
+    "ServiceUnavailable": (503, "Service is unable to handle request."),
     "SignatureDoesNotMatch": (
         403,
         "The request signature we calculated does not match the signature you provided.",

@@ -13,13 +13,20 @@ from typing import Any, Final
 from concurrent_dataloader.testing._answer import Answer, answer_with_error, http_date
 from concurrent_dataloader.testing._connection import Connection
 from concurrent_dataloader.testing._control import Control
+from concurrent_dataloader.testing._door import Door
 from concurrent_dataloader.testing._objects import Buckets, StoredObject
 from concurrent_dataloader.testing._operations import Operations
 from concurrent_dataloader.testing._refusals import S3Error
 from concurrent_dataloader.testing._request import Request
 from concurrent_dataloader.testing._signature import Authenticator, Credential
 from concurrent_dataloader.testing._streaming import decode_streaming_body
-from concurrent_dataloader.testing.behaviour import Fault, FaultPlan, Latency, Pacer
+from concurrent_dataloader.testing.behaviour import (
+    Fault,
+    FaultPlan,
+    Latency,
+    OutageKind,
+    Pacer,
+)
 from concurrent_dataloader.testing.counters import Counters
 
 _RECEIVE_BYTES: Final = 256 << 10
@@ -43,9 +50,12 @@ class Settings:
 class Server:
     """All of the server's state; touched only in the thread of its loop."""
 
-    def __init__(self, settings: Settings, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, settings: Settings, loop: asyncio.AbstractEventLoop, door: Door) -> None:
         self.settings = settings
         self.loop = loop
+        self._door = door
+        self._outage: OutageKind | None = None
+        self._outage_end: asyncio.TimerHandle | None = None
         self.buffer = memoryview(bytearray(_RECEIVE_BYTES))
         self.connections: set[Connection] = set()
         self.buckets = Buckets()
@@ -78,6 +88,7 @@ class Server:
         self.bytes_per_s_per_connection: float | None = None
         self.rate_limit: Pacer | None = None
         self.plan: FaultPlan | None = None
+        self.set_outage(None, None)
         for connection in list(self.connections):
             connection.drop(only_if_busy=True)
         self.reset_counters()
@@ -85,6 +96,22 @@ class Server:
     def set_faults(self, faults: list[Fault]) -> None:
         """Replace the faults; attempts are counted from nothing."""
         self.plan = FaultPlan(faults, self._fault_rng) if faults else None
+
+    def set_outage(self, kind: OutageKind | None, duration_s: float | None) -> None:
+        """Be down from now on, for a while or until told otherwise; None: be up."""
+        if self._outage_end is not None:
+            self._outage_end.cancel()
+            self._outage_end = None
+        was, self._outage = self._outage, kind
+        if kind == "refused":
+            self._door.shut()
+        elif was == "refused":
+            self._door.reopen()
+        if kind in ("refused", "reset"):
+            for connection in list(self.connections):
+                connection.drop()
+        if kind is not None and duration_s is not None:
+            self._outage_end = self.loop.call_later(duration_s, self.set_outage, None, None)
 
     # What a connection asks
 
@@ -138,7 +165,7 @@ class Server:
         try:
             if not after_stall:
                 fault = self._count_by_key(request, bucket, key)
-            if fault is not None and fault.kind == "stalled_headers":
+            if fault is not None and fault.kind in _SILENT_FAULTS:
                 return None, fault
             answer = self._answer_s3(request, bucket, key, fault)
         except S3Error as error:
@@ -171,6 +198,9 @@ class Server:
         if key and request.method == b"GET":
             name = f"{bucket}/{key}"
             self._gets[name] = self._gets.get(name, 0) + 1
+        if self._outage is not None:
+            self._faults["outage"] += 1
+            return _OUTAGE_FAULTS[self._outage]
         if self.plan is None:
             return None
         method = request.method.decode()
@@ -234,10 +264,18 @@ class Server:
 
 
 _BODY_FAULTS: Final = ("empty_body", "foreign_body")
+_SILENT_FAULTS: Final = ("stalled_headers", "reset_before_headers")
 _ERROR_FAULTS: Final = {
     "internal_error": "InternalError",
     "slow_down": "SlowDown",
+    "service_unavailable": "ServiceUnavailable",
     "expired_token": "ExpiredToken",
+}
+_OUTAGE_FAULTS: Final[dict[OutageKind, Fault]] = {
+    # What was under way when the door was shut is dropped, but for what is answered just now.
+    "refused": Fault("reset_before_headers"),
+    "reset": Fault("reset_before_headers"),
+    "unavailable": Fault("service_unavailable"),
 }
 
 

@@ -13,7 +13,9 @@ from typing import Literal, get_args
 FaultKind = Literal[
     "internal_error",
     "slow_down",
+    "service_unavailable",
     "expired_token",
+    "reset_before_headers",
     "reset_before_body",
     "reset_inside_body",
     "truncated_body",
@@ -23,6 +25,10 @@ FaultKind = Literal[
     "foreign_body",
 ]
 """What can go wrong, as `Fault` says."""
+
+OutageKind = Literal["refused", "reset", "unavailable"]
+"""How a server is down: connections are refused; each request is answered by a connection reset, or
+by 503 ServiceUnavailable."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,11 +69,13 @@ class Fault:
     """One way to go wrong, and which requests it hits.
 
     The kinds: ``internal_error`` (500 InternalError), ``slow_down`` (503 SlowDown),
-    ``expired_token`` (400 ExpiredToken); ``reset_before_body`` (headers, then a connection reset),
-    ``reset_inside_body`` (half of the body, then a reset), ``truncated_body`` (half of the body,
-    then an orderly close), ``stalled_body`` (half of the body, then silence), ``stalled_headers``
-    (silence from the beginning), ``empty_body`` (the right status and no bytes), ``foreign_body``
-    (the headers of the object that was asked for, with the bytes of another one of its bucket).
+    ``service_unavailable`` (503 ServiceUnavailable), ``expired_token`` (400 ExpiredToken);
+    ``reset_before_headers`` (a connection reset, and nothing before it), ``reset_before_body``
+    (headers, then a reset), ``reset_inside_body`` (half of the body, then a reset),
+    ``truncated_body`` (half of the body, then an orderly close), ``stalled_body`` (half of the
+    body, then silence), ``stalled_headers`` (silence from the beginning), ``empty_body`` (the right
+    status and no bytes), ``foreign_body`` (the headers of the object that was asked for, with the
+    bytes of another one of its bucket).
     """
 
     kind: FaultKind

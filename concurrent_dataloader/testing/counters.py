@@ -16,13 +16,14 @@ class Counters:
     """Requests that arrived whole, by HTTP method."""
 
     num_by_status: dict[int, int] = dataclasses.field(default_factory=dict[int, int])
-    """Answers begun, by status; a request that got no answer (``stalled_headers``) is not here."""
+    """Answers begun, by status; a request that got no answer (``stalled_headers``,
+    ``reset_before_headers``) is not here."""
 
     num_by_error: dict[str, int] = dataclasses.field(default_factory=dict[str, int])
     """Errors answered, by S3's code, such as ``NoSuchKey``."""
 
     num_by_fault: dict[str, int] = dataclasses.field(default_factory=dict[str, int])
-    """Faults done, by kind."""
+    """Faults done, by kind, and as ``outage`` the requests that came while the server was down."""
 
     num_gets_by_key: dict[str, int] = dataclasses.field(default_factory=dict[str, int])
     """GETs of objects by ``bucket/key``, whatever became of them; filled when asked for."""

@@ -19,10 +19,10 @@ import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final, NamedTuple, Self, cast
+from typing import Any, Final, NamedTuple, Self, cast, get_args
 
 from concurrent_dataloader.testing._objects import CHECKSUM_ALGORITHMS
-from concurrent_dataloader.testing.behaviour import Fault, Latency
+from concurrent_dataloader.testing.behaviour import Fault, Latency, OutageKind
 from concurrent_dataloader.testing.counters import Counters
 
 _HOST: Final = "127.0.0.1"
@@ -340,6 +340,34 @@ class ObjectServer:
     def set_faults(self, faults: Sequence[Fault]) -> None:
         """Replace the faults; attempts and hits are counted from nothing."""
         self._tell("set_faults", {"faults": [dataclasses.asdict(fault) for fault in faults]})
+
+    def set_outage(self, kind: OutageKind | None, *, duration_s: float | None = None) -> None:
+        """Be down from now on, whatever the faults; None: be up again.
+
+        ``refused`` drops all connections and refuses new ones; nobody can talk to the server then,
+        not even this object. ``reset`` drops them, and resets each that brings a request;
+        ``unavailable`` answers each request by 503. The requests of these two are counted as the
+        fault ``outage``.
+
+        Args:
+            kind: How the server is down.
+            duration_s: It is up again by itself after so many seconds; None: when told. Needed for
+                ``refused``; for one that is refused for good, close the server.
+
+        Raises:
+            ValueError: The kind is none, or the duration is not above 0 or missing.
+        """
+        if kind is not None and kind not in get_args(OutageKind):
+            kinds = ", ".join(map(repr, get_args(OutageKind)))
+            raise ValueError(f"kind: got {kind!r}, expected None or one of {kinds}")
+        if duration_s is not None and not duration_s > 0:
+            raise ValueError(f"duration_s: got {duration_s!r}, expected None or more than 0")
+        if kind == "refused" and duration_s is None:
+            raise ValueError(
+                "duration_s: got None for 'refused', expected seconds, since nothing can be told to"
+                " a server that takes no connections; to be down for good, close it"
+            )
+        self._tell("set_outage", {"kind": kind, "duration_s": duration_s})
 
     def add_credential(
         self,

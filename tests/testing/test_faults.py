@@ -72,6 +72,7 @@ def listen(endpoint: Endpoint, key: str, *, silence_s: float) -> Heard:
     [
         ("internal_error", 500, "InternalError"),
         ("slow_down", 503, "SlowDown"),
+        ("service_unavailable", 503, "ServiceUnavailable"),
         ("expired_token", 400, "ExpiredToken"),
     ],
 )
@@ -87,6 +88,16 @@ def test_a_fault_may_be_an_error_of_s3(
     assert counters.num_by_fault == {kind: 1}
     assert counters.num_by_status == {status: 1}
     assert counters.num_by_error == {code: 1}
+
+
+def test_a_reset_before_the_headers_says_nothing(server: ObjectServer, endpoint: Endpoint) -> None:
+    server.set_faults([Fault("reset_before_headers")])
+
+    heard = listen(endpoint, "k0", silence_s=20)
+
+    assert (heard.end, heard.received) == ("reset", b"")
+    counters = server.counters()
+    assert (counters.num_by_status, counters.num_in_flight) == ({}, 0)
 
 
 def test_a_reset_before_the_body_comes_after_the_headers(
