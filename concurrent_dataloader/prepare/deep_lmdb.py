@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
 
 from concurrent_dataloader.errors import LoaderError, ShardFormatError
 from concurrent_dataloader.formats.lmdb_file import LmdbFile
-from concurrent_dataloader.formats.lmdb_record import Record
+from concurrent_dataloader.formats.lmdb_record import NO_LABEL, Record
 from concurrent_dataloader.prepare.deep import ShardResult
 from concurrent_dataloader.prepare.samples import (
     BadSample,
@@ -35,28 +36,22 @@ def check_database(
         ShardFormatError: It is no complete database.
         MissingDependencyError: lmdb is not installed.
     """
-    file = LmdbFile(path, readahead=True, allow_pickle=allow_pickle)
-    labels = file.labels()
-    result = ShardResult(path.name, [], [], 0)
-    for position in range(len(file)):
-        try:
-            record = _read(file, position)
-            if labels is not None and labels[position] != (
-                -1 if record.label is None else record.label
-            ):
-                raise ShardFormatError(
-                    f"{file.describe(position)}: got class {record.label}, expected "
-                    f"{labels[position]} by the database's list of classes"
-                )
-            digest = hashlib.blake2b(record.payload, digest_size=8, usedforsecurity=False)
-            name = record.name or f"record {position}"
-            result.seen.append(Seen(name, digest.digest(), record.label))
-            if is_deep:
-                image = record.payload
-                check_sample(ParsedSample(name, image, image, record.label), rules)
-        except LoaderError as error:
-            result.bad.append(BadSample(path.name, str(position), None, "lmdb", one_line(error)))
-    file.close()
+    with contextlib.closing(LmdbFile(path, readahead=True, allow_pickle=allow_pickle)) as file:
+        labels = file.labels()
+        result = ShardResult(path.name, [], [], 0)
+        for position in range(len(file)):
+            try:
+                record = _read(file, position)
+                if labels is not None:
+                    _check_label(file, position, record, int(labels[position]))
+                digest = hashlib.blake2b(record.payload, digest_size=8, usedforsecurity=False)
+                name = record.name or f"record {position}"
+                result.seen.append(Seen(name, digest.digest(), record.label))
+                if is_deep:
+                    check_sample(_parsed(name, record), rules)
+            except LoaderError as error:
+                bad = BadSample(path.name, str(position), None, "lmdb", one_line(error))
+                result.bad.append(bad)
     return result
 
 
@@ -69,13 +64,24 @@ def check_record_again(
         FileNotFoundError: There is no such database.
         ShardFormatError: It is no complete database.
     """
-    file = LmdbFile(path, allow_pickle=allow_pickle)
-    try:
-        record = _read(file, int(sample.sample))
-        check_sample(ParsedSample("", record.payload, record.payload, record.label), rules)
-    except LoaderError as error:
-        return sample._replace(error=one_line(error))
+    with contextlib.closing(LmdbFile(path, allow_pickle=allow_pickle)) as file:
+        try:
+            check_sample(_parsed("", _read(file, int(sample.sample))), rules)
+        except LoaderError as error:
+            return sample._replace(error=one_line(error))
     return None
+
+
+def _parsed(name: str, record: Record) -> ParsedSample:
+    return ParsedSample(name, record.payload, record.payload, record.label)
+
+
+def _check_label(file: LmdbFile, position: int, record: Record, expected: int) -> None:
+    if expected != (NO_LABEL if record.label is None else record.label):
+        raise ShardFormatError(
+            f"{file.describe(position)}: got class {record.label}, expected {expected} by the"
+            " database's list of classes"
+        )
 
 
 def _read(file: LmdbFile, position: int) -> Record:
