@@ -19,10 +19,11 @@ import lzma
 import os
 import signal
 import subprocess
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from typing import IO, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from typing_extensions import Buffer, override
 
@@ -34,6 +35,7 @@ from concurrent_dataloader.threads import DaemonThreads
 
 _SKIP_BYTES = 1 << 20
 _KILL_TIMEOUT_S = 5.0
+_EXIT_TIMEOUT_S = 10.0  # for what a command does after its last byte, such as removing files
 
 _DECOMPRESSORS: dict[str, Callable[[Any], Any]] = {
     ".gz": lambda file: gzip.GzipFile(fileobj=file, mode="rb"),
@@ -162,8 +164,15 @@ class RangedStream(Stream):
 class PipedStream(Stream):
     """What a command writes to its standard output; one part is read while another is used."""
 
-    def __init__(self, ahead: ReadAhead, source: ShardBytes) -> None:
+    def __init__(
+        self,
+        ahead: ReadAhead,
+        source: ShardBytes,
+        *,
+        exit_timeout_s: float = _EXIT_TIMEOUT_S,
+    ) -> None:
         super().__init__(ahead)
+        self._exit_timeout_s = exit_timeout_s
         self._where = describe_command(source.key)
         # In a group of its own, so that all that the shell has started ends with it.
         self._process = subprocess.Popen(
@@ -182,12 +191,29 @@ class PipedStream(Stream):
     def begin(self) -> bool:
         if self._begun or self._is_over:
             return False
-        self._begun.append(
-            self._ahead.submit(
-                _read_pipe, self._process, self._pipe, self._ahead.part_bytes, self._where
-            )
-        )
+        self._begun.append(self._ahead.submit(self._read_pipe, self._ahead.part_bytes))
         return True
+
+    def _read_pipe(self, size: int) -> Buffer:
+        """Read the next part, and at the end how the command ended; runs in a thread."""
+        body = self._pipe.read(size)
+        if len(body) == size:
+            return body
+        try:
+            status = self._process.wait(self._exit_timeout_s)
+        except subprocess.TimeoutExpired as error:
+            end_command(self._process, self._where)
+            raise StoreError(
+                f"{self._where}: the command closed its output and had not ended"
+                f" {self._exit_timeout_s:g} s later, expected it to end; it was killed, and what it"
+                " wrote before is not used, as whether it succeeded is not known"
+            ) from error
+        if status:
+            raise StoreError(
+                f"{self._where}: the command ended with status {status}, expected 0; what it wrote "
+                "before is not used, run it by hand to see why"
+            )
+        return body
 
     @override
     def _take(self) -> memoryview | None:
@@ -208,11 +234,7 @@ class PipedStream(Stream):
             return
         pipe = self._pipe
         if self._process.poll() is None:
-            try:
-                os.killpg(self._process.pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                self._process.kill()
-            self._process.wait(_KILL_TIMEOUT_S)
+            end_command(self._process, self._where)
         if self._begun:  # a thread reads it, to the end that has just come
             self._begun[-1].add_done_callback(lambda _: pipe.close())
         else:
@@ -323,16 +345,24 @@ def _fetch(store: Store, key: str, byte_range: ByteRange | None) -> Buffer:
     return store.get(key, byte_range)
 
 
-def _read_pipe(process: subprocess.Popen[bytes], pipe: IO[bytes], size: int, where: str) -> Buffer:
-    body = pipe.read(size)
-    if len(body) < size:
-        status = process.wait()
-        if status:
-            raise StoreError(
-                f"{where}: the command ended with status {status}, expected 0; what it wrote "
-                "before is not used, run it by hand to see why"
-            )
-    return body
+def end_command(
+    process: subprocess.Popen[bytes], where: str, *, timeout_s: float = _KILL_TIMEOUT_S
+) -> None:
+    """Kill a command with all that it has started; one that stays is told of by a warning."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        process.kill()
+    try:
+        process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        # It waits in the kernel, as for a network mount that is gone, where no signal ends it.
+        warnings.warn(
+            f"{where}: process {process.pid} was killed and is still there {timeout_s:g} s later;"
+            " it ends when what it waits for in the system comes",
+            ResourceWarning,
+            stacklevel=2,
+        )
 
 
 def describe_command(command: str) -> str:
