@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from benchmarking import scenarios
 from benchmarking.effort import QUICK, Effort
+from benchmarking.progress import PROGRESS
 from benchmarking.results import Row, append_rows, markdown_table, print_rows
 
 
@@ -81,7 +82,10 @@ def _run_case(name: str, case: str, effort: Effort, output: pathlib.Path) -> lis
     """Run one case; its rows are kept at once, so that what fails later loses nothing."""
     print(f"\n== {name} {case}", flush=True)
     begin_s = time.perf_counter()
-    rows = scenarios.open_scenario(name).cases[case](effort)
+    try:
+        rows = scenarios.open_scenario(name).cases[case](effort)
+    finally:
+        PROGRESS.clear()
     append_rows(output, rows)
     print_rows(rows)
     print(f"took {time.perf_counter() - begin_s:.0f} s", flush=True)

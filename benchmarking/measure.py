@@ -8,13 +8,14 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, RandomSampler
 
 from benchmarking.effort import Effort
 from benchmarking.processes import read_cpu_s
+from benchmarking.progress import PROGRESS
 from concurrent_dataloader.testing import ObjectServer
 
 Loader = DataLoader[Any]
@@ -37,6 +38,18 @@ class Speed(NamedTuple):
     """Of the object server; 0 without one."""
     positions: list[int]
     """All that was delivered, the warm-up included, in order."""
+
+
+class Measured(Protocol):
+    """What a run says, at least."""
+
+    @property
+    def positions(self) -> list[int]:
+        """All that was delivered, in order."""
+        ...
+
+
+M = TypeVar("M", bound=Measured)
 
 
 def endless_sampler(dataset: Any, seed: int = 0) -> RandomSampler:
@@ -123,17 +136,16 @@ def read_server_cpu_s(server: ObjectServer | None) -> float:
     return 0.0 if server is None else server.counters().cpu_s
 
 
-def measure_in_turns(
-    sides: Mapping[str, Callable[[], Speed]], effort: Effort
-) -> dict[str, list[Speed]]:
+def measure_in_turns(sides: Mapping[str, Callable[[], M]], effort: Effort) -> dict[str, list[M]]:
     """Measure all sides, then all again in the opposite order, and so on: neighbours are pairs.
 
     Raises:
         RuntimeError: Two sides delivered different samples, or in a different order.
     """
-    speeds: dict[str, list[Speed]] = {name: [] for name in sides}
+    speeds: dict[str, list[M]] = {name: [] for name in sides}
     for repeat in range(effort.repeats):
         for name in list(sides)[:: 1 if repeat % 2 == 0 else -1]:
+            PROGRESS.report(f"run {repeat + 1} of {effort.repeats}: {name}")
             speeds[name].append(sides[name]())
     check_same_positions({name: [s.positions for s in runs] for name, runs in speeds.items()})
     return speeds
@@ -185,7 +197,7 @@ def _take(open_loader: OpenLoader, num_batches: int) -> list[list[torch.Tensor]]
     return taken
 
 
-def column(speeds: Iterable[Speed], name: str) -> list[float]:
+def column(speeds: Iterable[Measured], name: str) -> list[float]:
     """Pick one figure out of many runs."""
     values = [float(getattr(speed, name)) for speed in speeds]
     if not all(math.isfinite(value) for value in values):
