@@ -66,14 +66,21 @@ def serve(photos: Photos, median_s: float, sigma: float = LATENCY_SIGMA) -> Gene
         yield server
 
 
-def remote_store(server: ObjectServer, client: Client = "obstore") -> Store:
-    """Open the bucket by one of the clients, signed, as a user would."""
+def remote_store(server: ObjectServer, client: Client = "obstore", **settings: Any) -> Store:
+    """Open the bucket by one of the clients, signed, as a user would.
+
+    Args:
+        server: Where the bucket is.
+        client: One of those of `open_store`.
+        settings: What else `open_store` is told; its defaults otherwise.
+    """
     return open_store(
         f"s3://{BUCKET}",
         client=client,
         credentials=Credentials(server.access_key, server.secret_key),
         endpoint_url=server.endpoint_url,
         region=server.region,
+        **settings,
     )
 
 

@@ -21,6 +21,7 @@ NAMES = (
     "index_load",
     "memory",
     "dataset_item",
+    "in_flight",
     "server",
 )
 
