@@ -3,7 +3,8 @@
 from concurrent_dataloader.datasets.array_windows import WindowDataset, open_windows
 from concurrent_dataloader.datasets.contract import StagedDataset
 from concurrent_dataloader.datasets.detection import open_dataset
-from concurrent_dataloader.datasets.indexed import IndexedDataset, SampleMetadata
+from concurrent_dataloader.datasets.indexed import IndexedDataset
+from concurrent_dataloader.datasets.labelled import SampleMetadata
 from concurrent_dataloader.datasets.lmdb import LmdbDataset, SequentialLmdb
 from concurrent_dataloader.datasets.opening import (
     S3_Dataset,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Buffer, override
 
-from concurrent_dataloader.datasets.contract import StagedDataset
+from concurrent_dataloader.datasets.labelled import DecodedImage, LabelledDataset, SampleMetadata
 from concurrent_dataloader.errors import IndexFormatError, LoaderError
 from concurrent_dataloader.formats.image import DecoderName, check_decoder, decode_image
 from concurrent_dataloader.index import Index
@@ -25,33 +25,7 @@ Decode = DecoderName | Callable[[Buffer], Any] | None
 MISSING_LABEL = -1
 
 
-class SampleMetadata(NamedTuple):
-    """Where a sample came from."""
-
-    key: str
-    size_bytes: int
-    """Size of what was fetched; -1 where that is not known without fetching it."""
-
-    source: str
-    """The store's name for the object, such as ``s3://bucket/key``; holds no secret."""
-
-    shard: str = ""
-    """Key of the shard that holds it; empty where the object is the sample."""
-
-    start: int = 0
-    """First byte of it that was read."""
-
-    stop: int = -1
-    """Byte after the last one that was read; -1 for the end of the object."""
-
-
-class _Decoded(NamedTuple):
-    image: Any
-    label: int | None
-    metadata: SampleMetadata | None
-
-
-class IndexedDataset(StagedDataset[Any, Any]):
+class IndexedDataset(LabelledDataset):
     """A map-style dataset over an `Index` and a `Store`; items are ``(image, label)``.
 
     It pickles if its store, its decoder and its transforms do. No request is made before the first
@@ -103,11 +77,10 @@ class IndexedDataset(StagedDataset[Any, Any]):
                 f"{index_name}: got key {index.key(0)!r}, expected keys relative to the root of "
                 "the data; write it anew with `concurrent-dataloader index`"
             )
+        super().__init__(transform, target_transform)
         self.index = index
         self.store = store
         self.classes = classes
-        self.transform = transform
-        self.target_transform = target_transform
         # An array, not a list: counting references to Python objects would copy every page of it
         # into each forked worker.
         self._labels = None if classes is None else classes.labels_of(index.keys())
@@ -152,7 +125,7 @@ class IndexedDataset(StagedDataset[Any, Any]):
             raise self._explain(error, position) from error
 
     @override
-    def decode(self, position: int, raw: Buffer) -> _Decoded:
+    def decode(self, position: int, raw: Buffer) -> DecodedImage:
         """Decode an image, and look up its label.
 
         Raises:
@@ -161,28 +134,9 @@ class IndexedDataset(StagedDataset[Any, Any]):
         metadata = None
         if self._with_metadata:
             metadata = self.metadata(position)._replace(size_bytes=memoryview(raw).nbytes)
-        return _Decoded(self._decode_image(position, raw), self.label(position), metadata)
-
-    @override
-    def apply_transform(self, decoded: _Decoded) -> Any:
-        """Transform an image and its label, and make the item of them."""
-        image, label, metadata = decoded
-        if self.transform is not None:
-            image = self.transform(image)
-        if label is None:
-            return image if metadata is None else (image, metadata)
-        target = label if self.target_transform is None else self.target_transform(label)
-        return (image, target) if metadata is None else (image, target, metadata)
+        return DecodedImage(self._decode_image(position, raw), self.label(position), metadata)
 
     # -- around them
-
-    def set_transform(self, transform: Callable[[Any], Any] | None) -> None:
-        """Replace the transform. Workers that have started keep the one before."""
-        self.transform = transform
-
-    def set_target_transform(self, target_transform: Callable[[int], Any] | None) -> None:
-        """Replace the transform of labels. Workers that have started keep the one before."""
-        self.target_transform = target_transform
 
     def get_random_item(self) -> Any:
         """Give any sample. Which one is drawn from a generator of the dataset's own."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,13 +31,12 @@ from torch.utils.data import IterableDataset, get_worker_info
 from typing_extensions import Buffer, override
 
 from concurrent_dataloader.datasets._split import Span, Uneven, rank_span
-from concurrent_dataloader.datasets.contract import StagedDataset
 from concurrent_dataloader.datasets.indexed import (
     MISSING_LABEL,
     Decode,
-    SampleMetadata,
     choose_decode,
 )
+from concurrent_dataloader.datasets.labelled import DecodedImage, LabelledDataset, SampleMetadata
 from concurrent_dataloader.errors import LoaderError, ShardFormatError
 from concurrent_dataloader.formats.lmdb_file import LmdbFile
 from concurrent_dataloader.formats.lmdb_record import NO_LABEL, Record
@@ -49,13 +48,7 @@ DEFAULT_CACHE_RECORDS = 5000
 this size only has to change which samples meet in a batch."""
 
 
-class _Decoded(NamedTuple):
-    image: Any
-    label: int | None
-    metadata: SampleMetadata | None
-
-
-class LmdbDataset(StagedDataset[Any, Any]):
+class LmdbDataset(LabelledDataset):
     """A map-style dataset over a database; items are ``(image, label)``.
 
     It pickles if its decoder and its transforms do. The database is opened at the first sample, in
@@ -104,9 +97,8 @@ class LmdbDataset(StagedDataset[Any, Any]):
             UnknownClassError: A class of the database is not among those given.
             MissingDependencyError: lmdb, or the decoder, is not installed.
         """
+        super().__init__(transform, target_transform)
         self.file = _open_file(path, readahead=False, allow_pickle=allow_pickle)
-        self.transform = transform
-        self.target_transform = target_transform
         self._decode_raw = choose_decode(decode)
         self._missing_label = missing_label
         self._with_metadata = with_metadata
@@ -144,7 +136,7 @@ class LmdbDataset(StagedDataset[Any, Any]):
         return self.file.read_raw(self.record_number(position))
 
     @override
-    def decode(self, position: int, raw: Buffer) -> _Decoded:
+    def decode(self, position: int, raw: Buffer) -> DecodedImage:
         """Check a record, and decode its image.
 
         Raises:
@@ -158,18 +150,7 @@ class LmdbDataset(StagedDataset[Any, Any]):
         if self._with_metadata:
             size_bytes = memoryview(record.payload).nbytes
             metadata = SampleMetadata(record.name, size_bytes, self.file.describe(number))
-        return _Decoded(self._decode_image(position, number, record), label, metadata)
-
-    @override
-    def apply_transform(self, decoded: _Decoded) -> Any:
-        """Transform an image and its label, and make the item of them."""
-        image, label, metadata = decoded
-        if self.transform is not None:
-            image = self.transform(image)
-        if label is None:
-            return image if metadata is None else (image, metadata)
-        target = label if self.target_transform is None else self.target_transform(label)
-        return (image, target) if metadata is None else (image, target, metadata)
+        return DecodedImage(self._decode_image(position, number, record), label, metadata)
 
     # -- around them
 
@@ -201,14 +182,6 @@ class LmdbDataset(StagedDataset[Any, Any]):
             ids = convert_ids(labels + source.first_id, source, label_space)
             self._new_labels = (ids - label_space.first_id).astype(np.int32)
         self.classes = converted
-
-    def set_transform(self, transform: Callable[[Any], Any] | None) -> None:
-        """Replace the transform. Workers that have started keep the one before."""
-        self.transform = transform
-
-    def set_target_transform(self, target_transform: Callable[[int], Any] | None) -> None:
-        """Replace the transform of labels. Workers that have started keep the one before."""
-        self.target_transform = target_transform
 
     def record_number(self, position: int) -> int:
         """Give the number of a sample's record in the database.

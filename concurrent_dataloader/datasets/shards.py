@@ -16,9 +16,8 @@ from concurrent_dataloader.datasets.indexed import (
     MISSING_LABEL,
     Decode,
     IndexedDataset,
-    SampleMetadata,
-    _Decoded,
 )
+from concurrent_dataloader.datasets.labelled import DecodedImage, SampleMetadata
 from concurrent_dataloader.errors import (
     LoaderError,
     MissingDependencyError,
@@ -239,7 +238,7 @@ class ShardDataset(IndexedDataset):
     # -- decoding
 
     @override
-    def decode(self, position: int, raw: Buffer) -> _Decoded:
+    def decode(self, position: int, raw: Buffer) -> DecodedImage:
         """Decode an image, or the fields asked for, and look up the label.
 
         Raises:
@@ -250,10 +249,10 @@ class ShardDataset(IndexedDataset):
         metadata = self.metadata(position) if self._with_metadata else None
         content = self._decode_image(position, raw)
         label = None if isinstance(content, _Fields) else self.label(position)
-        return _Decoded(content, label, metadata)
+        return DecodedImage(content, label, metadata)
 
     @override
-    def apply_transform(self, decoded: _Decoded) -> Any:
+    def apply_transform(self, decoded: DecodedImage) -> Any:
         """Transform images and labels, and make the item of them."""
         content = decoded.image
         if not isinstance(content, _Fields):
