@@ -47,10 +47,10 @@ from benchmarking.seek_bound_disk import PAGE_BYTES, SeekBoundDisk
 from benchmarking.statistics import Estimate, paired_ratio
 from benchmarking.workload import NUM_WORKERS, Photos, describe, read_photos, train_transform
 from concurrent_dataloader.datasets.lmdb import SequentialLmdb
+from concurrent_dataloader.formats.fields import Box
 from concurrent_dataloader.formats.lmdb_file import LmdbFile
 from concurrent_dataloader.imagenet_loader import ImagenetLoader
 from concurrent_dataloader.prepare.lmdb import write_lmdb
-from concurrent_dataloader.prepare.source import Box
 
 _SCENARIO = "lmdb_read"
 _SEEK_S = 0.008

@@ -1,4 +1,4 @@
-"""Fields of packed samples: what their names say, and how labels and JSON are written.
+"""Fields of packed samples: what their names say; how labels, JSON and boxes are written.
 
 Names are as `tar.split_name` gives them: what follows the first dot, in lower case.
 """
@@ -6,7 +6,7 @@ Names are as `tar.split_name` gives them: what follows the first dot, in lower c
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 from typing_extensions import Buffer
@@ -24,6 +24,15 @@ TENSOR_FIELD = "pth"
 
 LABEL_FIELD = "cls"
 """An ASCII decimal."""
+
+
+class Box(NamedTuple):
+    """A bounding box, relative to the image: 0 is its left or upper side, 1 the other."""
+
+    x1: float
+    y1: float
+    x2: float
+    y2: float
 
 
 def find_field(wanted: str, fields: Iterable[str]) -> str | None:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from typing_extensions import Buffer
 
 from concurrent_dataloader.errors import ShardFormatError
+from concurrent_dataloader.formats.fields import Box
 from concurrent_dataloader.ranges import ByteRange
 
 _HEAD = struct.Struct("<QI")  # length of the payload, masked CRC of these eight bytes
@@ -516,15 +517,6 @@ def _encode_varint(value: int) -> bytes:
         value >>= 7
     octets.append(value)
     return bytes(octets)
-
-
-class Box(NamedTuple):
-    """A part of an image, relative to its width and height: 0 to 1, x from left, y from top."""
-
-    x1: float
-    y1: float
-    x2: float
-    y2: float
 
 
 class ImageExample(NamedTuple):

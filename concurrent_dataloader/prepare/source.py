@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from typing_extensions import Buffer
 
-
-class Box(NamedTuple):
-    """A bounding box, relative to the image: 0 is its left or upper side, 1 the other."""
-
-    x1: float
-    y1: float
-    x2: float
-    y2: float
+from concurrent_dataloader.formats.fields import Box
 
 
 class Source(Protocol):

@@ -17,9 +17,9 @@ from PIL import Image
 from typing_extensions import Buffer
 
 from concurrent_dataloader.errors import SampleDecodeError
+from concurrent_dataloader.formats.fields import Box
 from concurrent_dataloader.formats.image import decode_image
 from concurrent_dataloader.prepare.metadata import Payload
-from concurrent_dataloader.prepare.source import Box
 
 DEFAULT_QUALITY = 95
 """Of the JPEG encoder: the older systems'."""

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from concurrent_dataloader.errors import ShardFormatError
+from concurrent_dataloader.formats.fields import Box
 from concurrent_dataloader.formats.image import decode_image
 from concurrent_dataloader.formats.tfrecord import (
-    Box,
     Feature,
     ImageExample,
     ShardName,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from concurrent_dataloader.prepare.source import Box
+from concurrent_dataloader.formats.fields import Box
 
 
 class ListedSource:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from concurrent_dataloader.errors import LoaderError
-from concurrent_dataloader.prepare.source import Box
+from concurrent_dataloader.formats.fields import Box
 
 
 class MemorySource:

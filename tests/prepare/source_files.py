@@ -13,7 +13,8 @@ from typing import Any
 
 from PIL import Image
 
-from concurrent_dataloader.prepare.source import Box, Source
+from concurrent_dataloader.formats.fields import Box
+from concurrent_dataloader.prepare.source import Source
 
 COMPRESS = {".tar.gz": gzip.compress, ".tar.bz2": bz2.compress, ".tar.xz": lzma.compress}
 

@@ -22,9 +22,9 @@ from concurrent_dataloader.errors import (
     ShardFormatError,
     UnknownClassError,
 )
+from concurrent_dataloader.formats.fields import Box
 from concurrent_dataloader.labels import LabelSpace, convert_ids, imagenet_classes
 from concurrent_dataloader.prepare import imagenet
-from concurrent_dataloader.prepare.source import Box
 from concurrent_dataloader.prepare.sources import open_source
 from tests.prepare.source_files import (
     COMPRESS,

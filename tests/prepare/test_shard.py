@@ -21,11 +21,11 @@ from torchvision.transforms import v2
 
 from concurrent_dataloader.errors import LoaderError, SampleDecodeError
 from concurrent_dataloader.formats import tfrecord
+from concurrent_dataloader.formats.fields import Box
 from concurrent_dataloader.formats.tar import parse_sample, read_samples
 from concurrent_dataloader.prepare.metadata import Metadata, SplitMetadata, checksum
 from concurrent_dataloader.prepare.reading import Reader
 from concurrent_dataloader.prepare.shard import ShardSettings, check_splits, write_shards
-from concurrent_dataloader.prepare.source import Box
 from concurrent_dataloader.prepare.steps import Preparation, parse_steps
 from concurrent_dataloader.shard_index import ShardIndex
 from concurrent_dataloader.stores import open_writable_store

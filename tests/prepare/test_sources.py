@@ -26,9 +26,9 @@ from concurrent_dataloader.errors import (
     ShardFormatError,
     UnknownClassError,
 )
+from concurrent_dataloader.formats.fields import Box
 from concurrent_dataloader.formats.tar import TarWriter
 from concurrent_dataloader.prepare.metadata import Metadata, SplitMetadata
-from concurrent_dataloader.prepare.source import Box
 from concurrent_dataloader.prepare.sources import SampleTable, open_source
 from concurrent_dataloader.prepare.sources.layouts import expand_braces
 from concurrent_dataloader.prepare.sources.read_ahead import ReadAheadFile

@@ -27,9 +27,9 @@ import orjson
 from numpy.typing import NDArray
 
 from concurrent_dataloader.errors import ShardFormatError
+from concurrent_dataloader.formats.fields import Box
 from concurrent_dataloader.formats.tar import read_members, split_name
 from concurrent_dataloader.index import Index
-from concurrent_dataloader.prepare.source import Box
 from concurrent_dataloader.prepare.sources.boxes import BoxTable, check_box
 from concurrent_dataloader.prepare.sources.found import Found, Sieve, clean_name, is_hidden
 from concurrent_dataloader.prepare.sources.places import RangePlaces

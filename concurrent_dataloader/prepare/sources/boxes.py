@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from concurrent_dataloader.prepare.source import Box
+from concurrent_dataloader.formats.fields import Box
 
 
 class BoxLookup(Protocol):

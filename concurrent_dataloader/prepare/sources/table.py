@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Buffer
 
-from concurrent_dataloader.prepare.source import Box
+from concurrent_dataloader.formats.fields import Box
 from concurrent_dataloader.prepare.sources.archives import UnpackedTar
 from concurrent_dataloader.prepare.sources.boxes import BoxLookup
 from concurrent_dataloader.prepare.sources.found import Found
