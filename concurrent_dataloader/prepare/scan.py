@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -31,7 +31,13 @@ from concurrent_dataloader.formats.fields import (
     read_json,
     read_label,
 )
-from concurrent_dataloader.formats.tar import Member, group_members, read_members, split_name
+from concurrent_dataloader.formats.tar import (
+    Member,
+    SampleMembers,
+    group_members,
+    read_members,
+    split_name,
+)
 from concurrent_dataloader.labels import LabelSpace, imagenet_classes
 from concurrent_dataloader.prepare.index import is_folder
 from concurrent_dataloader.prepare.parallel import call_concurrently
@@ -225,8 +231,24 @@ def _in_order(scans: Iterable[_Scanned]) -> Iterator[_Scanned]:
 # -- tar
 
 
-def _scan_tar(file: BinaryIO, where: str, payload: str | None) -> Iterator[_Found]:
-    contents: dict[int, bytes] = {}  # of the small fields, by the offset of their member
+def iter_tar_samples(
+    file: BinaryIO, where: str
+) -> Iterator[tuple[SampleMembers, Mapping[str, bytes]]]:
+    """Walk a tar from header to header, and read the small fields that may hold a label.
+
+    They are read when their header is, so that a file that is read in large pieces never goes back.
+
+    Args:
+        file: Seekable. It is left open, at no certain position.
+        where: Names it in errors.
+
+    Yields:
+        Samples in the order of the tar, with what ``cls`` and ``json`` hold, where they have them.
+
+    Raises:
+        ShardFormatError: The tar is damaged or was cut short.
+    """
+    contents: dict[int, bytes] = {}  # by the offset of their member
 
     def read_small() -> Iterator[Member]:
         for member in read_members(file, where):
@@ -238,8 +260,18 @@ def _scan_tar(file: BinaryIO, where: str, payload: str | None) -> Iterator[_Foun
                 contents[member.start] = file.read(size_bytes)
             yield member
 
+    for sample in group_members(read_small(), where):
+        starts = {field: member.start for field, member in sample.members.items()}
+        yield (
+            sample,
+            {field: contents.pop(start) for field, start in starts.items() if start in contents},
+        )
+
+
+def _scan_tar(file: BinaryIO, where: str, payload: str | None) -> Iterator[_Found]:
     seen: set[str] = set()
-    for key, members in group_members(read_small(), where):
+    for sample, small in iter_tar_samples(file, where):
+        key, members = sample.key, sample.members
         if key in seen:
             raise ShardFormatError(
                 f"{where}: sample {key!r} comes back after others, expected its members side by "
@@ -253,19 +285,16 @@ def _scan_tar(file: BinaryIO, where: str, payload: str | None) -> Iterator[_Foun
             raise ShardFormatError(
                 f"{where}: sample {key!r} has fields {', '.join(fields)}, expected {wanted}"
             )
-        starts = {name: member.start for name, member in members.items()}
-        small = {name: contents.pop(start) for name, start in starts.items() if start in contents}
-        first, last = members[fields[0]], members[fields[-1]]
         yield _Found(
             f"{key}.{field}",
-            ByteRange(first.start, last.stop),
+            sample.extent,
             members[field].data,
             _find_label(small, f"{where}: sample {key!r}"),
             _parent(key),
         )
 
 
-def _find_label(small: dict[str, bytes], where: str) -> int | None:
+def _find_label(small: Mapping[str, bytes], where: str) -> int | None:
     try:
         if LABEL_FIELD in small:
             return read_label(small[LABEL_FIELD])

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,13 +27,11 @@ from typing_extensions import Buffer
 
 from concurrent_dataloader.errors import KeyNotFoundError, ShardFormatError
 from concurrent_dataloader.files import write_whole
-from concurrent_dataloader.formats.fields import find_payload_field
+from concurrent_dataloader.formats.fields import LABEL_FIELD, find_payload_field
 from concurrent_dataloader.formats.tar import (
     BLOCK_BYTES,
     END_OF_ARCHIVE,
     SampleMembers,
-    group_members,
-    read_members,
     split_name,
 )
 from concurrent_dataloader.index import Index
@@ -41,6 +39,7 @@ from concurrent_dataloader.prepare.index import is_folder
 from concurrent_dataloader.prepare.metadata import METADATA_NAME, Metadata, SplitMetadata
 from concurrent_dataloader.prepare.parallel import call_concurrently
 from concurrent_dataloader.prepare.plan import find_duplicate
+from concurrent_dataloader.prepare.scan import iter_tar_samples
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.shard_index import NO_LABEL, Shard, ShardIndex, ShardIndexBuilder
 from concurrent_dataloader.shard_names import UNFINISHED, check_finished
@@ -57,7 +56,6 @@ _AHEAD_BYTES = 64 << 20
 _AHEAD_READS = 64
 _SCAN_BYTES = 1 << 20
 _SCAN_THREADS = 8
-_MAX_LABEL_BYTES = 32
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -225,9 +223,9 @@ def find_samples(store: Store, shard: Shard) -> Iterator[FoundSample]:
     """
     where = store.describe(shard.name)
     with io.BufferedReader(RangedFile(store, shard.name, shard.size_bytes), _SCAN_BYTES) as file:
-        # The reader of members seeks to each header, so that labels can be read in between.
-        for sample in group_members(read_members(file, where), where):
-            yield describe_sample(sample, _read_label(file, sample))
+        for sample, small in iter_tar_samples(cast(BinaryIO, file), where):
+            label = parse_label(small[LABEL_FIELD]) if LABEL_FIELD in small else None
+            yield describe_sample(sample, label)
 
 
 def describe_sample(sample: SampleMembers, label: int | None) -> FoundSample:
@@ -241,14 +239,6 @@ def parse_label(content: Buffer) -> int | None:
     """Read the field ``cls``; None if it is no number from 0 on."""
     text = bytes(content).strip()
     return int(text) if text.isdigit() and len(text) < 10 else None
-
-
-def _read_label(file: io.BufferedReader[RangedFile], sample: SampleMembers) -> int | None:
-    member = sample.members.get("cls")
-    if member is None or member.data.stop - member.data.start > _MAX_LABEL_BYTES:
-        return None
-    file.seek(member.data.start)
-    return parse_label(file.read(member.data.stop - member.data.start))
 
 
 # -- reading
