@@ -1,6 +1,6 @@
 """How fast do bytes come, and what does a fetched object cost in CPU?
 
-Command: ``python -m benchmarking store_get [--only loader cpu clients]``
+Command: ``python -m benchmarking store_get [--only loader cpu clients awaits]``
 
 Held fixed: objects of 110 kB at 100 ms, signed requests, 64 in flight.
 
@@ -9,7 +9,8 @@ once with constant latency (the bar) and once lognormal with sigma 0.3, where th
 1.046 medians. ``cpu``: our loader of images over the store and over RAM in pairs; the difference
 of the CPU an image, of this process and its workers, is what fetching costs. ``clients``: the
 store alone, no loader, one process, by each client, with threads and with asyncio; the process is
-spawned for each measurement.
+spawned for each measurement. ``awaits``: the same with bare obstore, blocking, awaited in threads
+as our store does it, and by its own awaitables.
 
 The clock starts when the first 128 objects are there (for ``cpu``: after four batches a worker).
 """
@@ -20,6 +21,7 @@ import functools
 import math
 from collections.abc import Callable
 
+from benchmarking.bare_obstore import AwaitedObstore, BareObstore, Place
 from benchmarking.drive import NUM_IN_FLIGHT, Rate, drive_asyncio, drive_threads
 from benchmarking.effort import Effort
 from benchmarking.measure import Speed, column, measure_in_turns, measure_speed
@@ -29,6 +31,7 @@ from benchmarking.statistics import estimate
 from benchmarking.workload import (
     BUCKET,
     LATENCY_SIGMA,
+    Photos,
     RawBytes,
     describe,
     images_of,
@@ -39,7 +42,7 @@ from benchmarking.workload import (
     serve,
 )
 from concurrent_dataloader.dataloader_mod.settings import FetchImpl
-from concurrent_dataloader.stores import Client
+from concurrent_dataloader.stores import Client, Store
 
 _SCENARIO = "store_get"
 _LATENCY_S = 0.1
@@ -144,40 +147,67 @@ def compare_clients(effort: Effort) -> list[Row]:
     with serve(photos, _LATENCY_S) as server:
         for client in _CLIENTS:
             for name, drive in (("threads", drive_threads), ("asyncio", drive_asyncio)):
-                rates: list[Rate] = []
-                for _ in range(effort.repeats):
-                    # A process each: all its CPU is the client's.
-                    store = remote_store(server, client)
-                    rates.append(run_in_process(drive, store, list(photos.raw), effort.seconds))
-                rows.append(
-                    make_row(
-                        _SCENARIO,
-                        f"{client}, {name}, 100 ms, 64 in flight",
-                        {
-                            "client": client,
-                            "driver": name,
-                            "bucket": BUCKET,
-                            "num_in_flight": NUM_IN_FLIGHT,
-                            "mean_object_bytes": round(photos.mean_bytes),
-                            "latency_median_s": _LATENCY_S,
-                            "latency_sigma": LATENCY_SIGMA,
-                            "repeats": effort.repeats,
-                            "seconds": effort.seconds,
-                        },
-                        {
-                            "requests_per_s": estimate([rate.requests_per_s for rate in rates]),
-                            "client_cpu_ms_per_request": estimate(
-                                [rate.cpu_ms_per_request for rate in rates]
-                            ),
-                        },
-                    )
-                )
+                store = remote_store(server, client)
+                rows.append(_drive(f"{client}, {name}", client, drive, store, photos, effort))
     return rows
+
+
+def compare_awaits(effort: Effort) -> list[Row]:
+    """Compare what obstore costs blocking, awaited in threads, and by its own awaitables."""
+    photos = read_photos(effort.num_images)
+    with serve(photos, _LATENCY_S) as server:
+        place = Place(
+            server.endpoint_url, BUCKET, server.region, server.access_key, server.secret_key
+        )
+        bare, awaited = BareObstore(place), AwaitedObstore(place)
+        return [
+            _drive(f"bare obstore, {name}", "obstore", drive, store, photos, effort)
+            for name, drive, store in (
+                ("blocking", drive_threads, bare),
+                ("awaited in threads", drive_asyncio, bare),
+                ("its awaitables", drive_asyncio, awaited),
+            )
+        ]
+
+
+def _drive(
+    case: str,
+    client: Client,
+    drive: Callable[[Store, list[str], float], Rate],
+    store: Store,
+    photos: Photos,
+    effort: Effort,
+) -> Row:
+    # A process each: all its CPU is the client's.
+    rates = [
+        run_in_process(drive, store, list(photos.raw), effort.seconds)
+        for _ in range(effort.repeats)
+    ]
+    return make_row(
+        _SCENARIO,
+        f"{case}, 100 ms, 64 in flight",
+        {
+            "client": client,
+            "driver": "threads" if drive is drive_threads else "asyncio",
+            "bucket": BUCKET,
+            "num_in_flight": NUM_IN_FLIGHT,
+            "mean_object_bytes": round(photos.mean_bytes),
+            "latency_median_s": _LATENCY_S,
+            "latency_sigma": LATENCY_SIGMA,
+            "repeats": effort.repeats,
+            "seconds": effort.seconds,
+        },
+        {
+            "requests_per_s": estimate([rate.requests_per_s for rate in rates]),
+            "client_cpu_ms_per_request": estimate([rate.cpu_ms_per_request for rate in rates]),
+        },
+    )
 
 
 CASES: dict[str, Callable[[Effort], list[Row]]] = {
     "loader": measure_loader,
     "cpu": measure_cpu,
     "clients": compare_clients,
+    "awaits": compare_awaits,
 }
 BARS = ("loader", "cpu")
