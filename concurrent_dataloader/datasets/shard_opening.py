@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
@@ -83,7 +84,11 @@ def open_shards(
         where = os.fspath(index_file)
         index = ShardIndex.load(where)
     else:
-        key = split_url(text)[1] if text.endswith(".npz") else _find_index(root, store, split)
+        key = (
+            split_url(text)[1]
+            if text.endswith(".npz")
+            else _find_index(text, root, store, split, settings)
+        )
         if "/" in key:  # in the split's own folder
             root, key = f"{root.rstrip('/')}/{key.rpartition('/')[0]}", key.rpartition("/")[2]
             store = open_place(root, settings)
@@ -132,30 +137,37 @@ def _split_location(text: str, settings: dict[str, Any]) -> tuple[str, Sequence[
     return shards.root, shards.names
 
 
-def _find_index(root: str, store: Store, split: str | None) -> str:
+def _find_index(
+    text: str, root: str, store: Store, split: str | None, settings: Mapping[str, Any]
+) -> str:
     """Give the key of the index; with a slash, if it lies in the folder of its split."""
     place = look_into(root, store)
     if place is None:
-        return _probe_index(root, store, split)
+        return _probe_index(text, root, store, split, settings)
     key = choose_index(place.indexes, split)
     if key is not None:
         return key
     folder = split or next((name for name in SPLITS if name in place.folders), None)
     if not place.indexes and folder in place.folders:
         inner = f"{root.rstrip('/')}/{folder}"
-        below = [f"{folder}/{name}" for name in _indexes_below(inner, f"{folder}/", store) if name]
+        names = _names_below(inner, f"{folder}/", store)
+        below = [f"{folder}/{name}" for name in names if name.endswith(INDEX_SUFFIX)]
         if below:
             return below[0]
-    raise _missing_index(root, place, split)
+        if not place.shards and any(find_kind(name) for name in names):
+            root, split = inner, folder
+            place = Place(tuple(names), (), None)
+    raise _missing_index(root, place, split, settings)
 
 
-def _indexes_below(root: str, prefix: str, store: Store) -> list[str]:
+def _names_below(root: str, prefix: str, store: Store) -> list[str]:
+    """Give the names in a folder of a place; of a bucket, what a page of the listing has."""
     if is_local(root):
         found = look_into(root, store)
-        return [] if found is None else found.indexes
+        return [] if found is None else list(found.files)
     assert isinstance(store, WritableStore), "what was listed can be listed"
     keys = (info.key.removeprefix(prefix) for info in itertools.islice(store.list(prefix), 1000))
-    return [key for key in keys if key.endswith(INDEX_SUFFIX) and "/" not in key]
+    return [key for key in keys if "/" not in key]
 
 
 def choose_index(names: Sequence[str], split: str | None) -> str | None:
@@ -172,7 +184,9 @@ def choose_index(names: Sequence[str], split: str | None) -> str | None:
     return names[0] if len(names) == 1 and find_split(names[0]) is None else None
 
 
-def _probe_index(root: str, store: Store, split: str | None) -> str:
+def _probe_index(
+    text: str, root: str, store: Store, split: str | None, settings: Mapping[str, Any]
+) -> str:
     """Ask a web server for the usual names."""
     names = [f"{name}-{INDEX_SUFFIX}" for name in ([split] if split else SPLITS)]
     for name in names:
@@ -181,12 +195,19 @@ def _probe_index(root: str, store: Store, split: str | None) -> str:
         except KeyNotFoundError:
             continue
         return name
+    missing = f"{root}: no index of shards, looked for {', '.join(names)}; give its URL, or "
+    if not names_shards(text):
+        raise KeyNotFoundError(f"{missing}index_file")
+    command = _index_command(text, settings, names[0])
     raise KeyNotFoundError(
-        f"{root}: no index of shards, looked for {', '.join(names)}; give its URL, or index_file"
+        f"{missing}write it with `{command}`, which reads each shard once, and pass"
+        f" index_file={names[0]!r}; or stream the shards with StreamedShards"
     )
 
 
-def _missing_index(root: str, place: Place, split: str | None) -> KeyNotFoundError:
+def _missing_index(
+    root: str, place: Place, split: str | None, settings: Mapping[str, Any]
+) -> KeyNotFoundError:
     if place.indexes:
         return KeyNotFoundError(
             f"{root}: no index of split {split or 'train'!r} among {', '.join(place.indexes)}; "
@@ -200,12 +221,32 @@ def _missing_index(root: str, place: Place, split: str | None) -> KeyNotFoundErr
             f"{root}: {len(shards)} compressed tars, in which no sample has a byte range; stream "
             "them with StreamedShards, or convert them with `concurrent-dataloader shard`"
         )
-    output = f"{root.rstrip('/')}/{split or find_split(shards[0]) or 'train'}-{INDEX_SUFFIX}"
-    to = f"--output {output}" if is_local(root) else f"--output index.npz --upload {output}"
+    name = f"{split or _first_split(shards) or 'train'}-{INDEX_SUFFIX}"
+    place_of_index = f"{root.rstrip('/')}/{name}"
+    if is_local(root):
+        command = _index_command(root, settings, place_of_index)
+    else:
+        command = _index_command(root, settings, name, "--upload", place_of_index)
     return KeyNotFoundError(
         f"{root}: {len(shards)} shards such as {shards[0]} without an index of byte ranges; write "
-        f"it with `concurrent-dataloader index {root} {to}`, or stream them with StreamedShards"
+        f"it once with `{command}`, which reads {'headers' if is_local(root) else 'all'} of them,"
+        " or stream them with StreamedShards"
     )
+
+
+def _first_split(shards: Sequence[str]) -> str | None:
+    found = {find_split(name) for name in shards}
+    return next((name for name in SPLITS if name in found), None)
+
+
+def _index_command(source: str, settings: Mapping[str, Any], output: str, *more: str) -> str:
+    """Write the command line that indexes shards, and reaches them as the caller does."""
+    flags = ("endpoint_url", "credentials", "region", "client")
+    words = ["concurrent-dataloader", "index", source, "--output", output, *more]
+    for flag in flags:
+        if isinstance(settings.get(flag), str | os.PathLike):
+            words += [f"--{flag.replace('_', '-')}", os.fspath(settings[flag])]
+    return shlex.join([*words, "--anonymous"] if settings.get("anonymous") else words)
 
 
 def _apply_metadata(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,14 @@ import torch.utils.data
 from torchvision.transforms.functional import pil_to_tensor
 
 from concurrent_dataloader.dataloader_mod.dataloader import DataLoader
-from concurrent_dataloader.datasets import ShardDataset, open_shards
+from concurrent_dataloader.datasets import ShardDataset, open_dataset, open_shards
 from concurrent_dataloader.errors import (
     IndexFormatError,
     KeyNotFoundError,
     ShardFormatError,
 )
 from concurrent_dataloader.formats.image import decode_image
+from concurrent_dataloader.prepare.__main__ import main
 from concurrent_dataloader.testing import ObjectServer
 from tests.datasets.conftest import IMAGES
 from tests.datasets.shard_doubles import pack_tars
@@ -151,6 +154,33 @@ def test_what_has_no_index_says_how_to_make_one(root: Path) -> None:
         open_shards(root)
 
 
+def run_command_of(error: pytest.ExceptionInfo[KeyNotFoundError]) -> None:
+    """Run the command that a message names, as a user would."""
+    found = re.search(r"`concurrent-dataloader (.*?)`", str(error.value))
+    assert found is not None, f"{error.value} names no command"
+    assert main(shlex.split(found[1])) == 0
+
+
+@pytest.mark.parametrize("folders", [False, True], ids=["side by side", "a folder each"])
+def test_the_command_that_is_named_makes_the_missing_index(tmp_path: Path, folders: bool) -> None:
+    root = tmp_path / "two words"
+    for split, count in (("train", 5), ("val", 3)):
+        write_split(root, split, count, folder=split if folders else "")
+    for index in root.rglob("*.npz"):
+        index.unlink()
+
+    with pytest.raises(KeyNotFoundError, match="without an index") as error:
+        open_dataset(root)
+    run_command_of(error)
+
+    assert len(open_dataset(root)) == 5
+    (root / "train" / "train-index.npz" if folders else root / "train-index.npz").unlink()
+    with pytest.raises(KeyNotFoundError, match="without an index") as error:
+        open_dataset(root, split="val")
+    run_command_of(error)
+    assert len(open_dataset(root, split="val")) == 3
+
+
 def test_an_index_on_this_machine_serves_shards_elsewhere(root: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "indexes"
     elsewhere.mkdir()
@@ -253,3 +283,42 @@ def test_a_plain_web_server_is_asked_for_the_usual_names(
         open_shards(url, split="test")
     with pytest.raises(ValueError, match="cannot be listed"):
         open_shards(f"{url}/val-*.tar")
+
+
+def test_the_command_that_is_named_makes_the_missing_index_of_a_bucket(
+    root: Path,
+    object_server: ObjectServer,
+    reach: dict[str, Any],
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for index in root.glob("*.npz"):
+        index.unlink()
+    object_server.put_folder("sets", root, prefix="p/")
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+
+    with pytest.raises(KeyNotFoundError, match="reads all of them") as error:
+        open_dataset("s3://sets/p", **reach)
+    run_command_of(error)
+
+    assert len(open_dataset("s3://sets/p", **reach)) == 5
+
+
+def test_the_command_that_is_named_makes_the_missing_index_of_a_web_server(
+    root: Path,
+    object_server: ObjectServer,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for index in root.glob("*.npz"):
+        index.unlink()
+    object_server.create_bucket("open", public=True)
+    object_server.put_folder("open", root)
+    shards = f"{object_server.endpoint_url}/open/train-{{000000..000002}}.tar"
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+
+    with pytest.raises(KeyNotFoundError, match=r"pass index_file='train-index.npz'") as error:
+        open_dataset(shards)
+    run_command_of(error)
+
+    assert len(open_dataset(shards, index_file="train-index.npz")) == 5
