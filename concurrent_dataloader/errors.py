@@ -9,7 +9,8 @@ LoaderError
 │   ├── ByteRangeError (ValueError)             the object ends before the range does
 │   └── StoreUnavailableError (ConnectionError) it failed in each allowed attempt
 │       ├── DeadlineError (TimeoutError)            no answer in the time that was allowed
-│       └── BodyMismatchError                       a body that is short, empty or another object's
+│       ├── BodyMismatchError                       a body that is short, empty or another object's
+│       └── ThrottledError                          the store takes fewer requests than were made
 ├── IndexFormatError (ValueError)           an index file that is not one
 ├── ShardFormatError (ValueError)           a shard that is not what its format says
 ├── ClassesFormatError (ValueError)         a classes file that is not one
@@ -52,6 +53,9 @@ class ByteRangeError(StoreError, ValueError):
 class StoreUnavailableError(StoreError, ConnectionError):
     """The store failed in each allowed attempt."""
 
+    retry_after_s: float = 0.0
+    """Seconds that the store asked to be left alone; 0 if it did not say."""
+
 
 class DeadlineError(StoreUnavailableError, TimeoutError):
     """The store gave no whole answer in the time that was allowed."""
@@ -59,6 +63,10 @@ class DeadlineError(StoreUnavailableError, TimeoutError):
 
 class BodyMismatchError(StoreUnavailableError):
     """A body that is not the object: cut short, empty, or of another object."""
+
+
+class ThrottledError(StoreUnavailableError):
+    """The store refuses a request for being one too many, such as S3's 503 SlowDown."""
 
 
 class IndexFormatError(LoaderError, ValueError):

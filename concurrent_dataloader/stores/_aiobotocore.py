@@ -18,9 +18,11 @@ from concurrent_dataloader.stores._answers import check_body
 from concurrent_dataloader.stores._boto3 import (
     client_arguments,
     client_settings,
+    read_answer,
     shared_loader,
     translate,
 )
+from concurrent_dataloader.stores._checksums import Checksums
 from concurrent_dataloader.stores._http import HttpStore
 from concurrent_dataloader.stores.address import ClientOptions, S3Address, check_byte_range
 from concurrent_dataloader.stores.base import AwaitingStore, ObjectInfo, PerLoop
@@ -35,6 +37,7 @@ class AiobotocoreStore(AwaitingStore):
         self._address = address
         self._options = options
         self._plain = HttpStore(address, options)
+        self._checksums = Checksums(options.verify)
         self._clients = PerLoop(partial(_open_client, address, options))
 
     @override
@@ -63,6 +66,8 @@ class AiobotocoreStore(AwaitingStore):
             if check_byte_range(byte_range) == 0:
                 return b""
             extra["Range"] = f"bytes={byte_range.start}-{byte_range.stop - 1}"
+        elif self._options.verify == "checksum":
+            extra["ChecksumMode"] = "ENABLED"
         object_key = self._address.object_key(key)
         client = await self._clients.get()
         where, endpoint = self.describe(key), self._address.endpoint_url
@@ -82,11 +87,8 @@ class AiobotocoreStore(AwaitingStore):
             raise StoreUnavailableError(
                 f"{where}: the connection to {endpoint} broke: {error}"
             ) from error
-        headers = {"Content-Length": str(answer["ContentLength"]), "ETag": answer.get("ETag", "")}
-        if "ContentRange" in answer:
-            headers["Content-Range"] = answer["ContentRange"]
-        status = answer["ResponseMetadata"]["HTTPStatusCode"]
-        return check_body(self._address, key, byte_range, status, headers.get, body)
+        status, header = read_answer(answer)
+        return check_body(self._address, key, byte_range, status, header, body, self._checksums)
 
 
 def _open_client(address: S3Address, options: ClientOptions) -> AbstractAsyncContextManager[Any]:

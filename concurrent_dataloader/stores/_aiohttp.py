@@ -21,6 +21,7 @@ from concurrent_dataloader.stores._answers import (
     parse_s3_error,
     timeout_error,
 )
+from concurrent_dataloader.stores._checksums import Checksums
 from concurrent_dataloader.stores._http import HttpStore, build_headers, follow_redirect
 from concurrent_dataloader.stores.address import (
     Address,
@@ -42,6 +43,7 @@ class AiohttpStore(AwaitingStore):
         self._address = address
         self._options = options
         self._plain = HttpStore(address, options)
+        self._checksums = Checksums(options.verify)
         self._sessions = PerLoop(partial(_open_session, options))
 
     @override
@@ -70,7 +72,9 @@ class AiohttpStore(AwaitingStore):
         origin, path = self._address.origin, self._address.request_path(key)
         session = await self._sessions.get()
         for _ in range(_MAX_REDIRECTS + 1):
-            headers = build_headers(self._address, "GET", origin, path, byte_range)
+            headers = build_headers(
+                self._address, "GET", origin, path, byte_range, self._options.verify
+            )
             url = yarl.URL(f"{origin}{path}", encoded=True)
             try:
                 async with session.get(url, headers=headers, allow_redirects=False) as response:
@@ -79,7 +83,13 @@ class AiohttpStore(AwaitingStore):
                 raise self._translate(error, key) from error
             if response.status in (200, 206):
                 return check_body(
-                    self._address, key, byte_range, response.status, response.headers.get, body
+                    self._address,
+                    key,
+                    byte_range,
+                    response.status,
+                    response.headers.get,
+                    body,
+                    self._checksums,
                 )
             location = response.headers.get("Location")
             if (
@@ -88,7 +98,14 @@ class AiohttpStore(AwaitingStore):
                 or isinstance(self._address, S3Address)
             ):
                 code, message = parse_s3_error(body.decode("utf-8", "replace"))
-                raise error_for_status(self._address, key, response.status, code, message)
+                raise error_for_status(
+                    self._address,
+                    key,
+                    response.status,
+                    code,
+                    message,
+                    response.headers.get("Retry-After"),
+                )
             origin, path = follow_redirect(self._address, key, origin, path, location)
         raise StoreError(
             f"{self.describe(key)}: got more than {_MAX_REDIRECTS} redirects, expected the object"

@@ -16,8 +16,10 @@ from concurrent_dataloader.errors import (
     KeyNotFoundError,
     StoreError,
     StoreUnavailableError,
+    ThrottledError,
 )
 from concurrent_dataloader.ranges import ByteRange
+from concurrent_dataloader.stores._checksums import Checksums
 from concurrent_dataloader.stores.address import Address, ClientOptions
 
 MD5_OF_NOTHING = "d41d8cd98f00b204e9800998ecf8427e"
@@ -27,10 +29,11 @@ _CODE = re.compile(r"<Code>([^<]{1,200})</Code>")
 _MESSAGE = re.compile(r"<Message>([^<]{1,400})</Message>")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
-_REPEATED_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
-_REPEATED_CODES = frozenset(
-    {"InternalError", "OperationAborted", "RequestTimeout", "ServiceUnavailable", "SlowDown"}
-)
+_THROTTLED_STATUSES = frozenset({429, 503})
+_THROTTLED_CODES = frozenset({"ServiceUnavailable", "SlowDown", "TooManyRequests"})
+_REPEATED_STATUSES = frozenset({408, 425, 500, 502, 504})
+_REPEATED_CODES = frozenset({"InternalError", "OperationAborted", "RequestTimeout"})
+_MAX_RETRY_AFTER_S = 60.0
 # S3 says 400, not 403, to a token that has run out.
 _DENIED_CODES = frozenset(
     {"AuthorizationHeaderMalformed", "ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
@@ -47,7 +50,12 @@ def parse_s3_error(text: str) -> tuple[str, str]:
 
 
 def error_for_status(
-    address: Address, key: str, status: int, code: str = "", message: str = ""
+    address: Address,
+    key: str,
+    status: int,
+    code: str = "",
+    message: str = "",
+    retry_after: str | None = None,
 ) -> StoreError:
     """Translate a refusal into the error to raise; `StoreUnavailableError` may be repeated.
 
@@ -57,6 +65,7 @@ def error_for_status(
         status: HTTP status.
         code: S3's code, such as ``NoSuchKey``.
         message: S3's message.
+        retry_after: The header of this name; only whole seconds are heeded, up to 60.
     """
     where = address.describe(key)
     detail = f" ({code}: {message})" if code and message else f" ({code})" if code else ""
@@ -81,6 +90,13 @@ def error_for_status(
         return ByteRangeError(
             f"{where}: the object ends before the byte range begins, {said}; check the index"
         )
+    if status in _THROTTLED_STATUSES or code in _THROTTLED_CODES:
+        throttled = ThrottledError(
+            f"{where}: the store takes fewer requests, {said}, expected the object"
+        )
+        if retry_after is not None and retry_after.strip().isdigit():
+            throttled.retry_after_s = min(float(retry_after), _MAX_RETRY_AFTER_S)
+        return throttled
     if status in _REPEATED_STATUSES or code in _REPEATED_CODES:
         return StoreUnavailableError(
             f"{where}: the store is not ready, {said}, expected the object"
@@ -99,6 +115,7 @@ def check_body(
     status: int,
     header: Callable[[str], str | None],
     body: bytes,
+    checksums: Checksums,
 ) -> Buffer:
     """Give exactly the bytes that were asked for, or say why these are not.
 
@@ -109,9 +126,10 @@ def check_body(
         status: 200 or 206.
         header: Looks up a header of the answer by its usual name.
         body: What came.
+        checksums: Compares whole objects.
 
     Raises:
-        BodyMismatchError: The body is short, or empty though the object is not.
+        BodyMismatchError: The body is short, or empty though the object is not, or another's.
         ByteRangeError: The object ends before the range does.
     """
     if byte_range is None:
@@ -121,11 +139,13 @@ def check_body(
                 f"{address.describe(key)}: got a part from {address.endpoint_url}, "
                 "expected the whole object"
             )
+        checksums.check(address, key, header, header("ETag"), body)
         return body
     if status == 206:
         return _check_partial_body(address, key, byte_range, header("Content-Range"), body)
     # A web server that knows no ranges sends the whole object.
     check_whole_body(address, key, len(body), header("Content-Length"), header("ETag"))
+    checksums.check(address, key, header, header("ETag"), body)
     if len(body) < byte_range.stop:
         raise range_error(address, key, byte_range, len(body))
     return memoryview(body)[byte_range.start : byte_range.stop]

@@ -27,6 +27,7 @@ from concurrent_dataloader.errors import (
 )
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.stores._answers import check_body, error_for_status
+from concurrent_dataloader.stores._checksums import Checksums
 from concurrent_dataloader.stores.address import ClientOptions, S3Address, check_byte_range
 from concurrent_dataloader.stores.base import BlockingStore, ObjectInfo, PerProcess
 from concurrent_dataloader.stores.credentials import CredentialsChain
@@ -45,6 +46,7 @@ class Boto3Store(BlockingStore):
         super().__init__(options.max_connections)
         self._address = address
         self._options = options
+        self._checksums = Checksums(options.verify)
         self._client = PerProcess(partial(_open_client, address, options), _close_client)
 
     @override
@@ -69,20 +71,21 @@ class Boto3Store(BlockingStore):
             if check_byte_range(byte_range) == 0:
                 return b""
             extra["Range"] = f"bytes={byte_range.start}-{byte_range.stop - 1}"
-        status, headers, body = self._call(key, partial(self._get_object, key, extra))
-        return check_body(self._address, key, byte_range, status, headers.get, body)
+        elif self._options.verify == "checksum":
+            extra["ChecksumMode"] = "ENABLED"
+        status, header, body = self._call(key, partial(self._get_object, key, extra))
+        return check_body(self._address, key, byte_range, status, header, body, self._checksums)
 
-    def _get_object(self, key: str, extra: dict[str, str]) -> tuple[int, dict[str, str], bytes]:
+    def _get_object(
+        self, key: str, extra: dict[str, str]
+    ) -> tuple[int, Callable[[str], str | None], bytes]:
         answer = self._client.get().get_object(
             Bucket=self._address.bucket, Key=self._address.object_key(key), **extra
         )
         # Not `with answer["Body"]`: that gives the stream inside, which checks nothing.
         with contextlib.closing(answer["Body"]) as stream:
             body: bytes = stream.read()
-        headers = {"Content-Length": str(answer["ContentLength"]), "ETag": answer.get("ETag", "")}
-        if "ContentRange" in answer:
-            headers["Content-Range"] = answer["ContentRange"]
-        return answer["ResponseMetadata"]["HTTPStatusCode"], headers, body
+        return *read_answer(answer), body
 
     def head(self, key: str) -> ObjectInfo:
         """Ask for an object's size."""
@@ -145,6 +148,13 @@ class Boto3Store(BlockingStore):
             raise translate(self._address, key, cause if cause is not None else error) from error
 
 
+def read_answer(answer: Any) -> tuple[int, Callable[[str], str | None]]:
+    """Give the status of what botocore calls a response, and a look-up of its headers by name."""
+    metadata = answer["ResponseMetadata"]
+    headers: dict[str, str] = metadata["HTTPHeaders"]
+    return metadata["HTTPStatusCode"], lambda name: headers.get(name.lower())
+
+
 def translate(address: S3Address, key: str, error: BaseException) -> StoreError:
     """Translate an error of botocore's; `StoreUnavailableError` may be repeated."""
     where, endpoint = address.describe(key), address.endpoint_url
@@ -164,6 +174,8 @@ def translate(address: S3Address, key: str, error: BaseException) -> StoreError:
         return DeadlineError(f"{where}: no answer from {endpoint} in time")
     if isinstance(error, botocore.exceptions.IncompleteReadError):
         return BodyMismatchError(f"{where}: the body from {endpoint} was cut short: {error}")
+    if isinstance(error, botocore.exceptions.FlexibleChecksumError):
+        return BodyMismatchError(f"{where}: the body from {endpoint} is not the object: {error}")
     if isinstance(
         error, (botocore.exceptions.ConnectionError, botocore.exceptions.HTTPClientError)
     ):

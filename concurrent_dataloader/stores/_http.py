@@ -30,6 +30,7 @@ from concurrent_dataloader.stores._answers import (
     parse_s3_error,
     timeout_error,
 )
+from concurrent_dataloader.stores._checksums import Checksums
 from concurrent_dataloader.stores._sigv4 import sign
 from concurrent_dataloader.stores.address import (
     Address,
@@ -37,6 +38,7 @@ from concurrent_dataloader.stores.address import (
     HttpAddress,
     Origin,
     S3Address,
+    Verify,
     check_byte_range,
     parse_origin,
 )
@@ -55,6 +57,7 @@ class HttpStore(BlockingStore):
         super().__init__(options.max_connections)
         self._address = address
         self._options = options
+        self._checksums = Checksums(options.verify)
         self._connections = PerProcess(partial(_Connections, options), _Connections.close)
         self._origin = address.origin
 
@@ -79,8 +82,12 @@ class HttpStore(BlockingStore):
             return b""
         status, headers, body = self._request("GET", key, byte_range)
         if status in (200, 206):
-            return check_body(self._address, key, byte_range, status, headers.get, body)
-        raise error_for_status(self._address, key, status, *_parse_error(body))
+            return check_body(
+                self._address, key, byte_range, status, headers.get, body, self._checksums
+            )
+        raise error_for_status(
+            self._address, key, status, *_parse_error(body), headers.get("Retry-After")
+        )
 
     def head(self, key: str) -> ObjectInfo:
         """Ask for an object's size."""
@@ -101,7 +108,9 @@ class HttpStore(BlockingStore):
         origin, path = self._origin, self._address.request_path(key)
         until_s = time.monotonic() + self._options.total_timeout_s
         for _ in range(_MAX_REDIRECTS + 1):
-            headers = build_headers(self._address, method, origin, path, byte_range)
+            headers = build_headers(
+                self._address, method, origin, path, byte_range, self._options.verify
+            )
             try:
                 status, answer, body = self._ask(origin, method, path, headers, until_s)
             except (OSError, http.client.HTTPException) as error:
@@ -146,13 +155,27 @@ class HttpStore(BlockingStore):
 
 
 def build_headers(
-    address: Address, method: str, origin: Origin, path: str, byte_range: ByteRange | None
+    address: Address,
+    method: str,
+    origin: Origin,
+    path: str,
+    byte_range: ByteRange | None,
+    verify: Verify,
 ) -> dict[str, str]:
     """Give the headers of a request, signed if the address has credentials."""
     headers: dict[str, str] = {}
     if isinstance(address, S3Address) and address.credentials is not None:
         credentials = address.credentials.resolve()
-        headers = sign(method, origin.netloc, path, address.region, credentials, time.time())
+        asks_checksum = method == "GET" and byte_range is None and verify == "checksum"
+        headers = sign(
+            method,
+            origin.netloc,
+            path,
+            address.region,
+            credentials,
+            time.time(),
+            asks_checksum=asks_checksum,
+        )
     headers["Host"] = origin.netloc
     if byte_range is not None:
         headers["Range"] = f"bytes={byte_range.start}-{byte_range.stop - 1}"

@@ -39,6 +39,7 @@ from concurrent_dataloader.stores._answers import (
     short_body_error,
     timeout_error,
 )
+from concurrent_dataloader.stores._checksums import Checksums
 from concurrent_dataloader.stores._http import HttpStore
 from concurrent_dataloader.stores.address import ClientOptions, S3Address, check_byte_range
 from concurrent_dataloader.stores.base import BlockingStore, ObjectInfo, PerProcess
@@ -83,6 +84,7 @@ class ObstoreStore(BlockingStore):
         self._address = address
         self._options = options
         self._fork_safe = fork_safe
+        self._checksums = Checksums(options.verify)
         self._client = PerProcess(partial(_open_client, address, options, fork_safe), _drop)
         self._plain = HttpStore(address, options)
 
@@ -132,8 +134,10 @@ class ObstoreStore(BlockingStore):
             start, stop = result.range
             if stop - start != got_bytes:
                 raise short_body_error(self._address, key, got_bytes, stop - start)
+            etag = result.meta["e_tag"]
             if got_bytes == 0:
-                check_whole_body(self._address, key, 0, None, result.meta["e_tag"])
+                check_whole_body(self._address, key, 0, None, etag)
+            self._checksums.check_etag(self._address, key, etag, body)
         elif got_bytes != byte_range.stop - byte_range.start:
             size_bytes = result.meta["size"]
             if size_bytes < byte_range.stop:

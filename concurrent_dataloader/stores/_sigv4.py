@@ -20,7 +20,14 @@ SHA256_OF_NOTHING = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b785
 
 
 def sign(
-    method: str, netloc: str, path: str, region: str, credentials: Credentials, now_s: float
+    method: str,
+    netloc: str,
+    path: str,
+    region: str,
+    credentials: Credentials,
+    now_s: float,
+    *,
+    asks_checksum: bool = False,
 ) -> dict[str, str]:
     """Compute the headers that sign a request; pure.
 
@@ -31,6 +38,7 @@ def sign(
         region: Of the bucket.
         credentials: Whose signature it is.
         now_s: Seconds since the epoch.
+        asks_checksum: Whether the answer is to have the checksum that the object was stored with.
 
     Returns:
         Headers to send beside ``Host``.
@@ -38,8 +46,12 @@ def sign(
     stamp = _format_time(int(now_s))
     day = stamp[:8]
     token = credentials.session_token
-    signed = "host;x-amz-content-sha256;x-amz-date"
-    lines = f"host:{netloc}\nx-amz-content-sha256:{SHA256_OF_NOTHING}\nx-amz-date:{stamp}\n"
+    mode_name = "x-amz-checksum-mode;" if asks_checksum else ""
+    mode_line = "x-amz-checksum-mode:ENABLED\n" if asks_checksum else ""
+    signed = f"host;{mode_name}x-amz-content-sha256;x-amz-date"
+    lines = (
+        f"host:{netloc}\n{mode_line}x-amz-content-sha256:{SHA256_OF_NOTHING}\nx-amz-date:{stamp}\n"
+    )
     if token is not None:
         signed += ";x-amz-security-token"
         lines += f"x-amz-security-token:{token}\n"
@@ -58,6 +70,8 @@ def sign(
             f"SignedHeaders={signed}, Signature={signature}"
         ),
     }
+    if asks_checksum:
+        headers["x-amz-checksum-mode"] = "ENABLED"
     if token is not None:
         headers["x-amz-security-token"] = token
     return headers

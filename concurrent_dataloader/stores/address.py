@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import NamedTuple
+from typing import Literal, NamedTuple, cast, get_args
 from urllib.parse import quote, urlsplit
 
 from concurrent_dataloader.errors import KeyNotFoundError
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.stores.credentials import CredentialsSource
+
+Verify = Literal["checksum", "length"]
+"""What a whole object is compared with: the checksum that the store sends, or its length only."""
 
 _UNRESERVED = "-_.~/"
 """Characters that stay in a path. Source: AWS Signature Version 4, "UriEncode"."""
@@ -174,6 +177,8 @@ class ClientOptions:
     ca_file: str | None = None
     """Certificates to trust, as a PEM file; None: those of the system."""
 
+    verify: Verify = "checksum"
+
     def __post_init__(self) -> None:
         if self.max_connections < 1:
             raise ValueError(f"max_connections: got {self.max_connections}, expected 1 or more")
@@ -181,6 +186,13 @@ class ClientOptions:
             value = getattr(self, name)
             if not value > 0:
                 raise ValueError(f"{name}: got {value} s, expected more than 0 s")
+
+
+def check_verify(verify: object) -> Verify:
+    """Give back a known word, else raise ValueError."""
+    if verify not in get_args(Verify):
+        raise ValueError(f"verify: got {verify!r}, expected 'checksum' or 'length'")
+    return cast(Verify, verify)
 
 
 def check_byte_range(byte_range: ByteRange) -> int:
