@@ -43,8 +43,14 @@ class DaemonThreads:
                 thread = threading.Thread(
                     target=self._run, name=f"{self._name}-{num_threads}", daemon=True
                 )
-                self._threads.append(thread)
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError:  # the system gives no more
+                    if not self._threads:
+                        self._num_outstanding -= 1
+                        raise
+                else:
+                    self._threads.append(thread)
         self._waiting.put((call, arguments))
         self._check_open()
 

@@ -93,7 +93,8 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         fetch_impl: ``"threaded"``; ``"asyncio"`` awaits the dataset's ``fetch_async`` (or
             ``getitem_async`` of a plain dataset) on an event loop, and falls back to threads for a
             dataset that has none; ``"vanilla"`` is torch's own loader.
-        num_fetch_workers: Samples in flight per worker, up to 4096; None: 128.
+        num_fetch_workers: Samples in flight per worker, up to 4096, and as many requests of stores
+            of `open_store`; None: up to 128, and as many requests as turn out to be of use.
         batch_pool: Batches begun beyond the one being assembled, per worker; 0 is off; None: so
             many that twice ``num_fetch_workers`` samples are begun, and at least two.
 
@@ -247,6 +248,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         return FetchSettings(
             fetch_impl=self.fetch_impl,
             num_fetch_workers=num_fetch_workers,
+            is_number_fixed=self.num_fetch_workers is not None,
             batch_pool=batch_pool,
             prefetch_factor=self.prefetch_factor or 0,
             takes_counted=is_map and self.fetch_impl != "vanilla",

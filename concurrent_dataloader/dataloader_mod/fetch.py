@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
+from concurrent_dataloader.stores import in_flight
 from concurrent_dataloader.threads import DaemonThreads
 
 _CLOSE_TIMEOUT_S = 1.0
@@ -37,8 +38,14 @@ class ThreadedFetcher:
     The threads are daemons: one that hangs in a client must not keep a worker from exiting.
     """
 
-    def __init__(self, fetch: Callable[[Any], Any], num_fetch_workers: int) -> None:
+    def __init__(
+        self,
+        fetch: Callable[[Any], Any],
+        num_fetch_workers: int,
+        is_number_fixed: bool = False,
+    ) -> None:
         self._fetch = fetch
+        self._is_number_fixed = is_number_fixed
         self._threads = DaemonThreads(num_fetch_workers, "fetch")
 
     def submit(self, position: Any) -> Future[Any]:
@@ -50,6 +57,7 @@ class ThreadedFetcher:
     def _fetch_one(self, position: Any, future: Future[Any]) -> None:
         if not future.set_running_or_notify_cancel():
             return
+        in_flight.is_fixed.set(self._is_number_fixed)
         try:
             fetched = self._fetch(position)
         except BaseException as error:  # noqa: BLE001 - goes to the future, so to the worker
@@ -67,9 +75,13 @@ class AsyncioFetcher:
     """Awaits a coroutine function on an event loop in a thread of its own."""
 
     def __init__(
-        self, fetch_async: Callable[[Any], Awaitable[Any]], num_fetch_workers: int
+        self,
+        fetch_async: Callable[[Any], Awaitable[Any]],
+        num_fetch_workers: int,
+        is_number_fixed: bool = False,
     ) -> None:
         self._fetch_async = fetch_async
+        self._is_number_fixed = is_number_fixed
         self._num_fetch_workers = num_fetch_workers
         # Appended to by the submitting thread, taken from in the loop's thread; a deque needs no
         # lock.
@@ -122,6 +134,7 @@ class AsyncioFetcher:
     async def _fetch_one(self, position: Any, future: Future[Any]) -> None:
         if not future.set_running_or_notify_cancel():
             return
+        in_flight.is_fixed.set(self._is_number_fixed)
         try:
             fetched = await self._fetch_async(position)
         except asyncio.CancelledError:

@@ -32,6 +32,9 @@ class FetchSettings:
     num_fetch_workers: int = DEFAULT_NUM_FETCH_WORKERS
     """Samples in flight per worker, at most."""
 
+    is_number_fixed: bool = False
+    """Whether the user chose this number, so that stores make as many requests at once."""
+
     batch_pool: int = 4
     """Batches begun beyond the one that is being assembled, per worker."""
 
@@ -121,5 +124,6 @@ def read_environment(environment: Mapping[str, str] = os.environ) -> FetchSettin
         num_fetch_workers=read_count(
             "NUM_FETCH_WORKERS", 1, DEFAULT_NUM_FETCH_WORKERS, MAX_NUM_FETCH_WORKERS
         ),
+        is_number_fixed=_ENVIRONMENT_PREFIX + "NUM_FETCH_WORKERS" in environment,
         batch_pool=read_count("BATCH_POOL", 0, FetchSettings().batch_pool),
     )

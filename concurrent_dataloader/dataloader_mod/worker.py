@@ -87,8 +87,14 @@ class FetchedDataset:
     def _fetcher(self) -> Fetcher:
         stages, settings = self._stages, self._settings
         if settings.fetch_impl == "asyncio" and stages.has_fetch_async:
-            return AsyncioFetcher(requests.make_fetch_async(stages), settings.num_fetch_workers)
-        return ThreadedFetcher(requests.make_fetch(stages), settings.num_fetch_workers)
+            return AsyncioFetcher(
+                requests.make_fetch_async(stages),
+                settings.num_fetch_workers,
+                settings.is_number_fixed,
+            )
+        return ThreadedFetcher(
+            requests.make_fetch(stages), settings.num_fetch_workers, settings.is_number_fixed
+        )
 
     def begin(self, *batches: Batch) -> None:
         """Send samples of batches on their way, unless they are; together where that is cheaper."""

@@ -17,8 +17,10 @@ from concurrent_dataloader.stores.address import (
     ClientOptions,
     HttpAddress,
     S3Address,
+    Verify,
     check_bucket,
     check_http_url,
+    check_verify,
     is_host_label,
 )
 from concurrent_dataloader.stores.base import ObjectInfo, SizedStore, Store, WritableStore
@@ -28,20 +30,26 @@ from concurrent_dataloader.stores.credentials import (
     CredentialsFile,
     CredentialsSource,
 )
+from concurrent_dataloader.stores.hedging import HedgePolicy
+from concurrent_dataloader.stores.in_flight import InFlightPolicy
 from concurrent_dataloader.stores.ranged_file import RangedFile
 from concurrent_dataloader.stores.resilience import (
+    RequestCounts,
     ResilientStore,
     ResilientWritableStore,
-    RetryPolicy,
 )
+from concurrent_dataloader.stores.retries import RetryPolicy
 
 __all__ = [
     "Client",
     "Credentials",
     "CredentialsChain",
     "CredentialsFile",
+    "HedgePolicy",
+    "InFlightPolicy",
     "ObjectInfo",
     "RangedFile",
+    "RequestCounts",
     "ResilientStore",
     "RetryPolicy",
     "SizedStore",
@@ -62,6 +70,7 @@ _ADAPTERS: Mapping[str, tuple[str, str]] = {
 }
 
 _DEFAULT_DEADLINE_S = 120.0
+_DEFAULT_HEDGE = HedgePolicy()
 
 
 def open_store(
@@ -80,6 +89,9 @@ def open_store(
     connect_timeout_s: float = 5.0,
     stall_timeout_s: float = 15.0,
     ca_file: str | os.PathLike[str] | None = None,
+    hedge: HedgePolicy | None = _DEFAULT_HEDGE,
+    in_flight: InFlightPolicy | None = None,
+    verify: Verify = "checksum",
 ) -> Store:
     """Open the place that a URL names; contacts nobody yet.
 
@@ -109,6 +121,13 @@ def open_store(
         stall_timeout_s: For an attempt, until the next byte comes.
         ca_file: Certificates to trust, PEM; None: those that ``AWS_CA_BUNDLE`` names, or the
             system's.
+        hedge: When a request that takes long is made a second time; None: never.
+        in_flight: Bounds of the number of requests under way in a process, which follows what the
+            store takes, unless a loader was told ``num_fetch_workers``; None: from 64, up to
+            ``max_connections``.
+        verify: ``"checksum"`` compares whole objects with the checksum that the store sends: an
+            ETag that is an MD5, or one of S3's checksum headers (by ``"http"`` and ``"aiohttp"``;
+            the boto clients compare these by themselves). ``"length"`` saves the CPU of the MD5.
 
     Returns:
         A store; the caller may close it, and need not. It can be written too, but for a web server.
@@ -138,6 +157,10 @@ def open_store(
         stall_timeout_s=min(stall_timeout_s, deadline_s),
         total_timeout_s=deadline_s,
         ca_file=bundle or None,
+        verify=check_verify(verify),
+    )
+    limits = in_flight or InFlightPolicy(
+        start=min(InFlightPolicy().start, max_connections), maximum=max_connections
     )
     policy = RetryPolicy() if retry is None else retry
     if scheme in ("http", "https"):
@@ -148,7 +171,7 @@ def open_store(
             )
         address = HttpAddress(base_url=check_http_url("url", text))
         adapter = _import_adapter("http" if client == "obstore" else client)
-        return ResilientStore(adapter(address, options), policy, deadline_s)
+        return ResilientStore(adapter(address, options), policy, deadline_s, hedge, limits)
     if scheme != "s3":
         raise ValueError(
             f"url: got {text!r}, expected s3://, http://, https://, file://, memory:// or a path"
@@ -161,7 +184,7 @@ def open_store(
     from concurrent_dataloader.stores._s3 import S3Store
 
     store = S3Store(reader, bucket_address, options)
-    return ResilientWritableStore(store, policy, deadline_s)
+    return ResilientWritableStore(store, policy, deadline_s, hedge, limits)
 
 
 def open_writable_store(url: str | os.PathLike[str], **settings: Any) -> WritableStore:

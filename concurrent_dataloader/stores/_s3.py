@@ -30,6 +30,8 @@ class S3Store(ValueObject):
         self._address = address
         self._options = options
         self._writer = PerProcess(partial(_open_writer, address, options), _close_writer)
+        self.run_awaited = getattr(reader, "run_awaited", None)
+        """Runs a coroutine in the reader's own event loop; None if it has none."""
 
     @override
     def _arguments(self) -> tuple[SizedStore, S3Address, ClientOptions]:

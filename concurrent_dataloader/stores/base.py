@@ -257,7 +257,11 @@ class AwaitingStore(ValueObject, abc.ABC):
 
     def get(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
         """Read as `get_async` does, in the store's own event loop, and wait for it."""
-        return self._loop_thread.get().run(self.get_async(key, byte_range))
+        return self.run_awaited(self.get_async(key, byte_range))
+
+    def run_awaited(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine in the store's own event loop, and wait for what it returns or raises."""
+        return self._loop_thread.get().run(coroutine)
 
     def close(self) -> None:
         """Stop the store's own event loop, which closes its client with it."""

@@ -1,23 +1,41 @@
-"""A Store around a Store: deadlines and retries.
+"""A Store around a Store: deadlines, retries, hedged requests, and how many at once.
 
 The one layer that repeats: the clients' own retries are off. What may be repeated is what the store
-inside raises as `StoreUnavailableError`; anything else goes through at once. A hedged request or a
-cache would be another store around a store, beside or around this one.
+inside raises as `StoreUnavailableError`; anything else goes through at once. The policies are pure
+(`retries`, `hedging`, `in_flight`); here is what waits, sleeps and counts.
+
+```text
+get -> Gate: wait for a place -> attempt ---------------------> bytes
+       ^                         | late: made again, the first answer counts
+       +-- back-off <-- failed --+
+```
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
+import math
 import random
+import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from functools import partial
+from typing import Any, TypeVar
 
 from typing_extensions import Buffer, override
 
-from concurrent_dataloader.errors import DeadlineError, StoreUnavailableError
+from concurrent_dataloader.errors import (
+    BodyMismatchError,
+    DeadlineError,
+    StoreError,
+    StoreUnavailableError,
+    ThrottledError,
+)
 from concurrent_dataloader.ranges import ByteRange
+from concurrent_dataloader.stores import in_flight
+from concurrent_dataloader.stores._races import AwaitedRace, BlockingRace, RaceThreads
 from concurrent_dataloader.stores.base import (
     ObjectInfo,
     PerProcess,
@@ -25,66 +43,164 @@ from concurrent_dataloader.stores.base import (
     ValueObject,
     WritableStore,
 )
+from concurrent_dataloader.stores.hedging import HedgePlan, HedgePolicy
+from concurrent_dataloader.stores.in_flight import Gate, InFlightPolicy, Outcome
+from concurrent_dataloader.stores.retries import (
+    DEFAULT_MAX_ATTEMPTS,
+    RetryBudget,
+    RetryPolicy,
+    draw_wait_s,
+)
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class RetryPolicy:
-    """When to ask again after a request that failed and may be repeated."""
+_MAX_THROTTLED_WAIT_S = 1.0
+"""A store that refuses what is too much still answers the rest: the limit on requests in flight
+slows down, and one sample must not hold up those after it."""
 
-    max_attempts: int = 6
-    """Requests in all, the first one included. With the waits below an endpoint that refuses
-    connections is given up after 3.1 s at most."""
-
-    first_wait_s: float = 0.1
-    """Upper bound of the first wait; about a median request to S3."""
-
-    max_wait_s: float = 5.0
-    """Upper bound of any wait."""
-
-    def __post_init__(self) -> None:
-        if self.max_attempts < 1:
-            raise ValueError(f"max_attempts: got {self.max_attempts}, expected 1 or more")
-        if not 0 <= self.first_wait_s <= self.max_wait_s:
-            raise ValueError(
-                f"first_wait_s: got {self.first_wait_s} s, expected 0 s to max_wait_s "
-                f"({self.max_wait_s} s)"
-            )
+_SILENCE_TOLD_AFTER_S = 5.0
 
 
-def draw_wait_s(num_failed: int, policy: RetryPolicy, rng: random.Random) -> float:
-    """Draw how long to wait before the next attempt.
+@dataclasses.dataclass(kw_only=True, slots=True)
+class RequestCounts:
+    """What one process has asked a store for."""
 
-    Full jitter: uniform between nothing and the exponential bound, so that workers that failed
-    together do not come back together.
+    num_requests: int = 0
+    """All that were made for reading, repeated ones included."""
 
-    Args:
-        num_failed: Attempts that have failed, from 1.
-        policy: Bounds of the wait.
-        rng: A generator of the store's own; the global ones belong to the transforms.
+    num_retries: int = 0
+    num_throttled: int = 0
+    """Requests that the store refused for being too many (429, 503)."""
 
-    Returns:
-        Seconds, in ``[0, policy.max_wait_s]``.
+    num_hedges: int = 0
+    num_hedges_won: int = 0
 
-    Raises:
-        ValueError: ``num_failed`` is below 1.
+    def describe(self) -> str:
+        """Say it in words."""
+        return (
+            f"{self.num_requests:,} requests, {self.num_retries:,} of them retries, "
+            f"{self.num_throttled:,} refused as too many, {self.num_hedges:,} hedges "
+            f"({self.num_hedges_won:,} of use)"
+        )
 
-    Source:
-        M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
-    """
-    if num_failed < 1:
-        raise ValueError(f"num_failed: got {num_failed}, expected 1 or more")
-    bound_s = min(policy.max_wait_s, policy.first_wait_s * 2.0 ** min(num_failed - 1, 60))
-    return rng.uniform(0.0, bound_s)
+
+class _Flow:
+    """What one process knows of a store; shared by its threads and loops."""
+
+    def __init__(
+        self,
+        hedge: HedgePolicy | None,
+        limits: InFlightPolicy | None,
+        clock: Callable[[], float],
+    ) -> None:
+        now_s = clock()
+        self.clock = clock
+        self.gate = None if limits is None else Gate(limits, now_s)
+        self.threads = RaceThreads()
+        # Guarded by `_lock`.
+        self._lock = threading.Lock()
+        self._budget = RetryBudget(now_s)
+        self._hedges = None if hedge is None else HedgePlan(hedge)
+        self._max_hedges = 0 if hedge is None else hedge.max_hedges
+        self._answered_s = -math.inf
+        self._silence_told = False
+        self.counts = RequestCounts()
+
+    @property
+    def hedges(self) -> bool:
+        """Whether requests that are late are made again."""
+        return self._hedges is not None
+
+    @property
+    def max_hedges(self) -> int:
+        """How often one request is made again, at most."""
+        return self._max_hedges
+
+    def begin(self) -> None:
+        """Count a request that is made."""
+        with self._lock:
+            self.counts.num_requests += 1
+            if self._hedges is not None:
+                self._hedges.begin()
+
+    def end(self, size_class: int, begun_s: float, now_s: float, outcome: Outcome) -> None:
+        """Take in how a request ended."""
+        with self._lock:
+            if outcome == "answered":
+                self._answered_s, self._silence_told = now_s, False
+                self._budget.succeed()
+                if self._hedges is not None:
+                    self._hedges.end(size_class, now_s - begun_s)
+            elif outcome == "throttled":
+                self.counts.num_throttled += 1
+
+    def late_after_s(self, size_class: int) -> float | None:
+        """Give the age at which a request is late; None while too few have been seen."""
+        with self._lock:
+            return None if self._hedges is None else self._hedges.late_after_s(size_class)
+
+    def try_hedge(self) -> bool:
+        """Take the right to make one request again, and count it."""
+        with self._lock:
+            if self._hedges is None or not self._hedges.try_take():
+                return False
+            self.counts.num_hedges += 1
+            self.counts.num_requests += 1
+            return True
+
+    def win_by_hedge(self) -> None:
+        """Count a request whose first answer was that of a hedge."""
+        with self._lock:
+            self.counts.num_hedges_won += 1
+
+    def has_answered_since(self, since_s: float) -> bool:
+        """Whether the store gave anybody of this process an answer since then."""
+        with self._lock:
+            return self._answered_s >= since_s
+
+    def take_retry(self, now_s: float, max_wait_s: float) -> float:
+        """Count a retry; gives the seconds until the budget has one more."""
+        with self._lock:
+            self.counts.num_retries += 1
+            wait_s = self._budget.take(now_s, max_wait_s)
+            # While it never answered, attempts are counted, which is bound enough.
+            return wait_s if self._answered_s > -math.inf else 0.0
+
+    def is_silence_to_tell(self, now_s: float) -> bool:
+        """Whether the store has been silent for so long that a person should know; once."""
+        with self._lock:
+            is_long = now_s - self._answered_s > _SILENCE_TOLD_AFTER_S
+            is_to_tell = is_long and self._answered_s > -math.inf and not self._silence_told
+            self._silence_told = self._silence_told or is_to_tell
+            return is_to_tell
+
+    def close(self) -> None:
+        """End the threads; a request that hangs in one goes on by itself."""
+        self.threads.stop()
+
+
+@dataclasses.dataclass(slots=True)
+class _Request:
+    """One call of a user's, with all its attempts."""
+
+    key: str
+    byte_range: ByteRange | None
+    begun_s: float
+    size_class: int = -1
+    num_attempts: int = 0
+    num_counted: int = 0
+    """Attempts that failed and count towards the policy's number."""
 
 
 class ResilientStore(ValueObject):
     """Repeats what may be repeated, within a deadline for the request with all its attempts.
 
-    Blocking reads are cut by the client's own timeouts: no attempt is begun after the deadline, and
-    one that is under way ends by `ClientOptions.total_timeout_s`. Awaited reads are cut at the
-    deadline.
+    Awaited reads are cut at the deadline, blocking ones too. Those that a process makes in its main
+    thread, though, are made in that thread: no attempt is begun after the deadline, one that is
+    under way ends by `ClientOptions.total_timeout_s`, and none is hedged. So a parent that forks
+    later has no threads of ours.
     """
 
     def __init__(
@@ -92,6 +208,8 @@ class ResilientStore(ValueObject):
         store: SizedStore,
         policy: RetryPolicy,
         deadline_s: float,
+        hedge: HedgePolicy | None = None,
+        limits: InFlightPolicy | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], object] = time.sleep,
@@ -104,6 +222,9 @@ class ResilientStore(ValueObject):
             store: The store whose failures are repeated.
             policy: How often and how soon.
             deadline_s: For a request with all its attempts.
+            hedge: When a request that is late is made again; None: never.
+            limits: Of the number of requests at once, which follows what the store takes; None:
+                as many as are asked for.
             clock: Gives seconds; never goes back. Pickles do not hold this and the following.
             sleep: Waits between blocking attempts.
             sleep_async: Waits between awaited attempts.
@@ -117,15 +238,23 @@ class ResilientStore(ValueObject):
         self._store = store
         self._policy = policy
         self._deadline_s = deadline_s
+        self._hedge = hedge
+        self._limits = limits
         self._clock = clock
         self._sleep = sleep
         self._sleep_async = sleep_async
         # A forked child that inherited the parent's generator would wait as its brothers do.
         self._rng = PerProcess(random.Random if rng is None else lambda: rng, _forget)
+        self._flow = PerProcess(partial(_Flow, hedge, limits, clock), _Flow.close)
+        self._run_awaited: Callable[[Coroutine[Any, Any, Buffer]], Buffer] | None = getattr(
+            store, "run_awaited", None
+        )
 
     @override
-    def _arguments(self) -> tuple[SizedStore, RetryPolicy, float]:
-        return self._store, self._policy, self._deadline_s
+    def _arguments(
+        self,
+    ) -> tuple[SizedStore, RetryPolicy, float, HedgePolicy | None, InFlightPolicy | None]:
+        return self._store, self._policy, self._deadline_s, self._hedge, self._limits
 
     def describe(self, key: str) -> str:
         """Name the object for a person."""
@@ -133,71 +262,253 @@ class ResilientStore(ValueObject):
 
     def close(self) -> None:
         """Give back what the store inside has opened in this process."""
+        self._flow.close()
         self._store.close()
+
+    def counts(self) -> RequestCounts:
+        """Say what this process has asked for so far; reads only."""
+        return dataclasses.replace(self._flow.get().counts)
 
     def get(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
         """Read as `Store.get` says."""
-        begun_s = self._clock()
-        num_failed = 0
+        if self._run_awaited is not None:  # its client awaits anyway, and can be cancelled there
+            return self._run_awaited(self.get_async(key, byte_range))
+        flow = self._flow.get()
+        request = self._begin(key, byte_range)
         while True:
+            place = self._enter(flow, request)
             try:
-                return self._store.get(key, byte_range)
-            except StoreUnavailableError as error:
-                num_failed += 1
-                wait_s = self._plan_wait_s(key, num_failed, error, begun_s)
-            self._sleep(wait_s)
+                return self._attempt(flow, request, place)
+            except StoreError as error:
+                failure = place.fail(error)
+            finally:
+                place.leave()
+            self._sleep(self._plan_retry_s(flow, request, failure, place.begun_s))
 
     async def get_async(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
         """Read as `get` does, without blocking the event loop; cancelled at once."""
-        begun_s = self._clock()
-        left_s = self._deadline_s
-        num_failed = 0
+        flow = self._flow.get()
+        request = self._begin(key, byte_range)
         while True:
+            place = await self._enter_async(flow, request)
             try:
-                async with asyncio.timeout(left_s):
-                    return await self._store.get_async(key, byte_range)
-            except StoreUnavailableError as error:
-                failure = error
+                return await self._attempt_async(flow, request, place)
+            except StoreError as error:
+                failure = place.fail(error)
+            finally:
+                place.leave()
+            await self._sleep_async(self._plan_retry_s(flow, request, failure, place.begun_s))
+
+    def _begin(self, key: str, byte_range: ByteRange | None) -> _Request:
+        size_bytes = None if byte_range is None else byte_range.stop - byte_range.start
+        return _Request(key, byte_range, self._clock(), HedgePlan.size_class(size_bytes))
+
+    # -- a place among those under way
+
+    def _enter(self, flow: _Flow, request: _Request) -> _Place:
+        gate = None if in_flight.is_fixed.get() else flow.gate
+        if gate is not None:
+            woken = threading.Lock()
+            woken.acquire()
+            number = gate.enter(request.begun_s, woken.release)
+            if number is not None and not woken.acquire(timeout=max(0.0, self._left_s(request))):
+                if not gate.give_up(number):
+                    gate.leave(request.begun_s, self._clock(), None)
+                raise self._crowded_error(request)
+        return _Place(flow, gate, request, self._clock())
+
+    async def _enter_async(self, flow: _Flow, request: _Request) -> _Place:
+        gate = None if in_flight.is_fixed.get() else flow.gate
+        if gate is not None:
+            loop = asyncio.get_running_loop()
+            woken: asyncio.Future[None] = loop.create_future()
+            number = gate.enter(request.begun_s, partial(_wake, loop, woken, gate))
+            if number is not None:
+                await self._stand_in_line(gate, number, woken, request)
+        return _Place(flow, gate, request, self._clock())
+
+    async def _stand_in_line(
+        self, gate: Gate, number: int, woken: asyncio.Future[None], request: _Request
+    ) -> None:
+        try:
+            async with asyncio.timeout(max(0.0, self._left_s(request))):
+                await woken
+        except BaseException as error:
+            if not gate.give_up(number):
+                gate.leave(request.begun_s, self._clock(), None)
+            if isinstance(error, TimeoutError):
+                raise self._crowded_error(request) from error
+            raise
+
+    def _left_s(self, request: _Request) -> float:
+        return self._deadline_s - (self._clock() - request.begun_s)
+
+    def _crowded_error(self, request: _Request) -> DeadlineError:
+        return DeadlineError(
+            f"{self.describe(request.key)}: waited {self._deadline_s:.4g} s for others to be "
+            f"answered, after {_count_attempts(request.num_attempts)}; the store takes only few "
+            "requests at once; allow a longer deadline_s, or use fewer workers"
+        )
+
+    # -- one attempt
+
+    def _attempt(self, flow: _Flow, request: _Request, place: _Place) -> Buffer:
+        call = partial(self._store.get, request.key, request.byte_range)
+        place.begin()
+        is_direct = threading.current_thread() is threading.main_thread()
+        if is_direct or not (flow.hedges or request.num_attempts > 1):
+            body = call()
+        else:
+            try:
+                body = BlockingRace(call, flow.threads).run(place, self._left_s(request))
             except TimeoutError as error:
-                failure = DeadlineError(f"{self.describe(key)}: no answer in {left_s:.3g} s")
-                failure.__cause__ = error
-            num_failed += 1
-            await self._sleep_async(self._plan_wait_s(key, num_failed, failure, begun_s))
-            left_s = self._deadline_s - (self._clock() - begun_s)
+                if isinstance(error, StoreError):
+                    raise
+                raise self._no_answer(request) from error
+        place.succeed()
+        return body
+
+    async def _attempt_async(self, flow: _Flow, request: _Request, place: _Place) -> Buffer:
+        call = partial(self._store.get_async, request.key, request.byte_range)
+        place.begin()
+        left_s = self._left_s(request)
+        try:
+            if flow.hedges:
+                body = await AwaitedRace(call).run(place, left_s)
+            else:
+                async with asyncio.timeout(left_s):
+                    body = await call()
+        except TimeoutError as error:
+            if isinstance(error, StoreError):
+                raise
+            raise self._no_answer(request) from error
+        place.succeed()
+        return body
+
+    def _no_answer(self, request: _Request) -> DeadlineError:
+        waited_s = self._clock() - request.begun_s
+        return DeadlineError(f"{self.describe(request.key)}: no answer in {waited_s:.2f} s")
+
+    # -- all but reading
 
     def head(self, key: str) -> ObjectInfo:
         """Ask for an object's size."""
         return self._repeat(key, lambda: self._store.head(key))
 
-    def _repeat(self, key: str, request: Callable[[], T]) -> T:
-        begun_s = self._clock()
-        num_failed = 0
+    def _repeat(self, key: str, call: Callable[[], T]) -> T:
+        flow, request = self._flow.get(), self._begin(key, None)
         while True:
+            begun_s = self._clock()
+            request.num_attempts += 1
             try:
-                return request()
+                return call()
             except StoreUnavailableError as error:
-                num_failed += 1
-                wait_s = self._plan_wait_s(key, num_failed, error, begun_s)
+                wait_s = self._plan_retry_s(flow, request, error, begun_s)
             self._sleep(wait_s)
 
-    def _plan_wait_s(
-        self, key: str, num_failed: int, error: StoreUnavailableError, begun_s: float
+    # -- between attempts
+
+    def _plan_retry_s(
+        self, flow: _Flow, request: _Request, error: StoreUnavailableError, attempt_begun_s: float
     ) -> float:
-        """Draw the wait before the next attempt, or raise if there is to be none."""
-        elapsed_s = self._clock() - begun_s
-        tried = f"{num_failed} {'attempt' if num_failed == 1 else 'attempts'} in {elapsed_s:.2f} s"
-        wait_s = draw_wait_s(num_failed, self._policy, self._rng.get())
+        """Say how long to wait before the next attempt, or raise if there is to be none."""
+        now_s = self._clock()
+        elapsed_s = now_s - request.begun_s
+        request.num_counted += self._counts_as_attempt(flow, error, attempt_begun_s)
+        tried = f"{_count_attempts(request.num_attempts)} in {elapsed_s:.2f} s"
+        max_attempts = self._policy.max_attempts or DEFAULT_MAX_ATTEMPTS
+        if request.num_counted >= max_attempts:
+            raise type(error)(
+                f"{error}; gave up after {tried}; check the endpoint and the network, or allow "
+                "more attempts (RetryPolicy.max_attempts)"
+            ) from error
+        wait_s = draw_wait_s(request.num_attempts, self._policy, self._rng.get())
+        if isinstance(error, ThrottledError):
+            wait_s = min(wait_s, _MAX_THROTTLED_WAIT_S)
+        wait_s = max(wait_s, flow.take_retry(now_s, self._policy.max_wait_s), error.retry_after_s)
         if elapsed_s + wait_s >= self._deadline_s:
             raise DeadlineError(
                 f"{error}; gave up after {tried}, allowed are {self._deadline_s:.4g} s; "
                 "check the endpoint and the network, or allow a longer deadline_s"
             ) from error
-        if num_failed >= self._policy.max_attempts:
-            raise type(error)(
-                f"{error}; gave up after {tried}; check the endpoint and the network, or allow "
-                "more attempts (RetryPolicy.max_attempts)"
-            ) from error
+        if flow.is_silence_to_tell(now_s):
+            log.warning(
+                "%s; nothing was answered for %g s, and each request is repeated until %g s have "
+                "passed",
+                error,
+                _SILENCE_TOLD_AFTER_S,
+                self._deadline_s,
+            )
         return wait_s
+
+    def _counts_as_attempt(
+        self, flow: _Flow, error: StoreUnavailableError, attempt_begun_s: float
+    ) -> bool:
+        """Whether a failure says something of the object, or of an endpoint that is none."""
+        if self._policy.max_attempts is not None or isinstance(error, BodyMismatchError):
+            return True
+        if isinstance(error, ThrottledError):
+            return False
+        is_away = not flow.has_answered_since(attempt_begun_s) and flow.has_answered_since(0.0)
+        return not is_away
+
+
+class _Place:
+    """A place among the requests under way, for one attempt."""
+
+    def __init__(self, flow: _Flow, gate: Gate | None, request: _Request, begun_s: float) -> None:
+        self._flow = flow
+        self._gate = gate
+        self._request = request
+        self.begun_s = begun_s
+        self._outcome: Outcome | None = None
+
+    def begin(self) -> None:
+        """Count the attempt."""
+        self._request.num_attempts += 1
+        self._flow.begin()
+
+    def succeed(self) -> None:
+        """Note that the answer came."""
+        self._outcome = "answered"
+
+    def fail(self, error: StoreError) -> StoreUnavailableError:
+        """Note how the attempt failed; raises what may not be repeated."""
+        if not isinstance(error, StoreUnavailableError):
+            self._outcome = "answered"  # the store is there, and says no
+            raise error
+        self._outcome = "throttled" if isinstance(error, ThrottledError) else "failed"
+        return error
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the attempt began."""
+        return self._flow.clock() - self.begun_s
+
+    @property
+    def max_hedges(self) -> int:
+        """How often the request may be made again."""
+        return self._flow.max_hedges
+
+    def late_after_s(self) -> float | None:
+        """Give the age at which it is late; None while nobody knows."""
+        return self._flow.late_after_s(self._request.size_class)
+
+    def try_hedge(self) -> bool:
+        """Take the right to make it again."""
+        return self._flow.try_hedge()
+
+    def win_by_hedge(self) -> None:
+        """Note that a hedge was answered first."""
+        self._flow.win_by_hedge()
+
+    def leave(self) -> None:
+        """Make room for the next."""
+        now_s = self._flow.clock()
+        if self._outcome is not None:
+            self._flow.end(self._request.size_class, self.begun_s, now_s, self._outcome)
+        if self._gate is not None:
+            self._gate.leave(self.begun_s, now_s, self._outcome)
 
 
 class ResilientWritableStore(ResilientStore):
@@ -208,6 +519,8 @@ class ResilientWritableStore(ResilientStore):
         store: WritableStore,
         policy: RetryPolicy,
         deadline_s: float,
+        hedge: HedgePolicy | None = None,
+        limits: InFlightPolicy | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], object] = time.sleep,
@@ -218,6 +531,8 @@ class ResilientWritableStore(ResilientStore):
             store,
             policy,
             deadline_s,
+            hedge,
+            limits,
             clock=clock,
             sleep=sleep,
             sleep_async=sleep_async,
@@ -230,17 +545,19 @@ class ResilientWritableStore(ResilientStore):
 
         The count of failures and the deadline begin anew with each object that comes.
         """
-        last, num_failed, begun_s = start_after, 0, self._clock()
+        flow, last, request = self._flow.get(), start_after, self._begin(prefix, None)
         while True:
+            attempt_begun_s = self._clock()
+            request.num_attempts += 1
             try:
                 for info in self._writable.list(prefix, start_after=last):
-                    last, num_failed = info.key, 0
+                    last = info.key
                     yield info
-                    begun_s = self._clock()
+                    request = self._begin(prefix, None)
+                    request.num_attempts = 1
                 return
             except StoreUnavailableError as error:
-                num_failed += 1
-                wait_s = self._plan_wait_s(prefix, num_failed, error, begun_s)
+                wait_s = self._plan_retry_s(flow, request, error, attempt_begun_s)
             self._sleep(wait_s)
 
     def put(self, key: str, body: Buffer) -> None:
@@ -250,6 +567,22 @@ class ResilientWritableStore(ResilientStore):
     def delete(self, key: str) -> None:
         """Remove an object."""
         self._repeat(key, lambda: self._writable.delete(key))
+
+
+def _wake(loop: asyncio.AbstractEventLoop, woken: asyncio.Future[None], gate: Gate) -> None:
+    try:
+        loop.call_soon_threadsafe(_settle, woken)
+    except RuntimeError:  # the loop was closed, and whoever waited there with it
+        gate.leave(0.0, 0.0, None)
+
+
+def _settle(woken: asyncio.Future[None]) -> None:
+    if not woken.done():
+        woken.set_result(None)
+
+
+def _count_attempts(number: int) -> str:
+    return f"{number} {'attempt' if number == 1 else 'attempts'}"
 
 
 def _forget(value: object) -> None:

@@ -204,3 +204,8 @@ def test_a_package_that_is_missing_is_named_with_the_command(package: str, use: 
     )
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_unknown_word_for_verify_is_an_error() -> None:
+    with pytest.raises(ValueError, match="verify: got 'md5', expected 'checksum' or 'length'"):
+        open_store("s3://bucket", verify="md5")  # pyright: ignore[reportArgumentType]: wrong

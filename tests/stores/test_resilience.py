@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import pickle
 import random
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import TypeVar
 
 import pytest
 from hypothesis import given
@@ -15,11 +19,22 @@ from concurrent_dataloader.errors import (
     DeadlineError,
     KeyNotFoundError,
     StoreUnavailableError,
+    ThrottledError,
 )
 from concurrent_dataloader.ranges import ByteRange
-from concurrent_dataloader.stores import ObjectInfo, ResilientStore, RetryPolicy
+from concurrent_dataloader.stores import (
+    HedgePolicy,
+    InFlightPolicy,
+    ObjectInfo,
+    ResilientStore,
+    RetryPolicy,
+    in_flight,
+)
 from concurrent_dataloader.stores._memory import MemoryStore
-from concurrent_dataloader.stores.resilience import ResilientWritableStore, draw_wait_s
+from concurrent_dataloader.stores.resilience import ResilientWritableStore
+from concurrent_dataloader.stores.retries import draw_wait_s
+
+T = TypeVar("T")
 
 
 class FakeClock:
@@ -306,3 +321,279 @@ def test_a_deadline_of_nothing_is_an_error() -> None:
         ResilientStore(MemoryStore(), RetryPolicy(), 0)
     with pytest.raises(ValueError, match="num_failed: got 0"):
         draw_wait_s(0, RetryPolicy(), random.Random(0))
+
+
+# -- an outage, and an object that cannot be had
+
+
+@both_colours
+def test_an_outage_is_waited_out_once_the_store_has_answered(colour: str) -> None:
+    store, scripted, clock = wrap([b"before", *[fail()] * 12, b"after"], RetryPolicy(), 120.0)
+
+    assert read(store, colour) == b"before"
+    clock.now_s += 1.0
+    assert read(store, colour) == b"after"
+
+    assert scripted.num_asked == 14
+
+
+@both_colours
+def test_an_endpoint_that_never_answered_is_given_up_soon(colour: str) -> None:
+    store, scripted, clock = wrap([fail()] * 100, RetryPolicy(), 120.0)
+
+    with pytest.raises(StoreUnavailableError, match="gave up after 6 attempts"):
+        read(store, colour)
+
+    assert scripted.num_asked == 6
+    assert clock.now_s <= 3.1
+
+
+@both_colours
+def test_a_body_that_stays_wrong_is_no_outage(colour: str) -> None:
+    wrong = BodyMismatchError("scripted://key: got 3 bytes, expected 4")
+    store, scripted, clock = wrap([b"before", *[wrong] * 100], RetryPolicy(), 120.0)
+    read(store, colour)
+    clock.now_s += 1.0
+
+    with pytest.raises(BodyMismatchError, match="gave up after 6 attempts"):
+        read(store, colour)
+
+    assert scripted.num_asked == 7
+
+
+def test_what_fails_while_others_are_answered_is_no_outage() -> None:
+    class OneBad(ScriptedStore):
+        def get(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
+            self.num_asked += 1
+            if key == "bad":
+                if not self.is_nested:
+                    self.is_nested = True
+                    store.get("good")  # another thread's, as it were, in the time of this attempt
+                    self.is_nested = False
+                raise fail("scripted://bad: status 500")
+            clock.now_s += 0.01
+            return b"good"
+
+        is_nested = False
+
+    clock = FakeClock()
+    inner = OneBad([], clock)
+    store = ResilientStore(
+        inner, RetryPolicy(), 120.0, clock=clock, sleep=clock.sleep, rng=random.Random(0)
+    )
+
+    with pytest.raises(StoreUnavailableError, match="gave up after 6 attempts"):
+        store.get("bad")
+
+
+@both_colours
+def test_a_store_that_throttles_is_asked_until_the_deadline(colour: str) -> None:
+    busy = ThrottledError("scripted://key: status 503")
+    store, _, clock = wrap([busy] * 1000, RetryPolicy(), 20.0)
+
+    with pytest.raises(DeadlineError, match="status 503; gave up after"):
+        read(store, colour)
+
+    assert max(clock.slept_s) <= 1.0
+    assert clock.now_s > 15
+
+
+@both_colours
+def test_what_the_store_asks_for_is_waited(colour: str) -> None:
+    busy = ThrottledError("scripted://key: status 429")
+    busy.retry_after_s = 7.0
+    store, _, clock = wrap([busy, b"body"], RetryPolicy())
+
+    read(store, colour)
+
+    assert clock.slept_s == [7.0]
+
+
+def test_a_long_silence_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    store, _, clock = wrap([b"before", *[fail()] * 20, b"after"], RetryPolicy(), 200.0)
+    store.get("key")
+    clock.now_s += 1.0
+
+    store.get("key")
+
+    (record,) = [record for record in caplog.records if "nothing was answered" in record.message]
+    assert "scripted://key: not now; nothing was answered for 5 s" in record.message
+    assert "until 200 s" in record.message
+
+
+# -- in threads
+
+
+def in_thread(call: Callable[[], T]) -> Future[T]:
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - the test looks at it
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+class OneStalls:
+    """Answers at once, but for the first read of ``slow``, which stalls until the end."""
+
+    def __init__(self) -> None:
+        self.num_asked = 0
+        self.is_over = threading.Event()
+        self._is_first = True
+
+    def get(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
+        del byte_range
+        self.num_asked += 1
+        if key == "slow" and self._is_first:
+            self._is_first = False
+            self.is_over.wait(30)
+        return key.encode()
+
+    async def get_async(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
+        del byte_range
+        self.num_asked += 1
+        if key == "slow" and self._is_first:
+            self._is_first = False
+            await asyncio.sleep(30)
+        return key.encode()
+
+    def head(self, key: str) -> ObjectInfo:
+        return ObjectInfo(key, len(key))
+
+    def describe(self, key: str) -> str:
+        return f"stalling://{key}"
+
+    def close(self) -> None:
+        self.is_over.set()
+
+
+def test_a_read_that_stalls_in_a_thread_is_made_again() -> None:
+    inner = OneStalls()
+    store = ResilientStore(inner, RetryPolicy(), 20.0, HedgePolicy(max_extra_share=0.5))
+
+    def read_all() -> bytes:
+        for _ in range(32):
+            store.get("fast")
+        return bytes(store.get("slow"))
+
+    with contextlib.closing(store):
+        assert in_thread(read_all).result(timeout=15) == b"slow"
+        counts = store.counts()
+
+    assert (counts.num_hedges, counts.num_hedges_won) == (1, 1)
+    assert counts.num_requests == inner.num_asked == 34
+
+
+def test_an_awaited_read_that_stalls_is_made_again() -> None:
+    store = ResilientStore(OneStalls(), RetryPolicy(), 20.0, HedgePolicy(max_extra_share=0.5))
+
+    async def read_all() -> bytes:
+        for _ in range(32):
+            await store.get_async("fast")
+        async with asyncio.timeout(15):
+            return bytes(await store.get_async("slow"))
+
+    assert asyncio.run(read_all()) == b"slow"
+    assert store.counts().num_hedges_won == 1
+
+
+def test_without_hedges_a_stall_is_waited_for() -> None:
+    inner = OneStalls()
+    store = ResilientStore(inner, RetryPolicy(), 20.0)
+
+    reading = in_thread(lambda: bytes(store.get("slow")))
+    with pytest.raises(TimeoutError):
+        reading.result(timeout=0.3)
+    inner.is_over.set()
+
+    assert reading.result(timeout=15) == b"slow"
+    assert store.counts().num_hedges == 0
+
+
+def test_a_blocking_read_in_a_thread_is_cut_at_the_deadline() -> None:
+    inner = OneStalls()
+    store = ResilientStore(inner, RetryPolicy(), 0.2, HedgePolicy(max_hedges=0))
+
+    with contextlib.closing(store), pytest.raises(DeadlineError, match=r"stalling://slow"):
+        in_thread(lambda: store.get("slow")).result(timeout=15)
+
+
+class Counted(OneStalls):
+    """Counts how many read at once; each waits until so many do, or a moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.Lock()
+        self._under_way = 0
+        self.most = 0
+
+    def get(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
+        with self._lock:
+            self._under_way += 1
+            self.most = max(self.most, self._under_way)
+        self.is_over.wait(0.05)
+        with self._lock:
+            self._under_way -= 1
+        return key.encode()
+
+
+@pytest.mark.parametrize("is_fixed", [False, True])
+def test_no_more_requests_at_once_than_the_limit_unless_the_caller_chose(is_fixed: bool) -> None:
+    inner = Counted()
+    limits = InFlightPolicy(start=3, maximum=3)
+    store = ResilientStore(inner, RetryPolicy(), 20.0, None, limits)
+
+    def read_one() -> bytes:
+        in_flight.is_fixed.set(is_fixed)
+        return bytes(store.get("key"))
+
+    reads = [in_thread(read_one) for _ in range(12)]
+    for reading in reads:
+        assert reading.result(timeout=15) == b"key"
+
+    assert inner.most > 3 if is_fixed else inner.most <= 3
+
+
+def test_who_waits_for_a_place_too_long_is_told_so() -> None:
+    inner = OneStalls()
+    store = ResilientStore(inner, RetryPolicy(), 0.3, None, InFlightPolicy(start=1, maximum=1))
+    first = in_thread(lambda: store.get("slow"))
+    while not inner.num_asked:
+        threading.Event().wait(0.001)
+
+    with pytest.raises(DeadlineError, match=r"waited 0\.3 s for others to be answered"):
+        in_thread(lambda: store.get("fast")).result(timeout=15)
+
+    inner.is_over.set()
+    first.result(timeout=15)
+
+
+def test_a_wait_for_a_place_that_is_cancelled_leaves_the_line() -> None:
+    async def main() -> bytes:
+        store = ResilientStore(
+            OneStalls(), RetryPolicy(), 20.0, None, InFlightPolicy(start=1, maximum=1)
+        )
+        first = asyncio.create_task(store.get_async("slow"))
+        await asyncio.sleep(0)
+        waiting = asyncio.create_task(store.get_async("fast"))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        first.cancel()
+        await asyncio.gather(first, waiting, return_exceptions=True)
+        async with asyncio.timeout(10):
+            return bytes(await store.get_async("next"))
+
+    assert asyncio.run(main()) == b"next"
+
+
+def test_the_main_thread_reads_by_itself_so_that_it_may_fork() -> None:
+    before = threading.active_count()
+    store = ResilientStore(OneStalls(), RetryPolicy(), 20.0, HedgePolicy(), InFlightPolicy())
+
+    store.get("fast")
+
+    assert threading.active_count() == before

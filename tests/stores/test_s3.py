@@ -98,6 +98,46 @@ def test_a_fault_that_passes_is_repeated_until_the_object_comes(
 
 
 @pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("checksum", [None, "crc32", "crc32c", "crc64nvme", "sha256"])
+def test_another_objects_body_is_repeated_until_it_is_the_objects(
+    client: str, checksum: str | None, open_bucket: OpenBucket, object_server: ObjectServer
+) -> None:
+    # Of one length, so that nothing but a checksum tells them apart.
+    bodies = {f"same{number}": bytes([number]) * 1000 for number in range(3)}
+    object_server.put_objects("bucket", bodies, checksum=checksum)
+    store = open_bucket(client, retry=QUICK)
+    for read in reads(store):
+        object_server.set_faults([Fault("foreign_body", first_attempts=2, key_pattern="same1")])
+
+        assert read("same0") == bodies["same0"]
+        assert read("same1") == bodies["same1"]
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_body_that_stays_another_objects_is_an_error(
+    client: str, open_bucket: OpenBucket, object_server: ObjectServer
+) -> None:
+    object_server.put_objects("twins", {"one": b"1" * 10, "two": b"2" * 10})
+    store = open_bucket(client, "s3://twins", retry=QUICK)
+    store.get("two")  # so that its ETags are known to be MD5s
+    object_server.set_faults([Fault("foreign_body", key_pattern="one")])
+
+    with pytest.raises(BodyMismatchError, match=r"s3://twins/one: got .* ETag is .* expected"):
+        store.get("one")
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_checksums_are_not_compared_where_the_length_is_to_do(
+    client: str, open_bucket: OpenBucket, object_server: ObjectServer
+) -> None:
+    object_server.put_objects("twins", {"one": b"1" * 10, "two": b"2" * 10})
+    store = open_bucket(client, "s3://twins", retry=QUICK, verify="length")
+    object_server.set_faults([Fault("foreign_body", key_pattern="one")])
+
+    assert bytes(store.get("one")) == b"2" * 10
+
+
+@pytest.mark.parametrize("client", CLIENTS)
 def test_a_reset_inside_the_body_is_repeated(
     client: str, open_bucket: OpenBucket, object_server: ObjectServer
 ) -> None:
