@@ -81,7 +81,7 @@ def test_a_tree_sorted_anew_is_the_same_to_torchvision(tmp_path: Path) -> None:
 
 def test_what_would_be_lost_is_refused(tmp_path: Path) -> None:
     target = open_writable_store("memory://folders")
-    tree = write_tree(tmp_path / "tree", {"a/x/1.jpg": b"1", "b/x/1.jpg": b"2"})
+    tree = write_tree(tmp_path / "tree", {"a/x/1.jpg": b"1", "a/y/1.jpg": b"2"})
 
     with pytest.raises(ValueError, match=r"'a/x/1\.jpg' and 'b/x/1\.jpg' would both be 'x/1\.jpg'"):
         sort_into_folders(open_source(tree), target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import gc
 import json
 import multiprocessing
@@ -20,6 +21,7 @@ import pytest
 from torchvision.datasets import ImageFolder
 from webdataset.writer import TarWriter as WebDatasetWriter
 
+from concurrent_dataloader.datasets import ScratchDataset
 from concurrent_dataloader.errors import (
     ClassesFormatError,
     KeyNotFoundError,
@@ -156,6 +158,54 @@ def test_classes_and_labels_are_those_of_torchvision(tmp_path: Path) -> None:
     assert list(source.classes or ()) == oracle.classes
     ours = dict(zip(names_of(source), labels_of(source), strict=True))
     assert ours == {os.path.relpath(path, root): label for path, label in oracle.samples}
+
+
+NESTED = {
+    "dog/1.jpg": encode_image(1),
+    "cat/siamese/2.jpg": encode_image(2),
+    "cat/persian/kittens/3.jpg": encode_image(3),
+    "cat/4.jpg": encode_image(4),
+    "emu/val/5.jpg": encode_image(5),
+}
+
+
+@pytest.mark.parametrize("above", ["", "photos/", "photos/2024/", "./"])
+def test_nested_folders_have_the_labels_of_imagefolder(tmp_path: Path, above: str) -> None:
+    write_tree(tmp_path / "tree", NESTED)
+    (tmp_path / "tree.tar").write_bytes(
+        make_tar({f"{above}{name}": raw for name, raw in NESTED.items()})
+    )
+    oracle = ImageFolder(str(tmp_path / "tree"))
+    expected = sorted((Path(path).read_bytes(), label) for path, label in oracle.samples)
+    unpacked = ScratchDataset(tmp_path / "tree", decode=None)
+
+    for form in ("tree", "tree.tar"):
+        with contextlib.closing(open_source(tmp_path / form)) as source:
+            found = [(raw, label) for _, label, _, raw, _ in read_all(source)]
+
+        assert sorted(found) == expected
+        assert source.classes == tuple(oracle.classes)
+    assert sorted(unpacked[position] for position in range(len(unpacked))) == expected
+
+
+def test_the_folder_of_the_only_split_is_no_class(tmp_path: Path) -> None:
+    write_tree(tmp_path, {f"train/{name}": raw for name, raw in NESTED.items()})
+
+    with contextlib.closing(open_source(tmp_path)) as source:
+        assert source.classes == ("cat", "dog", "emu")
+    with contextlib.closing(open_source(tmp_path, split="train")) as source:
+        assert source.classes == ("cat", "dog", "emu")
+
+
+def test_a_folder_with_one_class_keeps_it(tmp_path: Path) -> None:
+    cats = {name: raw for name, raw in NESTED.items() if name.startswith("cat/")}
+    write_tree(tmp_path / "tree", cats)
+    (tmp_path / "cats.tar").write_bytes(make_tar(cats))
+
+    for form in ("tree", "cats.tar"):
+        with contextlib.closing(open_source(tmp_path / form)) as source:
+            assert source.classes == ("cat",)
+            assert set(labels_of(source)) == {0}
 
 
 def test_reading_a_sample_of_an_inner_tar_is_one_request_of_its_size(

@@ -68,7 +68,7 @@ class Labeller:
 
     def explain(self, name: str) -> str:
         """Say why a sample has no label."""
-        rule = self.label_rule or "parent"
+        rule = self.label_rule or self.place.label_rule
         value = "" if rule == NO_LABELS else class_finder(rule)(name)
         given = self.ground_truth or self.class_map or self.meta_mat
         what = f"class {value!r} by label_rule {rule!r}" if value else "no class"
@@ -109,7 +109,7 @@ class Labeller:
             if truth is None and self.place.xml_folder is not None:
                 return self._label_by_xml(self.place.xml_folder), sorted_wnid
             return self._label_by_truth(truth or self._refuse_flat()), sorted_wnid
-        return label_by_rule(names, "parent"), None
+        return label_by_rule(names, self.place.label_rule), None
 
     def _begins_with(self, base: str) -> bool:
         return imagenet.stem_of(self.place.found.names.key(0)).startswith(base)

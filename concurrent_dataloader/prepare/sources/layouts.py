@@ -15,6 +15,7 @@ import orjson
 
 from concurrent_dataloader.errors import IndexFormatError, KeyNotFoundError
 from concurrent_dataloader.index import Index
+from concurrent_dataloader.labels import LabelRule
 from concurrent_dataloader.prepare.sources.archives import (
     UnpackedTar,
     find_in_archives,
@@ -25,6 +26,7 @@ from concurrent_dataloader.prepare.sources.archives import (
 )
 from concurrent_dataloader.prepare.sources.box_files import XmlBoxes, match_xml
 from concurrent_dataloader.prepare.sources.files import Files, is_remote, join, split_file_name
+from concurrent_dataloader.prepare.sources.folder_rule import find_folder_rule
 from concurrent_dataloader.prepare.sources.found import Found, Sieve
 from concurrent_dataloader.prepare.sources.listing import find_indexed, find_listed
 from concurrent_dataloader.stores import ObjectInfo, WritableStore
@@ -50,6 +52,9 @@ class Place:
 
     xml_folder: str | None = None
     """Where boxes lie as XML."""
+
+    label_rule: LabelRule = "parent"
+    """Which folder of a sample is its class, where nothing else says so."""
 
     has_classes: bool = True
     """False for a test split, whose classes nobody knows."""
@@ -163,6 +168,7 @@ class Search:
             found=found,
             unpacked=tuple(unpacked),
             beside=(folder,),
+            label_rule=find_folder_rule(found.names.keys()),
         )
 
     # -- folders
@@ -231,7 +237,8 @@ class Search:
         for info in tars:
             sieve.count_stray(info.key)
         found = dataclasses.replace(found, num_stray=sieve.num_stray, strays=tuple(sieve.strays))
-        return Place(found=found, beside=beside)
+        rule = find_folder_rule(found.names.keys(), SPLIT_FOLDERS)
+        return Place(found=found, beside=beside, label_rule=rule)
 
     def _choose_archives(self, text: str, names: Sequence[str]) -> list[str]:
         """Take the tars of the split."""

@@ -79,8 +79,10 @@ def open_source(
 
     Classes are found by the first of these that applies: ``ground_truth``, ``class_map``,
     ``meta_mat``, the labels of shards, ``label_rule``, a ground truth, development kit or Kaggle
-    solution that lies beside a flat ImageNet validation set, the folder of each sample. Labels
-    are then those of torchvision's ImageFolder, unless a map says otherwise.
+    solution that lies beside a flat ImageNet validation set, the folder of each sample: the top
+    one, however deep the sample lies in it; in a tar, the top one below those that all samples
+    share; for an index, whose keys may begin anywhere, the one that holds the sample. Labels are
+    then those of torchvision's ImageFolder, unless a map says otherwise.
 
     Args:
         text: Where the samples lie.

@@ -97,7 +97,8 @@ def _add_class_options(group: argparse._ArgumentGroup) -> None:
         "--label-rule",
         metavar="RULE",
         help="how a name holds its class: parent (its folder), prefix, number, regex:PATTERN (the"
-        " first group), or none for samples without classes (default: parent)",
+        " first group), or none for samples without classes (default: the top folder, as for"
+        " torchvision's ImageFolder; for an index, parent)",
     )
     group.add_argument(
         "--class-map", metavar="FILE", help="JSON file of classes, or of samples (default: none)"
