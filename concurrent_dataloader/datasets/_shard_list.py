@@ -34,6 +34,7 @@ from concurrent_dataloader.shard_names import (
 from concurrent_dataloader.stores import open_store, open_writable_store
 from concurrent_dataloader.stores._memory import MemoryStore
 from concurrent_dataloader.stores.base import SizedStore, Store, WritableStore
+from concurrent_dataloader.stores.cache import uncached
 
 PIPE, FAKE = "pipe:", "fake:"
 
@@ -194,7 +195,7 @@ def _open_index(
     if "://" not in text:
         return ShardIndex.load(text)
     root, key = split_url(text)
-    return ShardIndex.from_bytes(open_store(root, **store_options).get(key), text)
+    return ShardIndex.from_bytes(uncached(open_store(root, **store_options)).get(key), text)
 
 
 def index_names(name: str) -> list[str]:
@@ -210,7 +211,7 @@ def _find_index(store: Store, names: Sequence[str]) -> ShardIndex | None:
         return None  # several splits, or several folders: none holds them all
     for key in candidates[0]:
         try:
-            return ShardIndex.from_bytes(store.get(key), store.describe(key))
+            return ShardIndex.from_bytes(uncached(store).get(key), store.describe(key))
         except (KeyNotFoundError, AccessDeniedError):  # a key that may not list is denied
             continue
     return None

@@ -15,6 +15,7 @@ from concurrent_dataloader.index import Index
 from concurrent_dataloader.labels import Classes, LabelRule
 from concurrent_dataloader.stores import CredentialsFile, Store, WritableStore, open_store
 from concurrent_dataloader.stores.address import check_bucket
+from concurrent_dataloader.stores.cache import uncached
 from concurrent_dataloader.stores.credentials import Split
 
 _TOP_FOLDER = "regex:^([^/]+)/"
@@ -232,4 +233,5 @@ def _download_if_missing(
 ) -> None:
     if path is not None and url is not None:
         folder, _, key = url.rpartition("/")
-        fetch_file_if_missing(path, open_store(folder, **store_options), key)
+        # Without a cache: images do not change, lists of them do.
+        fetch_file_if_missing(path, uncached(open_store(folder, **store_options)), key)

@@ -38,6 +38,7 @@ from concurrent_dataloader.shard_names import (
     split_url,
 )
 from concurrent_dataloader.stores import SizedStore, Store, WritableStore, open_store
+from concurrent_dataloader.stores.cache import uncached
 
 _STORE_OPTIONS = frozenset(inspect.signature(open_store).parameters) - {"url", "credentials"}
 _HEAD_THREADS = 32
@@ -93,7 +94,7 @@ def open_shards(
             root, key = f"{root.rstrip('/')}/{key.rpartition('/')[0]}", key.rpartition("/")[2]
             store = open_place(root, settings)
         where = store.describe(key)
-        index = ShardIndex.from_bytes(store.get(key), where)
+        index = ShardIndex.from_bytes(uncached(store).get(key), where)
         split = split or find_split(key)
         _apply_metadata(store, index, split, options)
     if check:
@@ -191,7 +192,7 @@ def _probe_index(
     names = [f"{name}-{INDEX_SUFFIX}" for name in ([split] if split else SPLITS)]
     for name in names:
         try:
-            store.get(name)
+            uncached(store).get(name)
         except KeyNotFoundError:
             continue
         return name
@@ -254,7 +255,7 @@ def _apply_metadata(
 ) -> None:
     """Compare the index with ``metadata.json``, if there is one, and take the images' size."""
     try:
-        raw = store.get(METADATA_NAME)
+        raw = uncached(store).get(METADATA_NAME)
     except KeyNotFoundError:
         return
     where = store.describe(METADATA_NAME)

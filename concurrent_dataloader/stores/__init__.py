@@ -24,6 +24,7 @@ from concurrent_dataloader.stores.address import (
     is_host_label,
 )
 from concurrent_dataloader.stores.base import ObjectInfo, SizedStore, Store, WritableStore
+from concurrent_dataloader.stores.cache import CachedStore, DiskCache, cached
 from concurrent_dataloader.stores.credentials import (
     Credentials,
     CredentialsChain,
@@ -41,10 +42,12 @@ from concurrent_dataloader.stores.resilience import (
 from concurrent_dataloader.stores.retries import RetryPolicy
 
 __all__ = [
+    "CachedStore",
     "Client",
     "Credentials",
     "CredentialsChain",
     "CredentialsFile",
+    "DiskCache",
     "HedgePolicy",
     "InFlightPolicy",
     "ObjectInfo",
@@ -92,6 +95,7 @@ def open_store(
     hedge: HedgePolicy | None = _DEFAULT_HEDGE,
     in_flight: InFlightPolicy | None = None,
     verify: Verify = "checksum",
+    cache: DiskCache | str | os.PathLike[str] | None = None,
 ) -> Store:
     """Open the place that a URL names; contacts nobody yet.
 
@@ -128,6 +132,7 @@ def open_store(
         verify: ``"checksum"`` compares whole objects with the checksum that the store sends: an
             ETag that is an MD5, or one of S3's checksum headers (by ``"http"`` and ``"aiohttp"``;
             the boto clients compare these by themselves). ``"length"`` saves the CPU of the MD5.
+        cache: Keep what is read on this machine: a `DiskCache`, or its folder.
 
     Returns:
         A store; the caller may close it, and need not. It can be written too, but for a web server.
@@ -145,10 +150,12 @@ def open_store(
     if scheme in ("", "file"):
         from concurrent_dataloader.stores._local import LocalStore
 
-        return LocalStore(_local_path(text), max_connections)
+        return cached(LocalStore(_local_path(text), max_connections), cache)
     if scheme == "memory":
         from concurrent_dataloader.stores._memory import open_named
 
+        if cache is not None:
+            raise ValueError(f"cache: got one for {text!r}, expected a store outside of memory")
         return open_named(text.removeprefix("memory://"))
     bundle = os.environ.get("AWS_CA_BUNDLE") if ca_file is None else os.fspath(ca_file)
     options = ClientOptions(
@@ -171,7 +178,8 @@ def open_store(
             )
         address = HttpAddress(base_url=check_http_url("url", text))
         adapter = _import_adapter("http" if client == "obstore" else client)
-        return ResilientStore(adapter(address, options), policy, deadline_s, hedge, limits)
+        web_store = ResilientStore(adapter(address, options), policy, deadline_s, hedge, limits)
+        return cached(web_store, cache)
     if scheme != "s3":
         raise ValueError(
             f"url: got {text!r}, expected s3://, http://, https://, file://, memory:// or a path"
@@ -184,7 +192,8 @@ def open_store(
     from concurrent_dataloader.stores._s3 import S3Store
 
     store = S3Store(reader, bucket_address, options)
-    return ResilientWritableStore(store, policy, deadline_s, hedge, limits)
+    bucket = ResilientWritableStore(store, policy, deadline_s, hedge, limits)
+    return cached(bucket, cache, bucket_address.endpoint_url)
 
 
 def open_writable_store(url: str | os.PathLike[str], **settings: Any) -> WritableStore:
