@@ -5,7 +5,8 @@ LoaderError
 ├── CredentialsError (ValueError)           the credentials file cannot be used
 ├── StoreError
 │   ├── KeyNotFoundError (FileNotFoundError)    no such object, or no such bucket
-│   ├── AccessDeniedError (PermissionError)     wrong key, wrong secret, expired token, no right
+│   ├── AccessDeniedError (PermissionError)     wrong key, wrong secret, no right
+│   │   └── ExpiredCredentialsError                 credentials that were not renewed in time
 │   ├── ByteRangeError (ValueError)             the object ends before the range does
 │   └── StoreUnavailableError (ConnectionError) it failed in each allowed attempt
 │       ├── DeadlineError (TimeoutError)            no answer in the time that was allowed
@@ -44,6 +45,10 @@ class KeyNotFoundError(StoreError, FileNotFoundError):
 
 class AccessDeniedError(StoreError, PermissionError):
     """The store knows who asks, or not, and says no."""
+
+
+class ExpiredCredentialsError(AccessDeniedError):
+    """The session token has run out, and there was no new one."""
 
 
 class ByteRangeError(StoreError, ValueError):

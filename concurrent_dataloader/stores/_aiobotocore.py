@@ -9,6 +9,7 @@ from typing import Any
 import aiohttp
 import botocore.exceptions
 from aiobotocore.config import AioConfig
+from aiobotocore.credentials import AioCredentials
 from aiobotocore.session import AioSession
 from typing_extensions import Buffer, override
 
@@ -18,6 +19,7 @@ from concurrent_dataloader.stores._answers import check_body
 from concurrent_dataloader.stores._boto3 import (
     client_arguments,
     client_settings,
+    freeze,
     read_answer,
     shared_loader,
     translate,
@@ -26,7 +28,7 @@ from concurrent_dataloader.stores._checksums import Checksums
 from concurrent_dataloader.stores._http import HttpStore
 from concurrent_dataloader.stores.address import ClientOptions, S3Address, check_byte_range
 from concurrent_dataloader.stores.base import AwaitingStore, ObjectInfo, PerLoop
-from concurrent_dataloader.stores.credentials import CredentialsChain
+from concurrent_dataloader.stores.credentials import CredentialsChain, CredentialsSource
 
 
 class AiobotocoreStore(AwaitingStore):
@@ -91,6 +93,31 @@ class AiobotocoreStore(AwaitingStore):
         return check_body(self._address, key, byte_range, status, header, body, self._checksums)
 
 
+class _LiveCredentials(AioCredentials):
+    """Asks a source of ours for each request, so that new credentials are used at once."""
+
+    def __init__(self, source: CredentialsSource) -> None:
+        now = source.resolve()
+        super().__init__(now.access_key_id, now.secret_access_key, now.session_token)
+        self._source = source
+
+    @override
+    async def get_frozen_credentials(self) -> Any:
+        """Give the credentials of this moment."""
+        return freeze(self._source)
+
+
+class _Provider:
+    """What aiobotocore asks for credentials in place of its own chain."""
+
+    def __init__(self, source: CredentialsSource) -> None:
+        self._source = source
+
+    async def load_credentials(self) -> _LiveCredentials:
+        """Give what asks the source."""
+        return _LiveCredentials(self._source)
+
+
 def _open_client(address: S3Address, options: ClientOptions) -> AbstractAsyncContextManager[Any]:
     arguments = client_arguments(address, options)
     arguments["config"] = AioConfig(**client_settings(address, options))
@@ -101,9 +128,6 @@ def _open_client(address: S3Address, options: ClientOptions) -> AbstractAsyncCon
     else:
         session = AioSession()
     if source is not None and not isinstance(source, CredentialsChain):
-        credentials = source.resolve()
-        arguments["aws_access_key_id"] = credentials.access_key_id
-        arguments["aws_secret_access_key"] = credentials.secret_access_key
-        arguments["aws_session_token"] = credentials.session_token
+        session.register_component("credential_provider", _Provider(source))
     session.register_component("data_loader", shared_loader())
     return session.create_client(**arguments)

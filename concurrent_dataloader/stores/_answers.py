@@ -13,6 +13,7 @@ from concurrent_dataloader.errors import (
     BodyMismatchError,
     ByteRangeError,
     DeadlineError,
+    ExpiredCredentialsError,
     KeyNotFoundError,
     StoreError,
     StoreUnavailableError,
@@ -35,9 +36,8 @@ _REPEATED_STATUSES = frozenset({408, 425, 500, 502, 504})
 _REPEATED_CODES = frozenset({"InternalError", "OperationAborted", "RequestTimeout"})
 _MAX_RETRY_AFTER_S = 60.0
 # S3 says 400, not 403, to a token that has run out.
-_DENIED_CODES = frozenset(
-    {"AuthorizationHeaderMalformed", "ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
-)
+_EXPIRED_CODES = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"})
+_DENIED_CODES = frozenset({"AuthorizationHeaderMalformed", "InvalidToken"})
 
 
 def parse_s3_error(text: str) -> tuple[str, str]:
@@ -80,6 +80,12 @@ def error_for_status(
         return KeyNotFoundError(
             f"{where}: no such object, {said}, expected the object; check the key, "
             "and the prefix that comes before it"
+        )
+    if code in _EXPIRED_CODES:
+        return ExpiredCredentialsError(
+            f"{where}: the credentials have expired, {said}, expected ones that are renewed; have "
+            "the credentials file replaced before they run out, or use the AWS chain, which renews "
+            "those of profiles and roles"
         )
     if status in (401, 403, 407) or code in _DENIED_CODES:
         return AccessDeniedError(

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import boto3.exceptions
 import boto3.session
 import botocore.config
+import botocore.credentials
 import botocore.exceptions
 import botocore.loaders
 import botocore.session
@@ -30,7 +31,7 @@ from concurrent_dataloader.stores._answers import check_body, error_for_status
 from concurrent_dataloader.stores._checksums import Checksums
 from concurrent_dataloader.stores.address import ClientOptions, S3Address, check_byte_range
 from concurrent_dataloader.stores.base import BlockingStore, ObjectInfo, PerProcess
-from concurrent_dataloader.stores.credentials import CredentialsChain
+from concurrent_dataloader.stores.credentials import CredentialsChain, CredentialsSource
 
 T = TypeVar("T")
 
@@ -221,12 +222,42 @@ def _open_client(address: S3Address, options: ClientOptions) -> Any:
     else:
         session = botocore.session.Session()
     if source is not None and not isinstance(source, CredentialsChain):
-        credentials = source.resolve()
-        arguments["aws_access_key_id"] = credentials.access_key_id
-        arguments["aws_secret_access_key"] = credentials.secret_access_key
-        arguments["aws_session_token"] = credentials.session_token
+        session.register_component("credential_provider", _Provider(source))
     session.register_component("data_loader", shared_loader())
     return boto3.session.Session(botocore_session=session).client(**arguments)
+
+
+class _LiveCredentials(botocore.credentials.Credentials):
+    """Asks a source of ours for each request, so that new credentials are used at once."""
+
+    def __init__(self, source: CredentialsSource) -> None:
+        now = source.resolve()
+        super().__init__(now.access_key_id, now.secret_access_key, now.session_token)
+        self._source = source
+
+    @override
+    def get_frozen_credentials(self) -> botocore.credentials.ReadOnlyCredentials:
+        """Give the credentials of this moment."""
+        return freeze(self._source)
+
+
+def freeze(source: CredentialsSource) -> botocore.credentials.ReadOnlyCredentials:
+    """Give a source's credentials of this moment, as botocore signs with them."""
+    now = source.resolve()
+    return botocore.credentials.ReadOnlyCredentials(
+        now.access_key_id, now.secret_access_key, now.session_token
+    )
+
+
+class _Provider:
+    """What botocore asks for credentials in place of its own chain."""
+
+    def __init__(self, source: CredentialsSource) -> None:
+        self._source = source
+
+    def load_credentials(self) -> _LiveCredentials:
+        """Give what asks the source."""
+        return _LiveCredentials(self._source)
 
 
 @functools.cache

@@ -43,15 +43,15 @@ from concurrent_dataloader.stores._checksums import Checksums
 from concurrent_dataloader.stores._http import HttpStore
 from concurrent_dataloader.stores.address import ClientOptions, S3Address, check_byte_range
 from concurrent_dataloader.stores.base import BlockingStore, ObjectInfo, PerProcess
-from concurrent_dataloader.stores.credentials import CredentialsChain, CredentialsSource
+from concurrent_dataloader.stores.credentials import Credentials, CredentialsSource
 
 if TYPE_CHECKING:
     from obstore import GetResult
     from obstore.store import S3Credential, S3Store
 
-_CHAIN_CREDENTIALS_LAST = timedelta(minutes=5)
-"""Until obstore asks again for credentials that may change; botocore refreshes them 10 minutes
-before."""
+_CREDENTIALS_LAST = timedelta(minutes=5)
+"""What obstore is told of credentials that may change. It asks again when they last less than that,
+at most ten times a second; the source knows when they are really to be renewed."""
 
 _STATUS = re.compile(r"non-2xx status code: (\d{3})")
 
@@ -206,12 +206,12 @@ def _open_client(address: S3Address, options: ClientOptions, fork_safe: bool) ->
 
 def _provide(source: CredentialsSource) -> S3Credential:
     credentials = source.resolve()
-    changes = isinstance(source, CredentialsChain)
+    changes = not isinstance(source, Credentials)
     return {
         "access_key_id": credentials.access_key_id,
         "secret_access_key": credentials.secret_access_key,
         "token": credentials.session_token,
-        "expires_at": datetime.now(UTC) + _CHAIN_CREDENTIALS_LAST if changes else None,
+        "expires_at": datetime.now(UTC) + _CREDENTIALS_LAST if changes else None,
     }
 
 

@@ -3,8 +3,9 @@
 What `open_store` takes as ``credentials`` decides, and nothing is mixed:
 
 1. a `Credentials` object: these;
-2. a path: the JSON file, read when the store is opened to check it, and again in each process that
-   uses it;
+2. a path: the JSON file, read when the store is opened to check it, again in each process that
+   uses it, and again when it has been written anew, so that whatever renews short-lived credentials
+   only has to replace the file;
 3. None: the standard AWS chain, as botocore walks it: environment variables, profiles in
    ``~/.aws``, container and instance roles. Looked up at the first request, refreshed when they
    expire.
@@ -37,8 +38,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import multiprocessing.context
 import os
+import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -50,6 +53,8 @@ from concurrent_dataloader.errors import CredentialsError, MissingDependencyErro
 from concurrent_dataloader.stores.base import PerProcess, ValueObject
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 Split = Literal["train", "val", "test"]
 
@@ -165,20 +170,20 @@ class CredentialsFile(ValueObject):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = str(Path(path).expanduser().absolute())
-        self._contents = PerProcess(partial(_read_contents, self.path), _forget)
+        self._contents = PerProcess(partial(_Watched, self.path), _forget)
 
     @override
     def _arguments(self) -> tuple[str]:
         return (self.path,)
 
     def read(self) -> Contents:
-        """Read the file, once in each process.
+        """Read the file, once in each process and again when it has changed.
 
         Raises:
             CredentialsError: It is missing, no flat JSON object of strings, or holds an unknown
                 key.
         """
-        return self._contents.get()
+        return self._contents.get().read()
 
     def resolve(self) -> Credentials:
         """Give the file's credentials.
@@ -196,6 +201,41 @@ class CredentialsFile(ValueObject):
 
 def _forget(value: object) -> None:
     del value
+
+
+class _Watched:
+    """What the file said when it was last read, and when to look again; of one process."""
+
+    _LOOK_EVERY_S = 1.0
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        # Touched by many threads without a lock: at worst two of them read the file.
+        self._looked_s = time.monotonic()
+        self._stamp = _read_stamp(path)
+        self._contents = _read_contents(path)
+
+    def read(self) -> CredentialsFile.Contents:
+        """Give the contents; those before, while the file is away or half-written."""
+        now_s = time.monotonic()
+        if now_s - self._looked_s >= self._LOOK_EVERY_S:
+            self._looked_s = now_s
+            stamp = _read_stamp(self._path)
+            if stamp not in (None, self._stamp):
+                try:
+                    self._contents = _read_contents(self._path)
+                except CredentialsError as error:
+                    log.warning("%s; the credentials before are used on", error)
+                self._stamp = stamp
+        return self._contents
+
+
+def _read_stamp(path: str) -> tuple[int, int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def _read_contents(path: str) -> CredentialsFile.Contents:

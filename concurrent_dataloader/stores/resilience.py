@@ -29,6 +29,7 @@ from typing_extensions import Buffer, override
 from concurrent_dataloader.errors import (
     BodyMismatchError,
     DeadlineError,
+    ExpiredCredentialsError,
     StoreError,
     StoreUnavailableError,
     ThrottledError,
@@ -61,6 +62,10 @@ _MAX_THROTTLED_WAIT_S = 1.0
 slows down, and one sample must not hold up those after it."""
 
 _SILENCE_TOLD_AFTER_S = 5.0
+
+_RENEWAL_S = 1.2
+"""In which new credentials are noticed: files are looked at once a second, obstore asks again after
+a tenth. A request that came in between is made once more then."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -192,6 +197,9 @@ class _Request:
     num_attempts: int = 0
     num_counted: int = 0
     """Attempts that failed and count towards the policy's number."""
+
+    has_expired: bool = False
+    """Whether an attempt was refused since the credentials had expired."""
 
 
 class ResilientStore(ValueObject):
@@ -402,17 +410,22 @@ class ResilientStore(ValueObject):
             request.num_attempts += 1
             try:
                 return call()
-            except StoreUnavailableError as error:
+            except StoreError as error:
                 wait_s = self._plan_retry_s(flow, request, error, begun_s)
             self._sleep(wait_s)
 
     # -- between attempts
 
     def _plan_retry_s(
-        self, flow: _Flow, request: _Request, error: StoreUnavailableError, attempt_begun_s: float
+        self, flow: _Flow, request: _Request, error: StoreError, attempt_begun_s: float
     ) -> float:
         """Say how long to wait before the next attempt, or raise if there is to be none."""
         now_s = self._clock()
+        if not isinstance(error, StoreUnavailableError):
+            if not isinstance(error, ExpiredCredentialsError) or request.has_expired:
+                raise error
+            request.has_expired = True
+            return _RENEWAL_S
         elapsed_s = now_s - request.begun_s
         request.num_counted += self._counts_as_attempt(flow, error, attempt_begun_s)
         tried = f"{_count_attempts(request.num_attempts)} in {elapsed_s:.2f} s"
@@ -472,12 +485,12 @@ class _Place:
         """Note that the answer came."""
         self._outcome = "answered"
 
-    def fail(self, error: StoreError) -> StoreUnavailableError:
-        """Note how the attempt failed; raises what may not be repeated."""
+    def fail(self, error: StoreError) -> StoreError:
+        """Note how the attempt failed."""
         if not isinstance(error, StoreUnavailableError):
             self._outcome = "answered"  # the store is there, and says no
-            raise error
-        self._outcome = "throttled" if isinstance(error, ThrottledError) else "failed"
+        else:
+            self._outcome = "throttled" if isinstance(error, ThrottledError) else "failed"
         return error
 
     @property
@@ -556,7 +569,7 @@ class ResilientWritableStore(ResilientStore):
                     request = self._begin(prefix, None)
                     request.num_attempts = 1
                 return
-            except StoreUnavailableError as error:
+            except StoreError as error:
                 wait_s = self._plan_retry_s(flow, request, error, attempt_begun_s)
             self._sleep(wait_s)
 

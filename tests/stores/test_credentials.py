@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import pathlib
 import pickle
+import time
 import traceback
 from typing import Any
 
@@ -240,3 +241,20 @@ def test_credentials_in_memory_reach_worker_processes(method: str) -> None:
 
     assert child.exitcode == 0
     child.close()
+
+
+def test_a_file_that_is_half_written_leaves_the_credentials_before(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "credentials.json"
+    path.write_text('{"access_key": "key", "secret": "hidden-secret"}')
+    file = CredentialsFile(path)
+    before = file.resolve()
+    path.write_text('{"access_key": "key", "sec')
+
+    deadline_s = time.monotonic() + 30
+    while "the credentials before are used on" not in caplog.text:
+        assert file.resolve() == before
+        assert time.monotonic() < deadline_s
+
+    assert "hidden-secret" not in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import pathlib
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from concurrent_dataloader.errors import (
     AccessDeniedError,
     BodyMismatchError,
     DeadlineError,
+    ExpiredCredentialsError,
     KeyNotFoundError,
     StoreUnavailableError,
 )
@@ -271,8 +273,39 @@ def test_an_expired_token_is_access_denied(
     store = open_bucket(client)
     object_server.set_faults([Fault("expired_token")])
 
-    with pytest.raises(AccessDeniedError, match="ExpiredToken"):
+    with pytest.raises(
+        ExpiredCredentialsError, match=r"s3://bucket/ten: the credentials have expired.*replaced"
+    ) as raised:
         store.get("ten")
+
+    assert isinstance(raised.value, AccessDeniedError)
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_file_that_is_replaced_when_its_token_has_expired_is_read_again(
+    client: str, open_bucket: OpenBucket, object_server: ObjectServer, tmp_path: pathlib.Path
+) -> None:
+    path = tmp_path / "rotated.json"
+
+    def rotate(name: str) -> None:
+        object_server.add_credential(f"key-{name}", f"secret-{name}", session_token=f"token-{name}")
+        fields = {
+            "access_key": f"key-{name}",
+            "secret": f"secret-{name}",
+            "session_token": f"token-{name}",
+        }
+        beside = tmp_path / name
+        beside.write_text(json.dumps(fields))
+        beside.replace(path)
+
+    rotate("first")
+    store = open_bucket(client, credentials=str(path), endpoint_url=object_server.endpoint_url)
+    for read, name in zip(reads(store), ("second", "third"), strict=False):
+        assert read("ten") == OBJECTS["ten"]
+        object_server.expire_session_tokens()
+        rotate(name)
+
+        assert read("ten") == OBJECTS["ten"]
 
 
 @pytest.mark.parametrize("client", CLIENTS)
