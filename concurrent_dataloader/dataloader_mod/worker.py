@@ -31,6 +31,7 @@ from concurrent_dataloader.dataloader_mod.recycle import RecyclingQueue, SlotPoo
 from concurrent_dataloader.dataloader_mod.resume import GeneratorWatch, write_generators
 from concurrent_dataloader.dataloader_mod.settings import FetchSettings, read_environment
 from concurrent_dataloader.dataloader_mod.stages import Stages, find_stages
+from concurrent_dataloader.stores.resilience import log_counts
 
 _CHECK_INTERVAL_S = 0.5
 """How often a worker that waits, for positions or a sample, looks whether it is still wanted."""
@@ -380,6 +381,7 @@ def _worker_loop(
     finally:
         if fetched is not None:
             fetched.close()
+            log_counts(f"worker {worker_id}")
         if os.getppid() != parent_pid:
             # Nobody reads the queue any more, and the process would wait for ever to have it empty.
             data_queue.cancel_join_thread()

@@ -17,9 +17,11 @@ import asyncio
 import dataclasses
 import logging
 import math
+import os
 import random
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from functools import partial
 from typing import Any, TypeVar
@@ -96,11 +98,14 @@ class _Flow:
 
     def __init__(
         self,
+        name: str,
         hedge: HedgePolicy | None,
         limits: InFlightPolicy | None,
         clock: Callable[[], float],
     ) -> None:
         now_s = clock()
+        self.name = name
+        self.pid = os.getpid()
         self.clock = clock
         self.gate = None if limits is None else Gate(limits, now_s)
         self.threads = RaceThreads()
@@ -112,6 +117,7 @@ class _Flow:
         self._answered_s = -math.inf
         self._silence_told = False
         self.counts = RequestCounts()
+        _flows.add(self)
 
     @property
     def hedges(self) -> bool:
@@ -186,6 +192,21 @@ class _Flow:
         self.threads.stop()
 
 
+# Those of a parent are left out by their process's number.
+_flows: weakref.WeakSet[_Flow] = weakref.WeakSet()
+
+
+def log_counts(who: str) -> None:
+    """Log what this process has asked each store for, if it has asked any.
+
+    Args:
+        who: The process, for a person.
+    """
+    for flow in list(_flows):
+        if flow.pid == os.getpid() and flow.counts.num_requests:
+            log.info("%s, %s: %s", who, flow.name, flow.counts.describe())
+
+
 @dataclasses.dataclass(slots=True)
 class _Request:
     """One call of a user's, with all its attempts."""
@@ -253,7 +274,9 @@ class ResilientStore(ValueObject):
         self._sleep_async = sleep_async
         # A forked child that inherited the parent's generator would wait as its brothers do.
         self._rng = PerProcess(random.Random if rng is None else lambda: rng, _forget)
-        self._flow = PerProcess(partial(_Flow, hedge, limits, clock), _Flow.close)
+        self._flow = PerProcess(
+            partial(_Flow, store.describe(""), hedge, limits, clock), _Flow.close
+        )
         self._run_awaited: Callable[[Coroutine[Any, Any, Buffer]], Buffer] | None = getattr(
             store, "run_awaited", None
         )

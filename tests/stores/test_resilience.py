@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import pickle
 import random
 import threading
@@ -31,7 +32,7 @@ from concurrent_dataloader.stores import (
     in_flight,
 )
 from concurrent_dataloader.stores._memory import MemoryStore
-from concurrent_dataloader.stores.resilience import ResilientWritableStore
+from concurrent_dataloader.stores.resilience import ResilientWritableStore, log_counts
 from concurrent_dataloader.stores.retries import draw_wait_s
 
 T = TypeVar("T")
@@ -597,3 +598,16 @@ def test_the_main_thread_reads_by_itself_so_that_it_may_fork() -> None:
     store.get("fast")
 
     assert threading.active_count() == before
+
+
+def test_what_was_asked_for_is_logged_in_words(caplog: pytest.LogCaptureFixture) -> None:
+    store, _, _ = wrap([fail(), b"body"], RetryPolicy())
+    store.get("key")
+
+    with caplog.at_level(logging.INFO):
+        log_counts("worker 3")
+
+    assert (
+        "worker 3, scripted://: 2 requests, 1 of them retries, 0 refused as too many, 0 hedges "
+        "(0 of use)"
+    ) in caplog.messages
