@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -26,6 +27,9 @@ _PART_BYTES = 64 << 20
 
 _MEMORY_BYTES = 1 << 30
 """Bodies in memory at once, in all; one larger object travels alone."""
+
+
+_DISTRIBUTED = re.compile(r"distributed/\d+-instances/")
 
 
 class CopyItem(NamedTuple):
@@ -149,6 +153,9 @@ def copy_to_folder(
 ) -> CopyReport:
     """Copy a data set to a folder of this machine, to be read from there; skips what is there.
 
+    What `distribute` made of shards, ``distributed/N-instances/``, is left out: it holds samples of
+    the shards again, for loaders that cannot share them.
+
     The report's ``duration_s`` is the time that this took, to be told beside the time of training.
 
     Args:
@@ -177,7 +184,11 @@ def copy_to_folder(
     ):
         assert isinstance(target, WritableStore), "a folder can be written"
         report = copy_objects(
-            find_items(source, os.fspath(url), index_file),
+            (
+                item
+                for item in find_items(source, os.fspath(url), index_file)
+                if not _DISTRIBUTED.match(item.key)
+            ),
             check_sized(source, os.fspath(url)),
             target,
             concurrency=concurrency,

@@ -330,6 +330,21 @@ def test_copy_to_folder_takes_the_time_and_raises_for_what_is_missing(
         copy_to_folder("s3://data/train", tmp_path / "node", index_file=index, open_root=open_root)
 
 
+def test_copy_to_folder_leaves_out_what_was_distributed(tmp_path: Path) -> None:
+    for name in (
+        "train-000000.tar",
+        "distributed/4-instances/train-000000.tar",
+        "distributed/1.jpg",
+    ):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).write_bytes(b"some bytes")
+
+    copy_to_folder(tmp_path / "set", tmp_path / "node")
+
+    copied = {path.relative_to(tmp_path / "node") for path in (tmp_path / "node").rglob("*.*")}
+    assert copied == {Path("train-000000.tar"), Path("distributed/1.jpg")}
+
+
 def test_ctrl_c_ends_a_copy_with_130_and_leaves_whole_files_only(
     bucket: ObjectServer, tmp_path: Path
 ) -> None:
