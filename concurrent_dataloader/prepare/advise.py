@@ -43,6 +43,9 @@ class Advice(NamedTuple):
     max_count: int | None
     """Samples in each but the last; None where it is not known how many samples there are."""
 
+    last_count: int | None
+    """Samples in the last."""
+
     reasons: tuple[str, ...]
 
 
@@ -95,8 +98,18 @@ def advise(amount: Amount, num_ranks: int = 1, num_workers: int = 1) -> Advice:
         "streaming and random access of this library also part shards by samples, so a number that"
         " does not divide evenly costs it nothing"
     )
-    max_count = None if num_samples is None else math.ceil(num_samples / num_shards)
-    return Advice(num_shards, math.ceil(num_bytes / num_shards), max_count, tuple(reasons))
+    if num_samples is None:
+        return Advice(num_shards, math.ceil(num_bytes / num_shards), None, None, tuple(reasons))
+    max_count = math.ceil(num_samples / num_shards)
+    num_filled = math.ceil(num_samples / max_count)
+    if num_filled < num_shards:
+        reasons.append(
+            f"{num_filled} shards instead of {num_shards}: with {max_count} samples each,"
+            f" {num_samples} fill no more"
+        )
+    last_count = num_samples - (num_filled - 1) * max_count
+    mean_bytes = math.ceil(num_bytes / num_filled)
+    return Advice(num_filled, mean_bytes, max_count, last_count, tuple(reasons))
 
 
 def measure(

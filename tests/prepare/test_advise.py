@@ -52,6 +52,28 @@ def test_there_are_no_more_shards_than_samples() -> None:
     assert any("no more shards than samples" in reason for reason in advice.reasons)
 
 
+@given(
+    num_samples=st.integers(1, 10**7), num_ranks=st.integers(1, 64), num_workers=st.integers(0, 32)
+)
+def test_counts_are_those_that_the_command_makes(
+    num_samples: int, num_ranks: int, num_workers: int
+) -> None:
+    advice = advise(Amount(num_samples * 100_000, num_samples), num_ranks, num_workers)
+
+    assert advice.max_count is not None
+    assert advice.last_count is not None
+    made = [advice.max_count] * (advice.num_shards - 1) + [advice.last_count]
+    assert sum(made) == num_samples
+    assert 1 <= made[-1] <= made[0]
+
+
+def test_fewer_shards_than_readers_are_told_of() -> None:
+    advice = advise(Amount(10**6, 10), 8, 1)
+
+    assert (advice.num_shards, advice.max_count, advice.last_count) == (5, 2, 2)
+    assert any("5 shards instead of 8" in reason for reason in advice.reasons)
+
+
 @pytest.mark.parametrize(
     ("amount", "ranks", "workers", "message"),
     [
@@ -98,7 +120,7 @@ def test_the_command_says_how_many_and_why(capsys: pytest.CaptureFixture[str]) -
     out = capsys.readouterr().out
     assert status == 0
     assert "150 GB, 1281167 samples" in out
-    assert "recommended: 128 shards of 1.17 GB, 10010 samples each" in out
+    assert "recommended: 128 shards of 1.17 GB, 10010 samples each but 9897 in the last\n" in out
     assert "32 readers (8 ranks x 4 workers) with 4 shards each" in out
     assert "shard SOURCE TARGET --maxcount 10010" in out
 
@@ -108,7 +130,7 @@ def test_the_command_counts_a_folder(tmp_path: Path, capsys: pytest.CaptureFixtu
         (tmp_path / f"{number}.jpg").write_bytes(b"x" * 1000)
 
     assert main(["advise", str(tmp_path), "--workers", "2"]) == 0
-    assert "recommended: 2 shards of 12.8 kB, 5 samples each" in capsys.readouterr().out
+    assert "recommended: 2 shards of 12.8 kB, 5 samples each\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

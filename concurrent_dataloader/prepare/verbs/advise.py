@@ -88,6 +88,8 @@ def _find_amount(options: argparse.Namespace) -> Amount:
 def describe(advice: Advice) -> str:
     """Say it in lines."""
     count = "" if advice.max_count is None else f", {advice.max_count} samples each"
+    if advice.last_count != advice.max_count:
+        count += f" but {advice.last_count} in the last"
     how = f"--maxcount {advice.max_count}" if advice.max_count else f"--shards {advice.num_shards}"
     verb = "shard" if advice.max_count else "reshard"
     lines = [
