@@ -495,6 +495,30 @@ def test_a_temporary_file_goes_when_the_process_ends(forms: Path, temporary: Pat
     assert list(temporary.iterdir()) == []
 
 
+def test_a_temporary_file_of_a_killed_process_goes_with_the_next_run(
+    forms: Path, temporary: Path
+) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from concurrent_dataloader.prepare.sources import open_source\n"
+        "source = open_source(sys.argv[1], temporary_folder=sys.argv[2])\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, forms / "flat.tar.gz", temporary], check=False)
+    assert len(list(temporary.iterdir())) == 1
+    (temporary / "unpacked-by-somebody-else.tar").touch()
+
+    source = open_source(forms / "flat.tar.gz", temporary_folder=temporary)
+    other = open_source(forms / "flat.tar.gz", temporary_folder=temporary)
+
+    assert len(list(temporary.iterdir())) == 3, "what is in use stays, as does what is not ours"
+    check_is_images(source)
+    check_is_images(other)
+    source.close()
+    other.close()
+    assert [path.name for path in temporary.iterdir()] == ["unpacked-by-somebody-else.tar"]
+
+
 def test_a_twin_reads_the_temporary_file_and_leaves_it(forms: Path, temporary: Path) -> None:
     source = open_source(forms / "flat.tar.xz", temporary_folder=temporary)
     twin: SampleTable = pickle.loads(pickle.dumps(source))

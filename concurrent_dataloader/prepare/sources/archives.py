@@ -10,6 +10,9 @@ from __future__ import annotations
 import array
 import bz2
 import concurrent.futures
+import contextlib
+import fcntl
+import glob
 import gzip
 import lzma
 import os
@@ -20,6 +23,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -44,6 +48,7 @@ TAR_SUFFIX = ".tar"
 _REMOTE_SCANNERS = 16
 _MAX_ANNOTATION_BYTES = 1 << 20
 _COPY_BYTES = 1 << 20
+_UNPACKED_PREFIX = "concurrent-dataloader-unpacked-"
 
 _DECOMPRESSORS: dict[str, Callable[[BinaryIO], Any]] = {
     ".gz": lambda file: gzip.GzipFile(fileobj=file),
@@ -343,29 +348,66 @@ class UnpackedTar:
     """A tar in a temporary file.
 
     The file belongs to the process that unpacked it, and goes when that closes it, forgets it or
-    ends, unless it is killed. A pickled twin reads it and leaves it alone.
+    ends. If it is killed, the next one that unpacks into the same folder removes the file: it is
+    locked as long as its owner, or a process forked from it, lives. A pickled twin reads it and
+    leaves it alone.
     """
 
-    def __init__(self, path: str, *, is_owner: bool) -> None:
+    def __init__(self, path: str, lock_file: int | None) -> None:
+        """Refer to a file; ``lock_file`` is its locked descriptor, which the owner has."""
         self.path = path
-        self._finalizer = weakref.finalize(self, _remove, path, os.getpid()) if is_owner else None
+        self._finalizer = (
+            None
+            if lock_file is None
+            else weakref.finalize(self, _remove, path, lock_file, os.getpid())
+        )
 
     def close(self) -> None:
         """Remove the file, if it is this process's."""
         if self._finalizer is not None:
             self._finalizer()
 
-    def __reduce__(self) -> tuple[Callable[[str], UnpackedTar], tuple[str]]:
-        return _borrow, (self.path,)
+    def __reduce__(self) -> tuple[Callable[[str, None], UnpackedTar], tuple[str, None]]:
+        return UnpackedTar, (self.path, None)
 
 
-def _borrow(path: str) -> UnpackedTar:
-    return UnpackedTar(path, is_owner=False)
+def _remove(path: str, lock_file: int, owner: int) -> None:
+    if os.getpid() == owner:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        os.close(lock_file)
 
 
-def _remove(path: str, owner: int) -> None:
-    if os.getpid() == owner and os.path.exists(path):
-        os.unlink(path)
+def _make_unpacked(folder: str | os.PathLike[str] | None) -> tuple[UnpackedTar, int]:
+    """Make an empty file, locked; gives its descriptor too, which stays the file's."""
+    while True:
+        descriptor, path = tempfile.mkstemp(prefix=_UNPACKED_PREFIX, suffix=TAR_SUFFIX, dir=folder)
+        _lock(descriptor, wait=True)
+        if os.path.exists(path):
+            return UnpackedTar(path, descriptor), descriptor
+        os.close(descriptor)  # another run took it for left over, just before it was locked
+
+
+def _lock(descriptor: int, *, wait: bool) -> bool:
+    """Lock a file for this process and its children; False if it is in use, or cannot be locked."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
+
+
+def _remove_left_over(folder: str | os.PathLike[str] | None) -> None:
+    """Remove what runs that were killed have left."""
+    where = tempfile.gettempdir() if folder is None else folder
+    for path in Path(where).glob(f"{glob.escape(_UNPACKED_PREFIX)}*{TAR_SUFFIX}"):
+        with contextlib.suppress(OSError):  # another user's, or gone meanwhile
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                if _lock(descriptor, wait=False):
+                    path.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def unpack_tar(archives: Archives, key: str, folder: str | os.PathLike[str] | None) -> UnpackedTar:
@@ -384,12 +426,13 @@ def unpack_tar(archives: Archives, key: str, folder: str | os.PathLike[str] | No
     where = archives.store.describe(key)
     ending = os.path.splitext(key)[1].casefold()
     with archives.open_file(key) as packed:
-        descriptor, path = tempfile.mkstemp(
-            prefix=f"unpacked-{os.getpid()}-", suffix=".tar", dir=folder
-        )
-        unpacked = UnpackedTar(path, is_owner=True)
+        _remove_left_over(folder)
+        unpacked, descriptor = _make_unpacked(folder)
         try:
-            with open(descriptor, "wb") as file, _DECOMPRESSORS[ending](packed) as content:
+            with (
+                open(descriptor, "wb", closefd=False) as file,
+                _DECOMPRESSORS[ending](packed) as content,
+            ):
                 shutil.copyfileobj(content, file, _COPY_BYTES)
         except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
             unpacked.close()
@@ -402,7 +445,7 @@ def unpack_tar(archives: Archives, key: str, folder: str | os.PathLike[str] | No
             raise type(error)(
                 error.errno,
                 f"{error.strerror}, while {where} was unpacked; give a folder with more room",
-                path,
+                unpacked.path,
             ) from error
         except BaseException:
             unpacked.close()
