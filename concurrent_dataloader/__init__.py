@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from concurrent_dataloader.dataloader_mod.dataloader import DataLoader
+    from concurrent_dataloader.dataloader_mod.elastic import ElasticDistributedSampler
     from concurrent_dataloader.datasets import (
         IndexedDataset,
         LmdbDataset,
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DataLoader",
+    "ElasticDistributedSampler",
     "ImagenetLoader",
     "Index",
     "IndexedDataset",
@@ -57,6 +59,7 @@ __all__ = [
 
 _HOMES = {
     "DataLoader": "concurrent_dataloader.dataloader_mod.dataloader",
+    "ElasticDistributedSampler": "concurrent_dataloader.dataloader_mod.elastic",
     "Index": "concurrent_dataloader.index",
     "ImagenetLoader": "concurrent_dataloader.imagenet_loader",
     "IndexedDataset": "concurrent_dataloader.datasets",

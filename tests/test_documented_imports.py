@@ -17,6 +17,7 @@ HOMES = [
 ]
 EXPORTED = [
     "DataLoader",
+    "ElasticDistributedSampler",
     "Index",
     "ImagenetLoader",
     "IndexedDataset",

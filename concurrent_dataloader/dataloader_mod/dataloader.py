@@ -14,12 +14,11 @@ from typing import Any, Self, TypeVar
 import torch
 import torch.utils.data
 
-from concurrent_dataloader.dataloader_mod import torch_internals
+from concurrent_dataloader.dataloader_mod import order, torch_internals
 from concurrent_dataloader.dataloader_mod.resume import (
     EpochState,
     GeneratorStates,
     StatesAfter,
-    find_generators,
     generators_at,
     read_generators,
     write_generators,
@@ -176,29 +175,37 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         """Say how far the epoch is, for `load_state_dict` of a loader that is made alike.
 
         Returns:
-            What ``torch.save`` writes and ``torch.load(weights_only=True)`` reads. Between epochs
-            it says that the next one has not begun.
+            What ``torch.save`` writes and ``torch.load(weights_only=True)`` reads, if a sampler's
+            own state is. It is that after the last batch that was taken, whatever is under way.
+            Between epochs it says that the next one has not begun.
 
         Raises:
             ValueError: The order cannot be had again: the dataset is iterable, ``in_order`` is off,
                 or ``fetch_impl`` is "vanilla".
         """
         self._check_resumable()
-        return self._epoch_state.to_dict()
+        state = self._epoch_state
+        return (order.describe_between_epochs(self) if state.begin is None else state).to_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Let the next iteration go on where `state_dict` was called.
 
-        It gives the batches after those that were taken, which are not fetched again, with the same
-        random draws in the workers' transforms if there are as many workers as before; draws in the
-        main process are the caller's to restore. A ``DistributedSampler`` has to be told its epoch,
-        as ever. Ends iterators that are under way.
+        It gives the batches after those that were taken, which are not fetched again; what was
+        begun ahead and not taken is. A sampler, batch sampler or their iterator that has
+        ``state_dict`` and ``load_state_dict`` is put into its state when the iteration begins; any
+        other is asked again for what was taken. The order stays also with another number of
+        workers. With as many workers, on the same rank, their transforms also draw the same random
+        numbers; draws in the main process are the caller's to restore. Another number of ranks
+        needs an `ElasticDistributedSampler`. A sampler has to be told its epoch, as ever. Ends
+        iterators that are under way.
 
         Raises:
-            ValueError: As `state_dict`; or this is no state of a loader.
+            ValueError: As `state_dict`; this is no state of a loader, or that of one which was made
+                otherwise, so that the order would be another.
         """
         self._check_resumable()
         state = EpochState.from_dict(state_dict)
+        order.take_over(self, state)
         self.close()
         self._epoch_state = state
         self._resumes = state.begin is not None
@@ -223,7 +230,8 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             with generators_at(read_generators()):
                 iterator = self._make_iterator(resumes=True)
         else:
-            self._epoch_state = EpochState()
+            loaded = self._epoch_state.sampler if self._epoch_state.begin is None else None
+            self._epoch_state = EpochState(sampler=loaded)
             iterator = self._make_iterator(resumes=False)
         _open_iterators.setdefault(self, weakref.WeakSet()).add(iterator)
         return iterator
@@ -283,12 +291,16 @@ class _WorkersIter(torch_internals.MultiProcessingIter):
         self._pid = os.getpid()
         self._state = state
         self._resumes = resumes
-        self._num_to_skip = state.num_taken if resumes else 0
-        self._generators = find_generators(loader)
+        self._order = order.Order(loader, state, resumes)
+        self._sampler_after: dict[int, bytes | None] = {}
         # The worker's generators after a task, and after its last one.
         self._states_after: dict[int, GeneratorStates] = {}
         self._states_now: dict[int, GeneratorStates] = {}
-        if resumes and state.num_workers == loader.num_workers:
+        is_alike = (state.num_workers, state.place) == (
+            loader.num_workers,
+            order.find_place(loader),
+        )
+        if resumes and is_alike:
             self._states_now = dict(state.workers)
             settings = dataclasses.replace(
                 settings, base_seed=state.base_seed, generators=state.workers
@@ -297,11 +309,13 @@ class _WorkersIter(torch_internals.MultiProcessingIter):
         super().__init__(_LoaderView(loader, settings))
 
     def _next_index(self) -> Any:
-        while self._num_to_skip:
-            self._num_to_skip -= 1
-            super()._next_index()
-            next(self._worker_queue_idx_cycle)  # so that each batch goes to the worker it went to
-        return super()._next_index()
+        if not self._order.is_open:
+            self._sampler_iter = self._order.open(self._sampler_iter)
+            for _ in range(self._state.num_taken % self._num_workers):
+                next(self._worker_queue_idx_cycle)  # each batch to the worker that it went to
+        positions = super()._next_index()
+        self._sampler_after[self._send_idx] = self._order.read()
+        return positions
 
     def _try_put_index(self) -> None:
         task = self._send_idx
@@ -323,6 +337,7 @@ class _WorkersIter(torch_internals.MultiProcessingIter):
         task = self._rcvd_idx - 1 if self._in_order else self._received_task
         worker_id = self._worker_of_task.pop(task)
         self._state.num_taken += 1
+        self._state.sampler = self._sampler_after.pop(task)
         if task in self._states_after:
             self._state.workers[worker_id] = self._states_after.pop(task)
         if self._settings.takes_counted:
@@ -338,19 +353,18 @@ class _WorkersIter(torch_internals.MultiProcessingIter):
 
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
         self._worker_of_task.clear()
+        self._sampler_after.clear()
+        base_seed = self._settings.base_seed
         if first_iter and self._resumes:
-            for generator, before in zip(self._generators, self._state.generators, strict=True):
-                generator.set_state(before)
-            if self._settings.base_seed is None:  # other workers than before
+            self._order.begin()
+            if base_seed is None:  # other workers than before
                 self._state.base_seed, self._state.workers = self._base_seed, {}
                 self._state.num_workers = self._num_workers
+                self._state.place = order.find_place(loader)
             with generators_at(self._state.begin):
                 super()._reset(loader, first_iter)
             return
-        base_seed = self._settings.base_seed
-        self._state.restart(
-            begin=read_generators(),
-            generators=[generator.get_state() for generator in self._generators],
+        self._order.begin(
             base_seed=self._base_seed if base_seed is None else base_seed,
             num_workers=self._num_workers,
         )
@@ -433,21 +447,14 @@ class _MainProcessIter(_PlainMainProcessIter):
     def __init__(
         self, loader: DataLoader[Any], settings: FetchSettings, state: EpochState, resumes: bool
     ) -> None:
-        generators = find_generators(loader)
         self._state = state
-        if resumes:
-            for generator, before in zip(generators, state.generators, strict=True):
-                generator.set_state(before)
-            if state.begin is not None:
-                write_generators(state.begin)  # for a while: the loader puts them back
-        else:
-            state.restart(
-                begin=read_generators(),
-                generators=[generator.get_state() for generator in generators],
-            )
+        self._order = order.Order(loader, state, resumes)
+        self._order.begin()
+        if resumes and state.begin is not None:
+            write_generators(state.begin)  # for a while: the loader puts them back
         super().__init__(loader)
         self._batch_pool = settings.batch_pool
-        self._ahead: list[Batch] = []
+        self._ahead: list[tuple[Batch, bytes | None]] = []
         self._fetched = FetchedDataset(self._dataset, settings, self._auto_collation)
         self._dataset_fetcher = torch_internals.DatasetKind.create_fetcher(
             self._dataset_kind,
@@ -458,27 +465,25 @@ class _MainProcessIter(_PlainMainProcessIter):
         )
 
         if resumes and state.first is not None:
-            write_generators(state.first)
-            for _ in range(state.num_taken):
-                super()._next_index()
             self._begin_ahead()
 
     def _next_index(self) -> Batch:
-        if self._state.first is None:
-            self._state.first = read_generators()
         self._begin_ahead()
         if not self._ahead:
             self._fetched.close()
             self._state.restart()
             raise StopIteration
         self._state.num_taken += 1
-        return self._ahead.pop(0)
+        batch, self._state.sampler = self._ahead.pop(0)
+        return batch
 
     def _begin_ahead(self) -> None:
+        if not self._order.is_open:
+            self._sampler_iter = self._order.open(self._sampler_iter)
         with contextlib.suppress(StopIteration):
             while len(self._ahead) <= self._batch_pool:
-                self._ahead.append(Batch(super()._next_index()))
-        self._fetched.begin(*self._ahead)
+                self._ahead.append((Batch(super()._next_index()), self._order.read()))
+        self._fetched.begin(*(batch for batch, _ in self._ahead))
 
     def close(self) -> None:
         """End the threads that fetch."""

@@ -2,14 +2,16 @@
 
 An epoch's order follows from the random generators as they were when its sampler began; so these
 are kept, and the sampler is asked again for what was delivered already, which is not fetched. A
-worker's random transforms follow from its own generators; it sends their state with each batch that
-changed it, and the worker that takes its place begins with the state after the last that was taken.
+sampler that has a state of its own is put into it instead (`order.py`). A worker's random
+transforms follow from its own generators; it sends their state with each batch that changed it, and
+the worker that takes its place begins with the state after the last that was taken.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import pickle
 import random
 from collections.abc import Generator, Mapping
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-VERSION = 1
+VERSION = 2
 
 GeneratorStates = Mapping[str, Any]
 """States of the three global generators, as tensors, numbers and lists only."""
@@ -57,6 +59,21 @@ def generators_at(states: GeneratorStates | None) -> Generator[None]:
         write_generators(before)
 
 
+def is_stateful(part: Any) -> bool:
+    """Tell whether it has a state of its own, by torchdata's convention."""
+    return all(callable(getattr(part, name, None)) for name in ("state_dict", "load_state_dict"))
+
+
+def freeze(state: Any) -> bytes | None:
+    """Keep a state as it is now, whatever its owner does to it later; None stays None."""
+    return None if state is None else pickle.dumps(state, pickle.HIGHEST_PROTOCOL)
+
+
+def thaw(frozen: bytes | None) -> Any:
+    """Give back what `freeze` was given, in this process or in a worker of it."""
+    return None if frozen is None else pickle.loads(frozen)
+
+
 class GeneratorWatch:
     """Notices, in a worker, when the global generators have changed. Cheap when they have not."""
 
@@ -75,18 +92,6 @@ class GeneratorWatch:
             return None
         self._last = now
         return read_generators()
-
-
-def find_generators(loader: Any) -> list[torch.Generator]:
-    """Find the generators of the user's own that decide on the order."""
-    samplers = (loader, loader.sampler, loader.batch_sampler)
-    inner = getattr(loader.batch_sampler, "sampler", None)
-    found = [getattr(each, "generator", None) for each in (*samplers, inner)]
-    return [
-        each
-        for number, each in enumerate(found)
-        if isinstance(each, torch.Generator) and not any(each is other for other in found[:number])
-    ]
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -110,6 +115,15 @@ class EpochState:
 
     num_workers: int = 0
 
+    batch_size: int | None = None
+    """The loader's; batches that are replayed must be as large as they were."""
+
+    place: tuple[int, int] = (0, 1)
+    """Rank and number of ranks: only this one's workers draw on with `workers`."""
+
+    sampler: bytes | None = None
+    """What the sampler said of itself after the last batch that was taken (`freeze`)."""
+
     workers: dict[int, GeneratorStates] = dataclasses.field(
         default_factory=dict[int, GeneratorStates]
     )
@@ -118,7 +132,8 @@ class EpochState:
     def to_dict(self) -> dict[str, Any]:
         """Copy it into a dictionary that ``torch.load(weights_only=True)`` reads."""
         fields: dict[str, Any] = {name: getattr(self, name) for name in _FIELDS}
-        return {"version": VERSION, **fields, "workers": dict(self.workers)}
+        fields |= {"sampler": thaw(self.sampler), "workers": dict(self.workers)}
+        return {"version": VERSION, **fields}
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> EpochState:
@@ -134,7 +149,8 @@ class EpochState:
             )
         made = cls()
         made.restart(**{name: state[name] for name in _FIELDS})
-        made.workers = dict(made.workers)
+        made.workers, made.place = dict(made.workers), (state["place"][0], state["place"][1])
+        made.sampler = freeze(state["sampler"])
         return made
 
     def restart(self, **fields: Any) -> None:

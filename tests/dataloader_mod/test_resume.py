@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DistributedSampler, RandomSampler, WeightedRandomSampler
 
+from concurrent_dataloader import S3Dataset
 from concurrent_dataloader.dataloader_mod.dataloader import DataLoader
 from concurrent_dataloader.dataloader_mod.resume import read_generators, write_generators
 from tests.dataloader_mod import doubles
@@ -112,15 +113,34 @@ def test_what_was_taken_is_not_fetched_again(tmp_path):
     assert sorted(int(path.name) for path in tmp_path.iterdir()) == labels
 
 
-def test_positions_go_on_with_another_number_of_workers():
-    whole = [labels for _, labels in make_loader(1)]
-    first, state, _ = take(make_loader(1), 3)
-    again = make_loader(4, num_workers=3)
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_objects_that_were_taken_are_not_requested_again(object_server, num_workers):
+    """What was begun ahead and not taken is."""
+    object_server.create_bucket("public", public=True)
+    object_server.put_objects(
+        "public", {f"class/{n:02}.jpg": b"%d" % n for n in range(NUM_SAMPLES)}
+    )
+
+    def make():
+        dataset = S3Dataset(
+            "public",
+            endpoint_url=object_server.endpoint_url,
+            anonymous=True,
+            decode=None,
+        )
+        return DataLoader(dataset, 4, num_workers=num_workers, collate_fn=list, batch_pool=2)
+
+    first, state, _ = take(make(), 5)
+    again = make()
     again.load_state_dict(state)
+    object_server.reset_counters()
+    rest = list(again)
+    requests = object_server.counters(by_key=True).num_gets_by_key
 
-    rest = [labels for _, labels in again]
-
-    assert is_same([*(labels for _, labels in first), *rest], whole)
+    items = [bytes(raw) for batch in [*first, *rest] for raw, _ in batch]
+    assert items == [b"%d" % n for n in range(NUM_SAMPLES)]
+    keys = {key.rpartition("/")[2]: count for key, count in requests.items() if "class/" in key}
+    assert keys == {f"{n:02}.jpg": 1 for n in range(20, NUM_SAMPLES)}
 
 
 def test_resuming_leaves_the_generators_of_the_main_process_alone():

@@ -1,0 +1,243 @@
+"""What decides on the order: asked again for what was delivered, or put where it was.
+
+A sampler is replayed: its generators are put back, and it is asked for all that was delivered. One
+that has ``state_dict`` and ``load_state_dict``, or whose iterator has them, is put into its state
+instead, as ``torchdata``'s ``StatefulDataLoader`` does it: the sampler before it is made an
+iterator, the iterator then. It is asked for batches ahead of what the training loop takes, so its
+state is read after each answer, and the one that belongs to the last batch taken is kept.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed
+from torch.utils.data import BatchSampler, DistributedSampler
+
+from concurrent_dataloader.dataloader_mod import torch_internals
+from concurrent_dataloader.dataloader_mod.resume import (
+    EpochState,
+    freeze,
+    is_stateful,
+    read_generators,
+    thaw,
+    write_generators,
+)
+
+
+def find_generators(loader: Any) -> list[torch.Generator]:
+    """Find the generators of the user's own that decide on the order."""
+    samplers = (loader, loader.sampler, loader.batch_sampler)
+    inner = getattr(loader.batch_sampler, "sampler", None)
+    found = [getattr(each, "generator", None) for each in (*samplers, inner)]
+    return [
+        each
+        for number, each in enumerate(found)
+        if isinstance(each, torch.Generator) and not any(each is other for other in found[:number])
+    ]
+
+
+def find_place(loader: Any) -> tuple[int, int]:
+    """Find the rank that this loader reads for, and the number of ranks."""
+    sampler = _find_distributed(loader)
+    if sampler is not None:
+        return sampler.rank, sampler.num_replicas
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _find_distributed(loader: Any) -> DistributedSampler[Any] | None:
+    for each in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
+        if isinstance(each, DistributedSampler):
+            return each
+    return None
+
+
+def describe_between_epochs(loader: Any) -> EpochState:
+    """Say what the next epoch's order follows from, as far as the user gave it to the loader."""
+    return EpochState(
+        generators=[generator.get_state() for generator in find_generators(loader)],
+        sampler=Order(loader, EpochState(), resumes=False).read(),
+        batch_size=loader.batch_size,
+        place=find_place(loader),
+    )
+
+
+def take_over(loader: Any, state: EpochState) -> None:
+    """Check that an epoch can be had again from this loader; prepare one that has not begun.
+
+    Raises:
+        ValueError: The loader is not made as the one whose state it is.
+    """
+    generators, place = find_generators(loader), find_place(loader)
+    if len(generators) != len(state.generators):
+        raise ValueError(
+            f"load_state_dict: got a state with {len(state.generators)} generators, expected "
+            f"{len(generators)} as this loader has; make both alike"
+        )
+    order = Order(loader, state, resumes=True)
+    if state.sampler is not None:
+        order.check_takes_states()
+        if state.begin is None:
+            order.put_back()
+        return
+    if state.begin is None:
+        order.put_back()
+        return
+    if loader.batch_size != state.batch_size:
+        raise ValueError(
+            f"batch_size: got {loader.batch_size}, expected {state.batch_size} as in the state; "
+            "another one needs a sampler with a state of its own, as ElasticDistributedSampler"
+        )
+    if _find_distributed(loader) is not None and place[1] != state.place[1]:
+        raise ValueError(
+            f"sampler: got one for {place[1]} ranks, expected {state.place[1]} as in the state; "
+            "only an ElasticDistributedSampler parts the rest of an epoch among others"
+        )
+
+
+class Order:
+    """A loader's sampler, and where it stands. One for each iterator of the loader."""
+
+    def __init__(self, loader: Any, state: EpochState, resumes: bool) -> None:
+        """Look at a loader; begins nothing.
+
+        Args:
+            loader: Whose sampler it is.
+            state: Where it is to go on, and where its beginning is written.
+            resumes: Whether to go on there.
+        """
+        self._loader = loader
+        self._state = state
+        self._resumes = resumes
+        is_at_begin = not resumes or state.num_taken == 0
+        self._may_be_over = state.sampler is not None and is_at_begin
+        self._generators = find_generators(loader)
+        self._sampler: Any = loader._index_sampler
+        self._plain_batches: BatchSampler | None = None
+        if type(self._sampler) is BatchSampler:
+            self._plain_batches = self._sampler
+            self._sampler = self._plain_batches.sampler
+        self._is_map = loader._dataset_kind == torch_internals.DatasetKind.Map
+        self._iterator: Any = None
+        self.is_open = False
+
+    def check_takes_states(self) -> None:
+        """Raise ValueError if there is nothing that the sampler's state could be given to."""
+        part = "sampler" if thaw(self._state.sampler)["iterator"] is None else "iterator"
+        if part == "sampler" and not is_stateful(self._sampler):
+            raise ValueError(
+                f"sampler: got {type(self._sampler).__name__}, which has no load_state_dict, "
+                "expected one that has it, as the one whose state this is"
+            )
+
+    def put_back(self) -> None:
+        """Put generators and sampler into the state; not the iterator, which is none yet."""
+        for generator, before in zip(self._generators, self._state.generators, strict=True):
+            generator.set_state(before)
+        states = thaw(self._state.sampler)
+        if states is not None and states["sampler"] is not None:
+            self._sampler.load_state_dict(states["sampler"])
+
+    def begin(self, **fields: Any) -> None:
+        """Call right before the sampler is made an iterator.
+
+        Args:
+            fields: Of the state, if it begins anew.
+        """
+        self._iterator, self.is_open = None, False
+        if self._resumes:
+            self.put_back()
+            return
+        self._state.restart(
+            begin=read_generators(),
+            generators=[generator.get_state() for generator in self._generators],
+            sampler=self.read(),
+            batch_size=self._loader.batch_size,
+            place=find_place(self._loader),
+            **fields,
+        )
+
+    def open(self, iterator: Any) -> Iterator[Any]:
+        """Call before the iterator of the sampler is first asked; ask what this gives instead.
+
+        Raises:
+            ValueError: The sampler ends before what was delivered does.
+        """
+        self.is_open = True
+        if self._state.first is None:
+            self._state.first = read_generators()
+        elif self._resumes:
+            write_generators(self._state.first)
+        states = thaw(self._state.sampler) if self._resumes else None
+        iterator = self._watch(iterator, None if states is None else states["iterator"])
+        if self._resumes and states is None and self._is_map:
+            self._replay(iterator)
+        elif self._may_be_over:
+            iterator = self._skip_end(iterator)
+        self._resumes = self._may_be_over = False
+        return iterator
+
+    def _replay(self, iterator: Iterator[Any]) -> None:
+        for number in range(self._state.num_taken):
+            if next(iterator, self) is self:
+                raise ValueError(
+                    f"sampler: got {number} batches, expected {self._state.num_taken} or more, as "
+                    "were delivered when the state was saved; make data and sampler alike"
+                )
+
+    def _watch(self, iterator: Any, state: Any) -> Iterator[Any]:
+        """Keep the sampler's iterator, and put it into its state, if it has one."""
+        if self._plain_batches is not None:
+            # torch's batches hide the iterator. They have not begun, so others may stand in.
+            batches = self._plain_batches
+            watched: Any = _Watched(self, self._sampler, state)
+            return iter(BatchSampler(watched, batches.batch_size, batches.drop_last))
+        self.keep(iterator, state)
+        return iterator
+
+    def keep(self, iterator: Any, state: Any) -> None:
+        """Keep an iterator of the sampler, and put it into its state unless that is None."""
+        self._iterator = iterator if is_stateful(iterator) else None
+        if state is None:
+            return
+        if self._iterator is None:
+            raise ValueError(
+                f"sampler: got {type(self._sampler).__name__}, whose iterator has no "
+                "load_state_dict, expected one that has it, as the one whose state this is"
+            )
+        self._iterator.load_state_dict(state)
+
+    def _skip_end(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        """Pass over an epoch without batches: some samplers say after an epoch that it is over."""
+        nothing = object()
+        first = next(iterator, nothing)
+        if first is nothing:
+            return self._watch(iter(self._loader._index_sampler), None)
+        return itertools.chain([first], iterator)
+
+    def read(self) -> bytes | None:
+        """Read the state of the sampler and its iterator; None if neither has one."""
+        sampler = self._sampler.state_dict() if is_stateful(self._sampler) else None
+        iterator = None if self._iterator is None else self._iterator.state_dict()
+        if sampler is None and iterator is None:
+            return None
+        return freeze({"sampler": sampler, "iterator": iterator})
+
+
+class _Watched:
+    """A sampler that shows its iterator."""
+
+    def __init__(self, order: Order, sampler: Any, state: Any) -> None:
+        self._order = order
+        self._sampler = sampler
+        self._state = state
+
+    def __iter__(self) -> Iterator[Any]:
+        iterator = iter(self._sampler)
+        self._order.keep(iterator, self._state)
+        return iterator
