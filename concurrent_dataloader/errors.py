@@ -14,6 +14,7 @@ LoaderError
 │       └── ThrottledError                          the store takes fewer requests than were made
 ├── IndexFormatError (ValueError)           an index file that is not one
 ├── ShardFormatError (ValueError)           a shard that is not what its format says
+│   └── ChecksumError                           bytes of it that are not those that were written
 ├── ClassesFormatError (ValueError)         a classes file that is not one
 ├── UnknownClassError (LookupError)         a sample whose class the classes file does not hold
 ├── SampleDecodeError (ValueError)          bytes that are no image
@@ -80,6 +81,10 @@ class IndexFormatError(LoaderError, ValueError):
 
 class ShardFormatError(LoaderError, ValueError):
     """A shard, or a record in it, that is not what its format says."""
+
+
+class ChecksumError(ShardFormatError):
+    """Bytes of a shard that are not those that were written, by their checksum."""
 
 
 class ClassesFormatError(LoaderError, ValueError):

@@ -10,6 +10,7 @@ shard         int32 (N,)     number of its shard in the header's list
 extent        int64 (N, 2)   start and stop of the whole sample, headers and padding included
 payload       int64 (N, 2)   start and stop of its image, or other payload
 label         int32 (N,)     from 0 on; -1: none
+crc32c        uint32 (N, 2)  CRC-32C of the bytes of extent and payload; left out where not known
 ```
 
 Samples stand in the order of the shards, and of their bytes.
@@ -39,6 +40,8 @@ from concurrent_dataloader.ranges import ByteRange
 ShardKind = Literal["tar", "tfrecord"]
 
 NO_LABEL = -1
+NO_CRC = -1
+"""In arrays of CRCs: not known."""
 
 _VERSION = 1
 
@@ -53,11 +56,21 @@ class Shard(NamedTuple):
     md5: str | None = None
     """Of the whole file, in hex; None where it is not known."""
 
+    crc32c: str | None = None
+    """Of the whole file, in hex; None where it is not known."""
+
+
+class SampleCrcs(NamedTuple):
+    """CRC-32Cs of a sample's bytes."""
+
+    extent: int
+    payload: int
+
 
 class ShardIndex:
     """Which samples exist, in which shard and bytes. Immutable; a sample may stand in it twice.
 
-    It pickles with its arrays, 50 to 100 bytes a sample; forked workers share them.
+    It pickles with its arrays, 60 to 120 bytes a sample; forked workers share them.
     """
 
     def __init__(
@@ -97,6 +110,34 @@ class ShardIndex:
     def extent(self, position: int) -> ByteRange:
         """Give the bytes of the whole sample, headers and padding included."""
         return ByteRange(*self._arrays["extent"][position].tolist())
+
+    def payload_crc(self, position: int) -> int | None:
+        """Give the CRC-32C of the bytes of `payload`; None where it is not known."""
+        return self._crc(position, 1)
+
+    def extent_crc(self, position: int) -> int | None:
+        """Give the CRC-32C of the bytes of `extent`; None where it is not known."""
+        return self._crc(position, 0)
+
+    def sample_crcs(self, position: int) -> SampleCrcs | None:
+        """Give both; None where they are not known."""
+        extent, payload = self.extent_crc(position), self.payload_crc(position)
+        return None if extent is None or payload is None else SampleCrcs(extent, payload)
+
+    def _crc(self, position: int, column: int) -> int | None:
+        crcs = self._arrays.get("crc32c")
+        if crcs is None:
+            return None
+        crc = int(crcs[position, column])
+        return None if crc == NO_CRC else crc
+
+    @property
+    def crcs(self) -> NDArray[np.int64] | None:
+        """CRC-32C of each sample's extent and payload, (N, 2) int64; `NO_CRC`: not known.
+
+        None if none is known.
+        """
+        return self._arrays.get("crc32c")
 
     @property
     def shard_numbers(self) -> NDArray[np.int32]:
@@ -150,6 +191,10 @@ class ShardIndex:
             "classes": self.classes,
             "label_space": self.label_space,
         }
+        arrays = dict(self._arrays)
+        crcs = arrays.pop("crc32c", None)
+        if crcs is not None and not bool((crcs == NO_CRC).any()):
+            arrays["crc32c"] = crcs.astype(np.uint32)
         file = io.BytesIO()
         np.savez(
             file,
@@ -157,7 +202,7 @@ class ShardIndex:
             header=np.frombuffer(orjson.dumps(header), np.uint8),
             keys=np.frombuffer(b"".join(keys), np.uint8),
             key_offsets=offsets,
-            **self._arrays,
+            **arrays,
         )
         return file.getvalue()
 
@@ -194,6 +239,8 @@ class ShardIndex:
                 header = orjson.loads(file["header"].tobytes())
                 blob, offsets = file["keys"].tobytes(), file["key_offsets"].tolist()
                 arrays = {name: file[name] for name in ("shard", "extent", "payload", "label")}
+                if "crc32c" in file:
+                    arrays["crc32c"] = file["crc32c"].astype(np.int64)
             if header["version"] != _VERSION or header["kind"] not in get_args(ShardKind):
                 raise IndexFormatError(
                     f"{where}: got version {header['version']!r} and kind {header['kind']!r}, "
@@ -221,8 +268,10 @@ class ShardIndex:
 
 
 def _check_arrays(arrays: dict[str, NDArray[Any]], num_samples: int, num_shards: int) -> None:
-    shapes = {"shard": (), "extent": (2,), "payload": (2,), "label": ()}
+    shapes = {"shard": (), "extent": (2,), "payload": (2,), "label": (), "crc32c": (2,)}
     for name, shape in shapes.items():
+        if name == "crc32c" and name not in arrays:
+            continue
         if arrays[name].shape != (num_samples, *shape) or arrays[name].dtype.kind != "i":
             raise ValueError(f"array {name}: got {arrays[name].dtype} {arrays[name].shape}")
     shard, extent, payload = arrays["shard"], arrays["extent"], arrays["payload"]
@@ -248,9 +297,15 @@ class ShardIndexBuilder:
         self._label = array.array("i")
         self._extent = array.array("q")
         self._payload = array.array("q")
+        self._crcs = array.array("q")
 
     def add_sample(
-        self, name: str, extent: ByteRange, payload: ByteRange, label: int | None
+        self,
+        name: str,
+        extent: ByteRange,
+        payload: ByteRange,
+        label: int | None,
+        crcs: SampleCrcs | None = None,
     ) -> None:
         """Add a sample of the shard that `add_shard` will end.
 
@@ -259,7 +314,9 @@ class ShardIndexBuilder:
             extent: The whole sample.
             payload: Its image, or other payload.
             label: From 0 on, or None.
+            crcs: Of extent and payload, where they are known.
         """
+        self._crcs.extend((NO_CRC, NO_CRC) if crcs is None else crcs)
         self._keys.append(name)
         self._shard.append(len(self._shards))
         self._extent.extend(extent)
@@ -285,6 +342,9 @@ class ShardIndexBuilder:
             "payload": np.array(self._payload, np.int64).reshape(-1, 2),
             "label": np.array(self._label, np.int32),
         }
+        crcs = np.array(self._crcs, np.int64).reshape(-1, 2)
+        if bool((crcs != NO_CRC).any()):
+            arrays["crc32c"] = crcs
         sizes = (arrays["payload"][:, 1] - arrays["payload"][:, 0]).tolist()
         names = Index.from_keys(self._keys, cast(list[int], sizes))
         return ShardIndex(self._kind, self._shards, names, arrays, classes, label_space)

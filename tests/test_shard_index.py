@@ -11,7 +11,7 @@ import pytest
 
 from concurrent_dataloader.errors import IndexFormatError
 from concurrent_dataloader.ranges import ByteRange
-from concurrent_dataloader.shard_index import Shard, ShardIndex, ShardIndexBuilder
+from concurrent_dataloader.shard_index import SampleCrcs, Shard, ShardIndex, ShardIndexBuilder
 
 
 def build(num_shards: int = 3, num_samples: int = 4) -> ShardIndex:
@@ -44,6 +44,34 @@ def test_an_index_is_read_back_as_it_was_written(tmp_path: Path) -> None:
         assert twin.labels is not None
         assert index.labels is not None
         assert np.array_equal(twin.labels, index.labels)
+
+
+def build_checked(last: SampleCrcs | None) -> ShardIndex:
+    builder = ShardIndexBuilder("tar")
+    place = ByteRange(0, 1024)
+    builder.add_sample("a.jpg", place, place, None, SampleCrcs(0xFFFFFFFF, 0))
+    builder.add_sample("b.jpg", place, place, None, last)
+    builder.add_shard(Shard("a.tar", 2048, crc32c="00000000"))
+    return builder.build()
+
+
+def test_checksums_of_samples_are_read_back_and_follow_a_selection() -> None:
+    index = build_checked(SampleCrcs(7, 8))
+
+    twin = ShardIndex.from_bytes(index.to_bytes(), "t").select([1, 0])
+
+    assert [twin.sample_crcs(0), twin.sample_crcs(1)] == [(7, 8), (0xFFFFFFFF, 0)]
+    assert (twin.extent_crc(0), twin.payload_crc(0)) == (7, 8)
+    assert twin.shards[0].crc32c == "00000000"
+
+
+def test_a_checksum_that_is_not_known_is_none() -> None:
+    index = build_checked(None)
+
+    assert [index.sample_crcs(0), index.sample_crcs(1)] == [(0xFFFFFFFF, 0), None]
+    assert (index.extent_crc(1), index.payload_crc(1)) == (None, None)
+    # Written are those of all samples or none: an unsigned number has no place for "not known".
+    assert ShardIndex.from_bytes(index.to_bytes(), "t").sample_crcs(0) is None
 
 
 def test_the_same_index_gives_the_same_bytes() -> None:

@@ -53,8 +53,8 @@ from benchmarking.workload import (
 )
 from concurrent_dataloader.dataloader_mod.dataloader import DataLoader
 from concurrent_dataloader.datasets import ShardDataset, StreamedShards
-from concurrent_dataloader.formats.tar import TarWriter
-from concurrent_dataloader.shard_index import Shard, ShardIndex, ShardIndexBuilder
+from concurrent_dataloader.formats.tar import SampleMembers, TarWriter
+from concurrent_dataloader.shard_index import SampleCrcs, Shard, ShardIndex, ShardIndexBuilder
 from concurrent_dataloader.stores._memory import MemoryStore
 from concurrent_dataloader.testing import ObjectServer
 
@@ -79,15 +79,20 @@ def pack_photos(photos: Photos) -> Packed:
     for begin in range(0, len(raw), size):
         file = io.BytesIO()
         writer = TarWriter(file)
+        written: list[SampleMembers] = []
         for position in range(begin, min(begin + size, len(raw))):
             fields = {"cls": b"%d" % position, "jpg": raw[position]}
-            written = writer.write(f"{position:07d}", fields)
-            image = written.members["jpg"]
-            builder.add_sample(image.name, written.extent, image.data, position)
-        md5 = writer.close()
+            written.append(writer.write(f"{position:07d}", fields))
+        checksums = writer.close()
+        extent_crcs = checksums.samples.tolist()
+        for place, sample in enumerate(written):
+            image = sample.members["jpg"]
+            assert image.crc32c is not None, "the writer has seen it"
+            crcs = SampleCrcs(extent_crcs[place], image.crc32c)
+            builder.add_sample(image.name, sample.extent, image.data, begin + place, crcs)
         name = f"train-{len(shards):06d}.tar"
         shards[name] = file.getvalue()
-        builder.add_shard(Shard(name, len(shards[name]), md5))
+        builder.add_shard(Shard(name, len(shards[name]), crc32c=checksums.tar))
     return Packed(shards, builder.build())
 
 

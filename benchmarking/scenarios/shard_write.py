@@ -148,7 +148,9 @@ def _link(photos: Photos, folder: pathlib.Path, copies: int) -> pathlib.Path:
 
 def _tar(folder: pathlib.Path, target: pathlib.Path) -> None:
     target.mkdir()
-    subprocess.run(["tar", "--hard-dereference", "-C", folder, "-cf", target / "all.tar", "."], check=True)
+    subprocess.run(
+        ["tar", "--hard-dereference", "-C", folder, "-cf", target / "all.tar", "."], check=True
+    )
     with open(target / "all.tar", "rb") as file:
         os.fsync(file.fileno())
 

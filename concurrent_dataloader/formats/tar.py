@@ -9,15 +9,17 @@ Headers are POSIX.1-2001 (pax) and its predecessors: ustar, GNU's long names, si
 
 from __future__ import annotations
 
-import hashlib
 import io
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar, cast
 
+import numpy as np
+from numpy.typing import NDArray
 from typing_extensions import Buffer
 
 from concurrent_dataloader.errors import ShardFormatError
+from concurrent_dataloader.formats.crc32c import CrcTable, crc32c
 from concurrent_dataloader.ranges import ByteRange
 
 BLOCK_BYTES = 512
@@ -27,6 +29,8 @@ _ZEROS = bytes(BLOCK_BYTES)
 # Extended headers hold names; one that is longer is damage, and would be read into memory.
 _MAX_EXTENDED_BYTES = 1 << 20
 _SKIP_BYTES = 1 << 20
+# Contents up to this size are written together with the headers around them.
+_SMALL_BYTES = 4096
 _PAX = (b"x", b"X", b"g")
 _LONG_NAME, _LONG_LINK, _SPARSE = b"L", b"K", b"S"
 
@@ -43,6 +47,9 @@ class Member(NamedTuple):
 
     data: ByteRange
     """Its content, without padding."""
+
+    crc32c: int | None = None
+    """Of its content; None where it was not looked at."""
 
     @property
     def stop(self) -> int:
@@ -86,21 +93,19 @@ class Readable(Protocol):
 class Writable(Protocol):
     """What is written front to back."""
 
-    def write(self, piece: Buffer, /) -> Any:
-        """Write all of ``piece``."""
+    def writelines(self, pieces: Iterable[Any], /) -> None:
+        """Write all of each piece, one after the other; pieces do not change any more."""
         ...
 
 
-class Digest(Protocol):
-    """A checksum, as those of `hashlib`."""
+class TarChecksums(NamedTuple):
+    """CRC-32Cs of what a `TarWriter` has written."""
 
-    def update(self, piece: Buffer, /) -> None:
-        """Add a piece."""
-        ...
+    tar: str
+    """Of the whole file, in hex."""
 
-    def hexdigest(self) -> str:
-        """Give the checksum of all pieces, in hex."""
-        ...
+    samples: NDArray[np.int64]
+    """Of the extent of each sample, (N,) int64."""
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -209,15 +214,14 @@ class TarWriter:
     of 8 GiB and more, get pax headers.
     """
 
-    def __init__(self, file: Writable, md5: Digest | None = None) -> None:
+    def __init__(self, file: Writable) -> None:
         """Begin a tar.
 
         Args:
             file: Written to front to back; stays the caller's to close.
-            md5: What is told of all that is written; None: `hashlib`'s, in this thread.
         """
         self._file = file
-        self._md5: Digest = hashlib.md5(usedforsecurity=False) if md5 is None else md5
+        self._crcs = CrcTable()
         self.size_bytes = 0
         """Bytes written so far."""
 
@@ -237,6 +241,8 @@ class TarWriter:
         if not fields:
             raise ValueError(f"{key!r}: got no field, expected at least one")
         members: dict[str, Member] = {}
+        pieces: list[Buffer] = []
+        small: list[Buffer] = []  # headers, paddings and labels, which are written as one
         for field, content in sorted(fields.items()):
             name = f"{key}.{field}"
             if split_name(name) != (key, field):
@@ -244,28 +250,39 @@ class TarWriter:
                     f"{name!r}: would be read as {split_name(name)}, expected key {key!r} and field"
                     f" {field!r}; no dot in the last part of a key, no upper case in a field"
                 )
-            members[field] = self._write_member(name, content)
+            data = memoryview(content).cast("B")
+            num_bytes, crc = data.nbytes, crc32c(content)
+            header = encode_header(name, num_bytes)
+            start = self.size_bytes
+            data_start = start + len(header)
+            small.append(header)
+            if num_bytes <= _SMALL_BYTES:
+                small.append(data)
+            else:
+                self._add_small(pieces, small)
+                self._crcs.add(crc, num_bytes)
+                pieces.append(data)
+            small.append(_ZEROS[: -num_bytes % BLOCK_BYTES])
+            self.size_bytes = data_start + num_bytes + -num_bytes % BLOCK_BYTES
+            members[field] = Member(name, start, ByteRange(data_start, data_start + num_bytes), crc)
+        self._add_small(pieces, small)
+        self._crcs.end_sample()
+        self._file.writelines(pieces)
         return SampleMembers(key, members)
 
-    def _write_member(self, name: str, content: Buffer) -> Member:
-        data = memoryview(content).cast("B")
-        start = self.size_bytes
-        header = encode_header(name, data.nbytes)
-        self._put(header)
-        self._put(data)
-        self._put(_ZEROS[: -data.nbytes % BLOCK_BYTES])
-        data_start = start + len(header)
-        return Member(name, start, ByteRange(data_start, data_start + data.nbytes))
+    def _add_small(self, pieces: list[Buffer], small: list[Buffer]) -> None:
+        joined = b"".join(small)
+        small.clear()
+        if joined:
+            self._crcs.add(crc32c(joined), len(joined))
+            pieces.append(joined)
 
-    def close(self) -> str:
-        """Write the end of the archive, and give the MD5 of all that was written, in hex."""
-        self._put(END_OF_ARCHIVE)
-        return self._md5.hexdigest()
-
-    def _put(self, piece: Buffer) -> None:
-        self._file.write(piece)
-        self._md5.update(piece)
-        self.size_bytes += memoryview(piece).nbytes
+    def close(self) -> TarChecksums:
+        """Write the end of the archive, and give the checksums of all that was written."""
+        self._crcs.add(crc32c(END_OF_ARCHIVE), len(END_OF_ARCHIVE))
+        self._file.writelines([END_OF_ARCHIVE])
+        self.size_bytes += len(END_OF_ARCHIVE)
+        return TarChecksums(self._crcs.of_all(), self._crcs.of_samples())
 
 
 def encode_header(name: str, size_bytes: int) -> bytes:

@@ -24,7 +24,7 @@ import dataclasses
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,19 +32,17 @@ import orjson
 from typing_extensions import Buffer
 
 from concurrent_dataloader.errors import IndexFormatError, KeyNotFoundError, ShardFormatError
-from concurrent_dataloader.formats.tar import END_OF_ARCHIVE
+from concurrent_dataloader.prepare.extents import Copies, add_copies
 from concurrent_dataloader.prepare.metadata import ShardMetadata
 from concurrent_dataloader.prepare.shard_set import (
     OpenRoot,
     ShardSet,
-    add_copies,
     count_per_shard,
     existing_sizes,
+    has_md5s,
     index_name,
     open_shard_set,
-    place_copies,
     places_of,
-    read_extents,
     write_object,
 )
 from concurrent_dataloader.shard_index import Shard, ShardIndex, ShardIndexBuilder
@@ -63,6 +61,9 @@ class SourceShard(NamedTuple):
     """Stands for the keys in it and where they lie, in hex."""
 
     md5: str | None
+    """Of the whole file; None where it was not known."""
+
+    crc32c: str | None = None
     """Of the whole file; None where it was not known."""
 
 
@@ -221,15 +222,15 @@ def _write_parts(
     for name, count in zip(names, counts, strict=True):
         positions = range(first, first + count)
         first += count
-        pieces = read_extents(index, positions, places_of(shard_set))
-        with contextlib.closing(pieces):
-            written = write_object(shard_set.location, name, store, _ended(pieces))
-        copies = place_copies(index, positions)
+        copies = Copies(index, positions)
+        with contextlib.closing(copies.read(places_of(shard_set))) as pieces:
+            written = write_object(shard_set.location, name, store, pieces, md5=has_md5s(index))
         assert copies.size_bytes == written.size_bytes, f"{name}: planned another size"
-        add_copies(builder, index, positions, copies.extents, copies.payloads)
-        builder.add_shard(Shard(name.rpartition("/")[2], written.size_bytes, written.md5))
+        add_copies(builder, index, positions, copies.extents, copies.payloads, copies.crcs)
+        size_bytes, md5 = written
+        builder.add_shard(Shard(name.rpartition("/")[2], size_bytes, md5, copies.crc32c))
         part = ShardMetadata(
-            name=name, num_samples=count, size_bytes=written.size_bytes, md5=written.md5
+            name=name, num_samples=count, size_bytes=size_bytes, md5=md5, crc32c=copies.crc32c
         )
         parts.append(part)
         on_part(part)
@@ -244,11 +245,6 @@ def _write_parts(
     store.put(f"{_folder(num_instances)}/{index_name(shard_set.split)}", parts_index.to_bytes())
     store.put(_manifest_name(shard_set.split, num_instances), manifest.to_bytes())
     return manifest
-
-
-def _ended(pieces: Iterator[Buffer]) -> Iterator[Buffer]:
-    yield from pieces
-    yield END_OF_ARCHIVE
 
 
 # -- what is there
@@ -270,7 +266,9 @@ def describe_shards(index: ShardIndex) -> tuple[SourceShard, ...]:
             digest.update(next(names).encode("utf-8", "surrogatepass") + b"\0")
         first += count
         described.append(
-            SourceShard(shard.name, count, shard.size_bytes, digest.hexdigest(), shard.md5)
+            SourceShard(
+                shard.name, count, shard.size_bytes, digest.hexdigest(), shard.md5, shard.crc32c
+            )
         )
     return tuple(described)
 
@@ -304,7 +302,10 @@ def find_mismatch(
     for then, now in zip(manifest.shards, shards, strict=True):
         if then.name != now.name:
             return f"made of {then.name}, where {now.name} is now"
-        if then[1:4] != now[1:4] or (then.md5 and now.md5 and then.md5 != now.md5):
+        if then[1:4] != now[1:4] or any(
+            one and other and one != other
+            for one, other in ((then.md5, now.md5), (then.crc32c, now.crc32c))
+        ):
             return (
                 f"made of another {then.name} ({then.num_samples} samples in {then.size_bytes}"
                 f" bytes, now {now.num_samples} in {now.size_bytes})"

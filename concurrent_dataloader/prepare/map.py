@@ -22,8 +22,15 @@ import numpy as np
 from typing_extensions import Buffer
 
 from concurrent_dataloader.errors import LoaderError
-from concurrent_dataloader.formats.tar import Sample, TarWriter, check_name, read_samples
+from concurrent_dataloader.formats.tar import (
+    END_OF_ARCHIVE,
+    Sample,
+    TarWriter,
+    check_name,
+    read_samples,
+)
 from concurrent_dataloader.prepare.distribute import describe_shards
+from concurrent_dataloader.prepare.extents import read_extents
 from concurrent_dataloader.prepare.metadata import ShardMetadata, SplitMetadata
 from concurrent_dataloader.prepare.plan import NamePattern
 from concurrent_dataloader.prepare.pool import open_pool
@@ -35,19 +42,17 @@ from concurrent_dataloader.prepare.shard_set import (
     ShardSet,
     describe_sample,
     find_samples,
+    has_md5s,
     open_shard_set,
     parse_label,
     places_of,
 )
-from concurrent_dataloader.prepare.target import ShardTarget, WrittenShard
-from concurrent_dataloader.shard_index import Shard, ShardIndexBuilder
-from concurrent_dataloader.stores import RangedFile, open_writable_store
+from concurrent_dataloader.prepare.target import HashedFile, ShardTarget, WrittenShard
+from concurrent_dataloader.shard_index import SampleCrcs, Shard, ShardIndex, ShardIndexBuilder
+from concurrent_dataloader.stores import open_writable_store
 
 KEY = "__key__"
 """In what the function gives: the key of the new sample, in the place of the old one."""
-
-_READ_BYTES = 8 << 20
-"""Of a shard, read front to back by each process."""
 
 Fields = Mapping[str, Buffer]
 
@@ -98,7 +103,7 @@ def map_shards(
         place = ShardTarget(open_root(os.fspath(target)), source.split)
         stack.callback(place.store.close)
         refuse_same_place(old.store, place.store)
-        recipe = _Recipe(places_of(old), old.index.shards, old.index.classes, place, function)
+        recipe = _Recipe(old.index, places_of(old), place, function)
         names = [shard.name for shard in old.index.shards]
         num_shards = len(names)
         stack.enter_context(place.lock())
@@ -109,7 +114,12 @@ def map_shards(
         samples: dict[str, list[FoundSample]] = {}
         for name, shard in written.items():
             found = Shard(name, shard.shard.size_bytes)
-            samples[name] = list(find_samples(place.store, found))
+            samples[name] = [
+                sample._replace(crcs=SampleCrcs(*crcs))
+                for sample, crcs in zip(
+                    find_samples(place.store, found), shard.crcs.tolist(), strict=True
+                )
+            ]
             on_shard(shard.shard, num_shards)
         tasks = [number for number, name in enumerate(names) if name not in written]
         pool = stack.enter_context(open_pool(recipe, num_processes))
@@ -190,7 +200,7 @@ def _finish(
     for shard, found in zip(shards, samples, strict=True):
         for sample in found:
             builder.add_sample(*sample)
-        builder.add_shard(Shard(shard.name, shard.size_bytes, shard.md5))
+        builder.add_shard(Shard(shard.name, shard.size_bytes, shard.md5, shard.crc32c))
     index = builder.build(old.index.classes, old.index.label_space)
     check_target_keys(place, index.names, lambda at: place.store.describe(index.shard_of(at).name))
     place.finish(index.to_bytes(), None, lambda metadata: metadata.with_split(old.split, result))
@@ -203,26 +213,27 @@ def _finish(
 class _Recipe:
     """What all shards of a run share."""
 
+    index: ShardIndex
     places: list[Place]
-    shards: tuple[Shard, ...]
-    classes: tuple[str, ...] | None
     place: ShardTarget
     function: str
 
 
 def _map_shard(recipe: _Recipe, number: int) -> tuple[WrittenShard, list[FoundSample]]:
     function = load_function(recipe.function)
-    (store, key), shard = recipe.places[number], recipe.shards[number]
+    index = recipe.index
+    (store, key), shard = recipe.places[number], index.shards[number]
     where = store.describe(key)
-    found: list[FoundSample] = []
+    new: list[tuple[FoundSample, int]] = []
     with (
-        recipe.place.compose(shard.name) as target,
-        io.BufferedReader(RangedFile(store, key, shard.size_bytes), _READ_BYTES) as file,
+        recipe.place.compose(shard.name) as file,
+        HashedFile(file, md5=has_md5s(index)) as target,
     ):
         writer = TarWriter(target)
-        for old in read_samples(file, where):
+        for old in _read_shard(recipe, number, where):
             try:
-                found.extend(_write(writer, new, recipe.classes) for new in _apply(function, old))
+                made = _apply(function, old)
+                new.extend(_write(writer, key, fields, index.classes) for key, fields in made)
             except Exception as error:
                 # Whatever the user's function raises goes to the user, with its traceback.
                 raise LoaderError(
@@ -230,14 +241,32 @@ def _map_shard(recipe: _Recipe, number: int) -> tuple[WrittenShard, list[FoundSa
                     f" {type(error).__name__}: {error}; mend it, or let it return None to drop the"
                     " sample"
                 ) from error
-        md5 = writer.close()
+        checksums = writer.close()
+        md5 = target.hexdigest()
+    found = [
+        sample._replace(crcs=SampleCrcs(extent_crc, payload_crc))
+        for (sample, payload_crc), extent_crc in zip(new, checksums.samples.tolist(), strict=True)
+    ]
     metadata = ShardMetadata(
-        name=shard.name, num_samples=len(found), size_bytes=writer.size_bytes, md5=md5
+        name=shard.name,
+        num_samples=len(found),
+        size_bytes=writer.size_bytes,
+        md5=md5,
+        crc32c=checksums.tar,
     )
-    places = (
-        np.array([sample[what] for sample in found], np.int64).reshape(-1, 2) for what in (1, 2)
+    extents, payloads, crcs = (
+        np.array([sample[what] for sample in found], np.int64).reshape(-1, 2) for what in (1, 2, 4)
     )
-    return WrittenShard(metadata, *places), found
+    return WrittenShard(metadata, extents, payloads, crcs), found
+
+
+def _read_shard(recipe: _Recipe, number: int, where: str) -> Iterator[Sample]:
+    """Yield the samples of a shard, in order, compared with their checksums."""
+    positions = np.flatnonzero(recipe.index.shard_numbers == number)
+    with contextlib.closing(read_extents(recipe.index, positions, recipe.places)) as pieces:
+        for piece in pieces:
+            content = io.BytesIO(b"".join((piece.content, END_OF_ARCHIVE)))
+            yield from read_samples(content, where)
 
 
 def _apply(function: SampleFunction, old: Sample) -> Iterator[tuple[str, dict[str, Buffer]]]:
@@ -274,11 +303,15 @@ def _check_fields(fields: Mapping[Any, Any], key: str) -> tuple[str, dict[str, B
 
 
 def _write(
-    writer: TarWriter, new: tuple[str, dict[str, Buffer]], classes: tuple[str, ...] | None
-) -> FoundSample:
-    key, fields = new
+    writer: TarWriter, key: str, fields: dict[str, Buffer], classes: tuple[str, ...] | None
+) -> tuple[FoundSample, int]:
+    """Write a sample; give what its index is to say, and the CRC-32C of its payload."""
     label = parse_label(fields["cls"]) if "cls" in fields else None
     if "cls" in fields and (label is None or (classes is not None and label >= len(classes))):
         expected = "a number" if classes is None else f"0 to {len(classes) - 1}"
         raise ValueError(f"gave {bytes(fields['cls'])[:20]!r} as field 'cls', expected {expected}")
-    return describe_sample(writer.write(key, fields), label)
+    written = writer.write(key, fields)
+    found = describe_sample(written, label)
+    payload_crc = written.members[found.name.removeprefix(f"{key}.")].crc32c
+    assert payload_crc is not None, "the writer has seen it"
+    return found, payload_crc

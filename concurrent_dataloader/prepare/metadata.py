@@ -11,7 +11,7 @@ shuffle, seed                            of the split train, else of the first o
                                          not shuffled
 train_transform_pipeline ...             steps that are baked in, such as "Resize(256)"
 image_quality                            of the JPEG encoder; null if it did not run
-checksum                                 see `checksum`
+checksum                                 see `checksum`; null unless all shards have MD5s
 version, label_space, classes, splits    this library's; a split is the JSON of `SplitMetadata`
 ```
 """
@@ -57,8 +57,11 @@ class ShardMetadata:
 
     num_samples: int
     size_bytes: int
-    md5: str
-    """Of the whole file, in hex."""
+    md5: str | None = None
+    """Of the whole file, in hex; None where it was not asked for."""
+
+    crc32c: str | None = None
+    """Of the whole file, in hex; None in sets of before it was computed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,12 +124,15 @@ class Metadata:
     """None for a file of the older system."""
 
     def find_checksum(self) -> str | None:
-        """Compute the checksum of all shards that are listed; None where a split lists none."""
+        """Compute the checksum of all shards that are listed; None where one has no MD5."""
         digests: list[str] = []
         for split in self.splits.values():
             if split.shards is None:
                 return None
-            digests += [shard.md5 for shard in split.shards]
+            for shard in split.shards:
+                if shard.md5 is None:
+                    return None
+                digests.append(shard.md5)
         return checksum(digests)
 
     def with_split(self, name: str, split: SplitMetadata | None) -> Metadata:

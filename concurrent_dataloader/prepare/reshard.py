@@ -16,12 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import Buffer
 
 from concurrent_dataloader.errors import ShardFormatError
 from concurrent_dataloader.formats.tar import END_OF_ARCHIVE
 from concurrent_dataloader.index import Index
 from concurrent_dataloader.prepare.distribute import describe_shards, share
+from concurrent_dataloader.prepare.extents import Copies, add_copies
 from concurrent_dataloader.prepare.metadata import ShardMetadata, SplitMetadata
 from concurrent_dataloader.prepare.plan import (
     NamePattern,
@@ -35,17 +35,15 @@ from concurrent_dataloader.prepare.shard_set import (
     OpenRoot,
     Place,
     ShardSet,
-    add_copies,
     check_keys,
     extents_bytes,
+    has_md5s,
     hash_keys,
     key_of,
     open_shard_set,
-    place_copies,
     places_of,
-    read_extents,
 )
-from concurrent_dataloader.prepare.target import Md5Thread, ShardTarget, WrittenShard
+from concurrent_dataloader.prepare.target import HashedFile, ShardTarget, WrittenShard
 from concurrent_dataloader.shard_index import NO_LABEL, Shard, ShardIndex, ShardIndexBuilder
 from concurrent_dataloader.stores import WritableStore, open_writable_store
 
@@ -236,10 +234,11 @@ def merge_sets(sets: Sequence[ShardSet]) -> tuple[ShardIndex, list[Place]]:
                     index.extent(position),
                     index.payload(position),
                     None if label == NO_LABEL else label,
+                    index.sample_crcs(position),
                 )
                 position += 1
             name = shard_set.store.describe(shard.name)
-            builder.add_shard(Shard(name, shard.size_bytes, shard.md5))
+            builder.add_shard(shard._replace(name=name))
     first = sets[0].index
     return builder.build(first.classes, first.label_space), places
 
@@ -369,35 +368,30 @@ class _Recipe:
 
 def _write_shard(recipe: _Recipe, task: tuple[str, NDArray[np.int64]]) -> WrittenShard:
     name, positions = task
-    copies = place_copies(recipe.index, positions)
-    md5 = Md5Thread()
-    try:
-        with (
-            recipe.place.compose(name) as file,
-            contextlib.closing(read_extents(recipe.index, positions, recipe.places)) as pieces,
-        ):
-
-            def put(piece: Buffer) -> None:
-                file.write(piece)
-                md5.update(piece)
-
-            for piece in pieces:
-                put(piece)
-            put(END_OF_ARCHIVE)
-            digest = md5.hexdigest()
-    finally:
-        md5.close()
+    copies = Copies(recipe.index, positions)
+    with (
+        recipe.place.compose(name) as file,
+        HashedFile(file, md5=has_md5s(recipe.index)) as hashed,
+        contextlib.closing(copies.read(recipe.places)) as pieces,
+    ):
+        for piece in pieces:
+            hashed.writelines((memoryview(piece).cast("B"),))
+        md5 = hashed.hexdigest()
     shard = ShardMetadata(
-        name=name, num_samples=len(positions), size_bytes=copies.size_bytes, md5=digest
+        name=name,
+        num_samples=len(positions),
+        size_bytes=copies.size_bytes,
+        md5=md5,
+        crc32c=copies.crc32c,
     )
-    return WrittenShard(shard, copies.extents, copies.payloads)
+    return WrittenShard(shard, copies.extents, copies.payloads, copies.crcs)
 
 
 def _build_index(index: ShardIndex, plan: ShardPlan, shards: Sequence[WrittenShard]) -> ShardIndex:
     builder = ShardIndexBuilder("tar")
     for number, written in enumerate(shards):
         positions = plan.positions(number)
-        add_copies(builder, index, positions, written.extents, written.payloads)
+        add_copies(builder, index, positions, written.extents, written.payloads, written.crcs)
         shard = written.shard
-        builder.add_shard(Shard(shard.name, shard.size_bytes, shard.md5))
+        builder.add_shard(Shard(shard.name, shard.size_bytes, shard.md5, shard.crc32c))
     return builder.build(index.classes, index.label_space)

@@ -19,13 +19,14 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import BinaryIO, Literal, NamedTuple, Protocol, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 from typing_extensions import Buffer
 
+from concurrent_dataloader.formats.crc32c import CrcTable, crc32c
 from concurrent_dataloader.formats.fields import LABEL_FIELD, RAW_FIELDS, TENSOR_FIELD
 from concurrent_dataloader.formats.tar import (
     BLOCK_BYTES,
@@ -50,9 +51,15 @@ from concurrent_dataloader.prepare.pool import Pool, open_pool
 from concurrent_dataloader.prepare.reading import Reader
 from concurrent_dataloader.prepare.source import Box, Source
 from concurrent_dataloader.prepare.steps import Preparation
-from concurrent_dataloader.prepare.target import Md5Thread, ShardTarget, WrittenShard
+from concurrent_dataloader.prepare.target import HashedFile, ShardTarget, WrittenShard
 from concurrent_dataloader.ranges import ByteRange
-from concurrent_dataloader.shard_index import Shard, ShardIndex, ShardIndexBuilder, ShardKind
+from concurrent_dataloader.shard_index import (
+    SampleCrcs,
+    Shard,
+    ShardIndex,
+    ShardIndexBuilder,
+    ShardKind,
+)
 from concurrent_dataloader.stores import WritableStore
 
 KeyStyle = Literal["path", "stem", "index"]
@@ -114,6 +121,10 @@ class ShardSettings:
     has several, "bbox" is the smallest box around them, and "bboxes" has them all."""
 
     preparation: Preparation = dataclasses.field(default_factory=Preparation)
+
+    md5: bool = False
+    """Whether the MD5 of each shard is recorded too, which takes four times as long as the rest.
+    The older system's checksum of a set is made of them."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(ShardKind):
@@ -492,49 +503,72 @@ class _Task(NamedTuple):
     positions: NDArray[np.int64]
 
 
+class _Place(NamedTuple):
+    """Where a sample lies in its shard."""
+
+    extent: ByteRange
+    payload: ByteRange
+    payload_crc: int | None
+    """CRC-32C; None where the payload is the whole sample."""
+
+
+class _Whole(NamedTuple):
+    """A shard that was written."""
+
+    size_bytes: int
+    crc32c: str
+    sample_crcs: NDArray[np.int64]
+    """CRC-32C of each sample's extent, (n,)."""
+
+
 class _Writer(Protocol):
     """Writes one shard."""
 
-    def write(self, sample: _Sample) -> tuple[ByteRange, ByteRange]:
-        """Write a sample; tell where it and its payload lie."""
+    def write(self, sample: _Sample) -> _Place:
+        """Write a sample."""
         ...
 
-    def close(self) -> int:
-        """Write the end, and give the size of the file in bytes."""
+    def close(self) -> _Whole:
+        """Write the end, and describe the file."""
         ...
 
 
 class _TarShardWriter:
-    def __init__(self, file: BinaryIO, md5: Md5Thread, recipe: _Recipe) -> None:
-        self._tar = TarWriter(file, md5)
+    def __init__(self, file: HashedFile, recipe: _Recipe) -> None:
+        self._tar = TarWriter(file)
         self._side_fields = recipe.side_fields
 
-    def write(self, sample: _Sample) -> tuple[ByteRange, ByteRange]:
+    def write(self, sample: _Sample) -> _Place:
         fields: dict[str, Buffer] = {sample.field: sample.content, **self._side_fields(sample)}
         written = self._tar.write(sample.key, fields)
-        return written.extent, written.members[sample.field].data
+        payload = written.members[sample.field]
+        assert payload.crc32c is not None, "the writer has seen it"
+        return _Place(written.extent, payload.data, payload.crc32c)
 
-    def close(self) -> int:
-        self._tar.close()
-        return self._tar.size_bytes
+    def close(self) -> _Whole:
+        checksums = self._tar.close()
+        return _Whole(self._tar.size_bytes, checksums.tar, checksums.samples)
 
 
 class _TFRecordShardWriter:
     """Records of ``tf.train.Example`` as TensorFlow's builder of ImageNet lays them out."""
 
-    def __init__(self, file: BinaryIO, md5: Md5Thread, recipe: _Recipe) -> None:
+    def __init__(self, file: HashedFile, recipe: _Recipe) -> None:
         from concurrent_dataloader.formats.tfrecord import TFRecordWriter
 
-        self._writer = TFRecordWriter(_HashedFile(file, md5))
+        self._checked = _CheckedFile(file)
+        self._writer = TFRecordWriter(self._checked)
         self._classes = recipe.source.classes
 
-    def write(self, sample: _Sample) -> tuple[ByteRange, ByteRange]:
+    def write(self, sample: _Sample) -> _Place:
         # The payload is the whole record, so that whoever reads it can check its CRC.
         extent = self._writer.write(_serialize(sample, bytes(sample.content), self._classes))
-        return extent, extent
+        self._checked.crcs.end_sample()
+        return _Place(extent, extent, None)
 
-    def close(self) -> int:
-        return self._writer.stop
+    def close(self) -> _Whole:
+        crcs = self._checked.crcs
+        return _Whole(self._writer.stop, crcs.of_all(), crcs.of_samples())
 
 
 def _serialize(sample: _Sample, content: bytes, classes: Sequence[str] | None) -> bytes:
@@ -553,38 +587,48 @@ def _serialize(sample: _Sample, content: bytes, classes: Sequence[str] | None) -
     return tfrecord.serialize_image_example(example, label_base=_TFRECORD_LABEL_BASE)
 
 
-class _HashedFile:
-    """A file whose MD5 is computed as it is written."""
+class _CheckedFile:
+    """A file whose CRCs are computed as it is written."""
 
-    def __init__(self, file: BinaryIO, md5: Md5Thread) -> None:
+    def __init__(self, file: HashedFile) -> None:
         self._file = file
-        self._md5 = md5
+        self.crcs = CrcTable()
 
     def write(self, data: bytes) -> int:
-        self._md5.update(data)
+        self.crcs.add(crc32c(data), len(data))
         return self._file.write(data)
 
 
 def _write_shard(recipe: _Recipe, task: _Task) -> WrittenShard:
     positions: list[int] = task.positions.tolist()
-    extents = np.empty((len(positions), 2), np.int64)
-    payloads = np.empty((len(positions), 2), np.int64)
+    places: list[_Place] = []
     open_writer = _TarShardWriter if recipe.settings.kind == "tar" else _TFRecordShardWriter
-    md5 = Md5Thread()
-    try:
-        with recipe.place.compose(task.name) as file:
-            writer: _Writer = open_writer(file, md5, recipe)
-            for number, raw in enumerate(recipe.reader.read(positions)):
-                sample = recipe.sample(positions[number], task.first + number, raw)
-                extents[number], payloads[number] = writer.write(sample)
-            size_bytes = writer.close()
-            digest = md5.hexdigest()
-    finally:
-        md5.close()
+    with (
+        recipe.place.compose(task.name) as file,
+        HashedFile(file, md5=recipe.settings.md5) as hashed,
+    ):
+        writer: _Writer = open_writer(hashed, recipe)
+        for number, raw in enumerate(recipe.reader.read(positions)):
+            sample = recipe.sample(positions[number], task.first + number, raw)
+            places.append(writer.write(sample))
+        whole = writer.close()
+        md5 = hashed.hexdigest()
     shard = ShardMetadata(
-        name=task.name, num_samples=len(positions), size_bytes=size_bytes, md5=digest
+        name=task.name,
+        num_samples=len(positions),
+        size_bytes=whole.size_bytes,
+        md5=md5,
+        crc32c=whole.crc32c,
     )
-    return WrittenShard(shard, extents, payloads)
+    extents, payloads = (
+        np.array([place[what] for place in places], np.int64).reshape(-1, 2) for what in (0, 1)
+    )
+    payload_crcs = [
+        extent_crc if place.payload_crc is None else place.payload_crc
+        for place, extent_crc in zip(places, whole.sample_crcs.tolist(), strict=True)
+    ]
+    crcs = np.stack([whole.sample_crcs, np.array(payload_crcs, np.int64)], axis=1)
+    return WrittenShard(shard, extents, payloads, crcs)
 
 
 def _measure(
@@ -671,9 +715,9 @@ def _build_index(recipe: _Recipe, plan: ShardPlan, shards: Sequence[WrittenShard
     source, settings = recipe.source, recipe.settings
     builder = ShardIndexBuilder(settings.kind)
     place = 0
-    for number, (shard, extents, payloads) in enumerate(shards):
-        places = zip(extents.tolist(), payloads.tolist(), strict=True)
-        for position, (extent, payload) in zip(
+    for number, (shard, extents, payloads, crcs) in enumerate(shards):
+        places = zip(extents.tolist(), payloads.tolist(), crcs.tolist(), strict=True)
+        for position, (extent, payload, sample_crcs) in zip(
             plan.positions(number).tolist(), places, strict=True
         ):
             name = source.name(position)
@@ -683,9 +727,10 @@ def _build_index(recipe: _Recipe, plan: ShardPlan, shards: Sequence[WrittenShard
                 ByteRange(*extent),
                 ByteRange(*payload),
                 source.label(position),
+                SampleCrcs(*sample_crcs),
             )
             place += 1
-        builder.add_shard(Shard(shard.name, shard.size_bytes, shard.md5))
+        builder.add_shard(Shard(shard.name, shard.size_bytes, shard.md5, shard.crc32c))
     return builder.build(source.classes, source.label_space)
 
 
@@ -695,7 +740,7 @@ def _describe_samples(
     """Map each source name to its class, its shard, and the place of its sample there, as JSON."""
     source = recipe.source
     begin = b"{\n"
-    for number, (shard, extents, _) in enumerate(shards):
+    for number, (shard, extents, *_) in enumerate(shards):
         starts_and_stops = zip(plan.positions(number).tolist(), extents.tolist(), strict=True)
         for position, (start, stop) in starts_and_stops:
             label = source.label(position)

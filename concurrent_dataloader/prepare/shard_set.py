@@ -6,7 +6,6 @@ ranges beside the shards says, or, where there is none, what lies in them.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -14,10 +13,8 @@ import io
 import mmap
 import os
 import re
-import tarfile
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
@@ -30,7 +27,6 @@ from concurrent_dataloader.files import write_whole
 from concurrent_dataloader.formats.fields import LABEL_FIELD, find_payload_field
 from concurrent_dataloader.formats.tar import (
     BLOCK_BYTES,
-    END_OF_ARCHIVE,
     SampleMembers,
     split_name,
 )
@@ -41,19 +37,18 @@ from concurrent_dataloader.prepare.parallel import call_concurrently
 from concurrent_dataloader.prepare.plan import find_duplicate
 from concurrent_dataloader.prepare.scan import iter_tar_samples
 from concurrent_dataloader.ranges import ByteRange
-from concurrent_dataloader.shard_index import NO_LABEL, Shard, ShardIndex, ShardIndexBuilder
+from concurrent_dataloader.shard_index import (
+    SampleCrcs,
+    Shard,
+    ShardIndex,
+    ShardIndexBuilder,
+)
 from concurrent_dataloader.shard_names import UNFINISHED, check_finished
 from concurrent_dataloader.stores import RangedFile, Store, WritableStore, open_writable_store
-from concurrent_dataloader.threads import DaemonThreads
 
 OpenRoot = Callable[[str], WritableStore]
 """Opens the store at a folder, or at ``s3://bucket/prefix``."""
 
-READ_BYTES = 2 << 20
-"""Samples that lie side by side are read in pieces of this size, or of one sample."""
-
-_AHEAD_BYTES = 64 << 20
-_AHEAD_READS = 64
 _SCAN_BYTES = 1 << 20
 _SCAN_THREADS = 8
 
@@ -162,7 +157,9 @@ def _scan(store: WritableStore, split: str, location: str, metadata: Metadata | 
             " them with `concurrent-dataloader shard`"
         )
     if known is not None and known.shards is not None:
-        shards = [Shard(shard.name, shard.size_bytes, shard.md5) for shard in known.shards]
+        shards = [
+            Shard(shard.name, shard.size_bytes, shard.md5, shard.crc32c) for shard in known.shards
+        ]
         _check_sizes(store, shards, METADATA_NAME)
     else:
         shards = _list_shards(store, split, location)
@@ -213,6 +210,7 @@ class FoundSample(NamedTuple):
     extent: ByteRange
     payload: ByteRange
     label: int | None
+    crcs: SampleCrcs | None = None
 
 
 def find_samples(store: Store, shard: Shard) -> Iterator[FoundSample]:
@@ -243,9 +241,6 @@ def parse_label(content: Buffer) -> int | None:
 
 # -- reading
 
-
-Positions = Sequence[int] | NDArray[np.int64]
-
 Place = tuple[Store, str]
 """Where a shard lies: the store, and the key in it."""
 
@@ -255,138 +250,6 @@ def places_of(shard_set: ShardSet) -> list[Place]:
     return [(shard_set.store, shard.name) for shard in shard_set.index.shards]
 
 
-def read_extents(
-    index: ShardIndex, positions: Positions, places: Sequence[Place]
-) -> Generator[Buffer]:
-    """Read samples as they lie in their shards, headers and all, one after the other.
-
-    Those that lie side by side are read together; several reads are under way at once. What is held
-    in memory does not depend on the number of samples.
-
-    Args:
-        index: Says where they lie.
-        positions: Which, in which order.
-        places: Of the index's shards.
-
-    Yields:
-        Pieces that are whole samples. Close it, or read it to its end.
-
-    Raises:
-        ShardFormatError: What lies there is no sample.
-        StoreError: It cannot be read.
-    """
-
-    def read(shard: int, extent: ByteRange) -> Buffer:
-        store, name = places[shard]
-        piece = store.get(name, extent)
-        try:
-            tarfile.TarInfo.frombuf(bytes(memoryview(piece)[:BLOCK_BYTES]), "utf-8", "replace")
-        except tarfile.HeaderError as error:
-            raise ShardFormatError(
-                f"{store.describe(name)} [{extent.start}, {extent.stop}): no header of a sample"
-                f" ({error}), expected one by the index, which is another set's: write it anew"
-            ) from error
-        return piece
-
-    return _read_in_order(read, plan_reads(index, positions))
-
-
-def plan_reads(index: ShardIndex, positions: Positions) -> Iterator[tuple[int, ByteRange]]:
-    """Join the extents of samples that follow each other in their shard; pure.
-
-    Yields:
-        The shard's number, and a range in it.
-    """
-    numbers, extents = index.shard_numbers, index.extents
-    shard, start, stop = -1, 0, 0
-    for position in positions:
-        number, (begin, end) = int(numbers[position]), extents[position].tolist()
-        if number == shard and begin == stop and end - start <= READ_BYTES:
-            stop = end
-            continue
-        if stop > start:
-            yield shard, ByteRange(start, stop)
-        shard, start, stop = number, begin, end
-    if stop > start:
-        yield shard, ByteRange(start, stop)
-
-
-def _read_in_order(
-    read: Callable[[int, ByteRange], Buffer], planned: Iterable[tuple[int, ByteRange]]
-) -> Generator[Buffer]:
-    threads = DaemonThreads(_AHEAD_READS, "read-ahead")
-    waiting: collections.deque[tuple[Future[Buffer], int]] = collections.deque()
-    ahead_bytes = 0
-
-    def fulfil(future: Future[Buffer], shard: int, extent: ByteRange) -> None:
-        try:
-            future.set_result(read(shard, extent))
-        except BaseException as error:  # noqa: BLE001 - goes to whoever waits for the piece
-            future.set_exception(error)
-
-    try:
-        for shard, extent in planned:
-            size = extent.stop - extent.start
-            while waiting and (ahead_bytes + size > _AHEAD_BYTES or len(waiting) >= _AHEAD_READS):
-                first, first_size = waiting.popleft()
-                yield first.result()
-                ahead_bytes -= first_size
-            future: Future[Buffer] = Future()
-            threads.submit(fulfil, future, shard, extent)
-            waiting.append((future, size))
-            ahead_bytes += size
-        while waiting:
-            yield waiting.popleft()[0].result()
-    finally:
-        threads.stop()
-
-
-class Copies(NamedTuple):
-    """Where samples lie in a shard into which they were copied one after the other."""
-
-    extents: NDArray[np.int64]
-    """Start and stop of each sample, (n, 2)."""
-
-    payloads: NDArray[np.int64]
-    """Start and stop of each sample's payload, (n, 2)."""
-
-    size_bytes: int
-    """Of the shard, its end included."""
-
-
-def place_copies(index: ShardIndex, positions: Positions) -> Copies:
-    """Tell where copies of samples will lie."""
-    old = index.extents[np.asarray(positions, np.int64)]
-    stops = np.cumsum(old[:, 1] - old[:, 0])
-    starts = stops - (old[:, 1] - old[:, 0])
-    payloads = np.array([index.payload(int(position)) for position in positions], np.int64)
-    return Copies(
-        np.stack([starts, stops], axis=1),
-        payloads.reshape(-1, 2) + (starts - old[:, 0])[:, None],
-        (int(stops[-1]) if len(stops) else 0) + len(END_OF_ARCHIVE),
-    )
-
-
-def add_copies(
-    builder: ShardIndexBuilder,
-    index: ShardIndex,
-    positions: Positions,
-    extents: NDArray[np.int64],
-    payloads: NDArray[np.int64],
-) -> None:
-    """Add samples to the index of the shard that they were copied to."""
-    labels = index.labels
-    places = zip(positions, extents.tolist(), payloads.tolist(), strict=True)
-    for position, extent, payload in places:
-        label = NO_LABEL if labels is None else int(labels[position])
-        builder.add_sample(
-            index.names.key(int(position)),
-            ByteRange(*extent),
-            ByteRange(*payload),
-            None if label == NO_LABEL else label,
-        )
-
-
 # -- writing
 
 
@@ -394,11 +257,12 @@ class Written(NamedTuple):
     """An object that was written."""
 
     size_bytes: int
-    md5: str
+    md5: str | None
+    """In hex; None unless it was asked for."""
 
 
 def write_object(
-    location: str, name: str, store: WritableStore, pieces: Iterable[Buffer]
+    location: str, name: str, store: WritableStore, pieces: Iterable[Buffer], *, md5: bool = False
 ) -> Written:
     """Write an object piece by piece, so that it is there whole or not at all.
 
@@ -407,38 +271,32 @@ def write_object(
         name: Its key below the location.
         store: Takes it.
         pieces: Content, in order; for a bucket it waits in a temporary file.
+        md5: Whether to compute its MD5.
 
     Raises:
         OSError: It cannot be written.
         StoreError: The store does not take it.
     """
-    md5 = hashlib.md5(usedforsecurity=False)
+    digest = hashlib.md5(usedforsecurity=False) if md5 else None
     size_bytes = 0
 
     def counted() -> Iterator[Buffer]:
         nonlocal size_bytes
         for piece in pieces:
-            md5.update(piece)
+            if digest is not None:
+                digest.update(piece)
             size_bytes += memoryview(piece).nbytes
             yield piece
 
     if is_folder(location):
         write_whole(Path(store.describe(name)), counted())
-        return Written(size_bytes, md5.hexdigest())
-    with tempfile.TemporaryFile() as file:
-        file.writelines(counted())
-        file.flush()
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as body:
-            store.put(name, body)
-    return Written(size_bytes, md5.hexdigest())
-
-
-def digest_object(store: Store, name: str, size_bytes: int) -> str:
-    """Give the MD5 of an object, in hex, read piece by piece."""
-    md5 = hashlib.md5(usedforsecurity=False)
-    for start in range(0, size_bytes, READ_BYTES):
-        md5.update(store.get(name, ByteRange(start, min(start + READ_BYTES, size_bytes))))
-    return md5.hexdigest()
+    else:
+        with tempfile.TemporaryFile() as file:
+            file.writelines(counted())
+            file.flush()
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as body:
+                store.put(name, body)
+    return Written(size_bytes, None if digest is None else digest.hexdigest())
 
 
 # -- keys
@@ -487,7 +345,12 @@ def _hash_key(name: str) -> int:
     return int.from_bytes(digest.digest(), "big")
 
 
-# -- counting
+# -- what is known of shards
+
+
+def has_md5s(index: ShardIndex) -> bool:
+    """Tell whether the MD5s of all shards are known, so that those made of them have some too."""
+    return bool(index.shards) and all(shard.md5 is not None for shard in index.shards)
 
 
 def count_per_shard(index: ShardIndex) -> NDArray[np.int64]:

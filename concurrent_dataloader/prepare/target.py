@@ -14,12 +14,12 @@ import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
-from typing_extensions import Buffer, override
+from typing_extensions import Buffer
 
 from concurrent_dataloader.errors import KeyNotFoundError, LoaderError
 from concurrent_dataloader.prepare.metadata import METADATA_NAME, Metadata, ShardMetadata
@@ -29,7 +29,8 @@ from concurrent_dataloader.shard_names import UNFINISHED
 from concurrent_dataloader.stores import WritableStore, open_writable_store
 from concurrent_dataloader.stores._local import LocalStore
 
-_WRITE_BUFFER_BYTES = 1 << 18
+_GATHER_BYTES = 1 << 18
+_MAX_GATHERED = 1000  # Linux takes 1024 pieces at once
 _EAGER_BYTES = 8 << 20
 
 
@@ -42,6 +43,21 @@ class WrittenShard(NamedTuple):
 
     payloads: NDArray[np.int64]
     """Start and stop of each sample's payload, (n, 2)."""
+
+    crcs: NDArray[np.int64]
+    """CRC-32C of each sample's extent and payload, (n, 2)."""
+
+
+class ShardFile(Protocol):
+    """A file that is written front to back."""
+
+    def write(self, piece: bytes, /) -> int:
+        """Write all of ``piece``, and give its length."""
+        ...
+
+    def writelines(self, pieces: Iterable[Any], /) -> None:
+        """Write all of each piece; bytes, or flat views of bytes, that do not change any more."""
+        ...
 
 
 class Md5Thread:
@@ -84,23 +100,103 @@ class Md5Thread:
                 self._md5.update(piece)
 
 
-class _EagerFile(io.FileIO):
-    """A file whose pages begin their way to the disk early, so that `os.fsync` hardly waits."""
+class HashedFile:
+    """A `ShardFile` around another, whose MD5 is computed as it is written, if that is asked for.
 
-    _begun_bytes = 0
-    _written_bytes = 0
+    A context manager, which ends the thread that computes.
+    """
 
-    @override
-    def write(self, data: Buffer, /) -> int:
-        num_bytes = super().write(data)
-        self._written_bytes += num_bytes
+    def __init__(self, file: ShardFile, *, md5: bool) -> None:
+        self._file = file
+        self._md5 = Md5Thread() if md5 else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._md5 is not None:
+            self._md5.close()
+
+    def write(self, piece: bytes, /) -> int:
+        """Write as `ShardFile.write` does."""
+        self.writelines((piece,))
+        return len(piece)
+
+    def writelines(self, pieces: Iterable[Any], /) -> None:
+        """Write as `ShardFile.writelines` does."""
+        if self._md5 is not None:
+            pieces = list(pieces)
+            for piece in pieces:
+                self._md5.update(piece)
+        self._file.writelines(pieces)
+
+    def hexdigest(self) -> str | None:
+        """Give the MD5 of all that was written; None if it was not asked for."""
+        return None if self._md5 is None else self._md5.hexdigest()
+
+
+class _GatheringFile:
+    """A file that is written by few system calls, without copying what is written.
+
+    Its pages begin their way to the disk early, so that `sync` hardly waits.
+    """
+
+    def __init__(self, path: Path) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        self._descriptor = os.open(path, flags, 0o666)
+        self._pieces: list[Buffer] = []
+        self._gathered_bytes = 0
+        self._written_bytes = 0
+        self._begun_bytes = 0
+
+    def write(self, piece: bytes, /) -> int:
+        """Write as `ShardFile.write` does."""
+        self.writelines((piece,))
+        return len(piece)
+
+    def writelines(self, pieces: Iterable[Any], /) -> None:
+        """Write as `ShardFile.writelines` does."""
+        for piece in pieces:
+            self._pieces.append(piece)
+            self._gathered_bytes += len(piece)
+            if self._gathered_bytes >= _GATHER_BYTES or len(self._pieces) >= _MAX_GATHERED:
+                self._put()
+
+    def _put(self) -> None:
+        pieces, self._pieces = self._pieces, []
+        left, self._gathered_bytes = self._gathered_bytes, 0
+        while left:
+            num_bytes = os.writev(self._descriptor, pieces)
+            self._written_bytes += num_bytes
+            left -= num_bytes
+            if left:  # 2 GiB at once, or a full disk, of which the next attempt tells
+                pieces = _skip_bytes(pieces, num_bytes)
         pending = self._written_bytes - self._begun_bytes
         if pending >= _EAGER_BYTES and hasattr(os, "posix_fadvise"):
             # Linux begins to write dirty pages that are so marked, and keeps nearly all of them in
             # its cache. It is advice only: where it does otherwise, fsync waits as ever.
-            os.posix_fadvise(self.fileno(), self._begun_bytes, pending, os.POSIX_FADV_DONTNEED)
+            advice = os.POSIX_FADV_DONTNEED
+            os.posix_fadvise(self._descriptor, self._begun_bytes, pending, advice)
             self._begun_bytes = self._written_bytes
-        return num_bytes
+
+    def sync(self) -> None:
+        """Write what was gathered, and wait until all of it is on the disk."""
+        self._put()
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close it; what was not synced may be lost."""
+        os.close(self._descriptor)
+
+
+def _skip_bytes(pieces: Sequence[Buffer], num_bytes: int) -> list[Buffer]:
+    """Give what is left of ``pieces`` after their first bytes."""
+    for number, piece in enumerate(pieces):
+        view = memoryview(piece)
+        if num_bytes < view.nbytes:
+            return [view[num_bytes:], *pieces[number + 1 :]]
+        num_bytes -= view.nbytes
+    return []
 
 
 class ShardTarget:
@@ -147,7 +243,7 @@ class ShardTarget:
     # -- whole shards
 
     @contextlib.contextmanager
-    def compose(self, name: str) -> Generator[BinaryIO]:
+    def compose(self, name: str) -> Generator[ShardFile]:
         """Give a file to write; it becomes the shard ``name`` at the end, unless something raised.
 
         Raises:
@@ -169,18 +265,17 @@ class ShardTarget:
                     self.store.put(name, content)
 
     @contextlib.contextmanager
-    def _compose_in_folder(self, folder: Path, name: str) -> Generator[BinaryIO]:
+    def _compose_in_folder(self, folder: Path, name: str) -> Generator[ShardFile]:
         partial = folder / self.state / f"{name}.partial"
         try:
-            with io.BufferedWriter(_EagerFile(partial, "wb"), _WRITE_BUFFER_BYTES) as file:
+            with contextlib.closing(_GatheringFile(partial)) as file:
                 if self._in_memory:
                     memory = io.BytesIO()
                     yield memory
-                    file.write(memory.getbuffer())
+                    file.writelines([memory.getbuffer()])
                 else:
                     yield file
-                file.flush()
-                os.fsync(file.fileno())
+                file.sync()
             os.replace(partial, folder / name)
         except BaseException:
             with contextlib.suppress(OSError):  # the first error is the one to tell
@@ -370,6 +465,7 @@ class ShardTarget:
             "shard": dataclasses.asdict(written.shard),
             "extents": written.extents,
             "payloads": written.payloads,
+            "crcs": written.crcs,
         }
         raw = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
         self.store.put(self._receipt_name(written.shard.name), raw)
@@ -389,10 +485,10 @@ class ShardTarget:
                 size_bytes = self.store.head(name).size_bytes
             except KeyNotFoundError:
                 continue
-            if size_bytes == shard.size_bytes:
+            if size_bytes == shard.size_bytes and "crcs" in receipt:
                 places = (
                     np.array(receipt[what], np.int64).reshape(-1, 2)
-                    for what in ("extents", "payloads")
+                    for what in ("extents", "payloads", "crcs")
                 )
                 found[name] = WrittenShard(shard, *places)
         return found

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from concurrent_dataloader.errors import IndexFormatError
 from concurrent_dataloader.index import Index
 from concurrent_dataloader.prepare.checksums import (
+    Algorithm,
     FileFacts,
     Finding,
     compare_files,
@@ -246,7 +247,13 @@ def validate_shards(
     expected = _expect_shards(files, report)
     named = {key: files.others[key] for key in expected if key in files.others}
     present = files.shards | named
-    found = digest_objects(store, list(present.values()), concurrency=concurrency, on_file=on_file)
+    found = digest_objects(
+        store,
+        list(present.values()),
+        concurrency=concurrency,
+        algorithms=_choose_algorithms(files, expected),
+        on_file=on_file,
+    )
     unrecorded = {key: facts for key, facts in found.items() if key not in expected}
     if expected:
         covered = _covered_splits(files)
@@ -266,12 +273,24 @@ def validate_shards(
         for key, info in present.items()
         if key not in bad
         and (key in unrecorded or key in expected)
-        and expected.get(key, FileFacts()).md5 is None
+        and expected.get(key, FileFacts()).content is None
     ]
     counts = count_samples(store, unsure, report.findings, concurrency=concurrency)
     _check_lengths(files, expected, counts, report)
     _check_old_checksum(store, files, found, report, concurrency)
     return report
+
+
+def _choose_algorithms(files: ShardFiles, expected: Mapping[str, FileFacts]) -> Sequence[Algorithm]:
+    """Choose what is computed of all shards: what is recorded, so that contents can be compared."""
+    metadata = files.metadata
+    has_old = metadata is not None and metadata.checksum is not None and not _shards_of(metadata)
+    algorithms: list[Algorithm] = []
+    if has_old or any(facts.md5 is not None for facts in expected.values()):
+        algorithms.append("md5")
+    if not algorithms or any(facts.crc32c is not None for facts in expected.values()):
+        algorithms.append("crc32c")
+    return algorithms
 
 
 def _covered_splits(files: ShardFiles) -> set[str | None]:
@@ -299,19 +318,19 @@ def _expect_shards(files: ShardFiles, report: Report) -> dict[str, FileFacts]:
     expected: dict[str, FileFacts] = {}
     described = {} if files.metadata is None else _shards_of(files.metadata)
     for name, shard in described.items():
-        expected[name] = FileFacts(shard.size_bytes, shard.md5)
+        expected[name] = FileFacts(shard.size_bytes, shard.md5, shard.crc32c)
     for split, index in files.indexes.items():
         where = f"{split}{INDEX_ENDING}"
         for shard in index.shards:
-            facts = FileFacts(shard.size_bytes, shard.md5)
+            facts = FileFacts(shard.size_bytes, shard.md5, shard.crc32c)
             known = expected.get(shard.name)
             if described and known is None and _lists(files.metadata, split):
                 detail = f"names {shard.name}, which {METADATA_NAME} does not"
                 report.findings.append(Finding(where, "metadata", detail))
             if known is not None and _disagree(known, facts):
-                detail = f"size or MD5 of {shard.name} is another one than in {METADATA_NAME}"
+                detail = f"size or checksum of {shard.name} is another one than in {METADATA_NAME}"
                 report.findings.append(Finding(where, "metadata", detail))
-            if known is None or known.md5 is None:
+            if known is None or known.content is None:
                 expected[shard.name] = facts
         if len(index) and bool((index.extents[:, 1] > _sizes_by_sample(index)).any()):
             detail = "a sample lies behind the end of its shard"
@@ -325,8 +344,9 @@ def _lists(metadata: Metadata | None, split: str) -> bool:
 
 
 def _disagree(one: FileFacts, other: FileFacts) -> bool:
-    return one.size_bytes != other.size_bytes or (
-        None not in (one.md5, other.md5) and one.md5 != other.md5
+    return one.size_bytes != other.size_bytes or any(
+        None not in pair and pair[0] != pair[1]
+        for pair in ((one.md5, other.md5), (one.crc32c, other.crc32c))
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import tarfile
 from collections.abc import Mapping, Sequence
@@ -36,7 +37,8 @@ def write_shards(
             builder.add_sample(f"{key}.jpg", where.extent, where.members["jpg"].data, number)
             number += 1
         name = f"{split}-{shard:06d}.tar"
-        md5 = writer.close()
+        writer.close()
+        md5 = hashlib.md5(file.getvalue()).hexdigest()
         (folder / name).write_bytes(file.getvalue())
         builder.add_shard(Shard(name, len(file.getvalue()), md5))
     if with_index:

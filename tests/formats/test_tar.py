@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import shutil
 import subprocess
 import tarfile
 from pathlib import Path
 
+import google_crc32c
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,9 +48,13 @@ class Stream:
 def write(samples: list[tuple[str, dict[str, bytes]]] = SAMPLES) -> bytes:
     file = io.BytesIO()
     writer = TarWriter(file)
-    for key, fields in samples:
-        writer.write(key, fields)
-    assert writer.close() == hashlib.md5(file.getvalue()).hexdigest()
+    written = [writer.write(key, fields) for key, fields in samples]
+    checksums = writer.close()
+    assert checksums.tar == f"{google_crc32c.value(file.getvalue()):08x}"
+    assert checksums.samples.tolist() == [
+        google_crc32c.value(file.getvalue()[sample.extent.start : sample.extent.stop])
+        for sample in written
+    ]
     assert writer.size_bytes == len(file.getvalue())
     return file.getvalue()
 

@@ -8,10 +8,13 @@ import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from concurrent_dataloader.formats.crc32c import crc32c
 from concurrent_dataloader.formats.tar import TarWriter
 from concurrent_dataloader.prepare.metadata import Metadata, ShardMetadata, SplitMetadata
 from concurrent_dataloader.prepare.shard_set import describe_sample, index_name, parse_label
-from concurrent_dataloader.shard_index import Shard, ShardIndexBuilder
+from concurrent_dataloader.shard_index import SampleCrcs, Shard, ShardIndexBuilder
 from concurrent_dataloader.stores import WritableStore
 
 Samples = Sequence[tuple[str, Mapping[str, bytes]]]
@@ -40,15 +43,22 @@ def write_set(
     for number, samples in enumerate(shards):
         file = io.BytesIO()
         writer = TarWriter(file)
-        for key, fields in samples:
+        written = [(writer.write(key, fields), fields) for key, fields in samples]
+        writer.close()
+        raw = file.getvalue()
+        for sample, fields in written:
             label = parse_label(fields["cls"]) if "cls" in fields else None
-            builder.add_sample(*describe_sample(writer.write(key, fields), label))
-        md5 = writer.close()
+            found = describe_sample(sample, label)
+            crcs = SampleCrcs(
+                *(crc32c(raw[slice(*part)]) for part in (found.extent, found.payload))
+            )
+            builder.add_sample(*found._replace(crcs=crcs))
+        md5, crc = hashlib.md5(raw).hexdigest(), f"{crc32c(raw):08x}"
         name = f"{split}-{number:06d}.tar"
-        builder.add_shard(Shard(name, writer.size_bytes, md5))
+        builder.add_shard(Shard(name, len(raw), md5, crc))
         described.append(
             ShardMetadata(
-                name=name, num_samples=len(samples), size_bytes=writer.size_bytes, md5=md5
+                name=name, num_samples=len(samples), size_bytes=len(raw), md5=md5, crc32c=crc
             )
         )
         store.put(name, file.getvalue())
@@ -84,3 +94,18 @@ def digests(folder: Path) -> dict[str, str]:
         for path in sorted(folder.iterdir())
         if path.is_file()
     }
+
+
+def flip_byte(path: Path, place: int) -> None:
+    """Change a byte of a file."""
+    raw = bytearray(path.read_bytes())
+    raw[place] ^= 1
+    path.write_bytes(raw)
+
+
+def strip_crcs(path: Path) -> None:
+    """Make an index as it was before samples had checksums."""
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    del arrays["crc32c"]
+    np.savez(path, allow_pickle=False, **arrays)

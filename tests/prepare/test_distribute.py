@@ -10,12 +10,13 @@ import random
 import warnings
 from pathlib import Path
 
+import google_crc32c
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from concurrent_dataloader.datasets.streamed import StreamedShards
-from concurrent_dataloader.errors import IndexFormatError, ShardFormatError
+from concurrent_dataloader.errors import ChecksumError, IndexFormatError, ShardFormatError
 from concurrent_dataloader.prepare.__main__ import main
 from concurrent_dataloader.prepare.distribute import (
     InstanceShard,
@@ -29,7 +30,15 @@ from concurrent_dataloader.prepare.metadata import Metadata
 from concurrent_dataloader.shard_index import ShardIndex
 from concurrent_dataloader.stores import Credentials, open_writable_store
 from concurrent_dataloader.testing import ObjectServer
-from tests.prepare.shard_sets import Samples, digests, flat, make_samples, members, write_set
+from tests.prepare.shard_sets import (
+    Samples,
+    digests,
+    flat,
+    flip_byte,
+    make_samples,
+    members,
+    write_set,
+)
 
 
 def cut(samples: Samples, sizes: list[int]) -> list[Samples]:
@@ -414,3 +423,24 @@ def test_the_webdataset_package_reads_the_parts(folder: Path) -> None:
     assert [(item["__key__"], item["jpg"], item["cls"]) for item in found] == [
         (key, fields["jpg"], fields["cls"]) for key, fields in make_samples(10, first=56)
     ]
+
+
+def test_a_changed_byte_is_not_distributed(folder: Path) -> None:
+    index = ShardIndex.load(folder / "train-index.npz")
+    flip_byte(folder / "train-000009.tar", index.payload(len(index) - 1).start)
+
+    with pytest.raises(ChecksumError, match=r"train-000009\.tar \[.*: got bytes of CRC-32C"):
+        distribute(str(folder), 4)
+
+    assert check_distribution(str(folder), 4) == "not distributed"
+
+
+def test_parts_have_checksums(folder: Path) -> None:
+    manifest = distribute(str(folder), 4)
+
+    assert [part.crc32c for part in manifest.parts] == [
+        f"{google_crc32c.value((folder / part.name).read_bytes()):08x}" for part in manifest.parts
+    ]
+    index = ShardIndex.load(folder / "distributed" / "4-instances" / "train-index.npz")
+    raw = (folder / "distributed" / "4-instances" / index.shard_of(0).name).read_bytes()
+    assert index.payload_crc(0) == google_crc32c.value(raw[slice(*index.payload(0))])

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import pytest
 
-from concurrent_dataloader.errors import LoaderError, ShardFormatError
+from concurrent_dataloader.errors import ChecksumError, LoaderError, ShardFormatError
 from concurrent_dataloader.prepare.__main__ import main
 from concurrent_dataloader.prepare.map import map_shards
 from concurrent_dataloader.prepare.metadata import Metadata, ShardMetadata
@@ -20,7 +21,7 @@ from concurrent_dataloader.prepare.reshard import SplitAt
 from concurrent_dataloader.shard_index import ShardIndex
 from concurrent_dataloader.stores import Credentials, open_writable_store
 from concurrent_dataloader.testing import ObjectServer
-from tests.prepare.shard_sets import digests, flat, make_samples, members, write_set
+from tests.prepare.shard_sets import digests, flat, flip_byte, make_samples, members, write_set
 
 SAMPLES = make_samples(20)
 
@@ -290,3 +291,27 @@ def test_the_command_maps_with_a_function_of_the_working_directory(
     assert "train-000000.tar of 1: 10 samples" in err
     assert main([*arguments, "--function", "functions_beside:nope"]) == 1
     assert "function: got 'functions_beside:nope'" in capsys.readouterr().err
+
+
+def test_a_changed_byte_reaches_no_function(source: Path, tmp_path: Path) -> None:
+    index = ShardIndex.load(source / "train-index.npz")
+    flip_byte(source / "train-000001.tar", index.payload(10).start)
+
+    with pytest.raises(ChecksumError, match=r"train-000001\.tar \[.*: got bytes of CRC-32C"):
+        run(source, tmp_path / "new", "keep")
+
+    assert not (tmp_path / "new" / "train-000001.tar").exists()
+
+
+def test_what_functions_make_gets_checksums(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "new", "keep")
+
+    index = ShardIndex.load(tmp_path / "new" / "train-index.npz")
+    for position in range(len(index)):
+        raw = (tmp_path / "new" / index.shard_of(position).name).read_bytes()
+        assert index.extent_crc(position) == google_crc32c.value(
+            raw[slice(*index.extent(position))]
+        )
+        assert index.payload_crc(position) == google_crc32c.value(
+            raw[slice(*index.payload(position))]
+        )

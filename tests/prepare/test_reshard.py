@@ -8,24 +8,34 @@ import random
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typing_extensions import Buffer, override
 
-from concurrent_dataloader.errors import KeyNotFoundError, ShardFormatError
+from concurrent_dataloader.errors import ChecksumError, KeyNotFoundError, ShardFormatError
 from concurrent_dataloader.formats.tar import parse_sample
 from concurrent_dataloader.index import Index
 from concurrent_dataloader.prepare.__main__ import main
+from concurrent_dataloader.prepare.extents import plan_reads, read_extents
 from concurrent_dataloader.prepare.metadata import Metadata, ShardMetadata
 from concurrent_dataloader.prepare.reshard import ReshardSettings, SplitAt, reshard
-from concurrent_dataloader.prepare.shard_set import check_keys, plan_reads, read_extents
+from concurrent_dataloader.prepare.shard_set import check_keys
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.shard_index import ShardIndex
 from concurrent_dataloader.stores import Credentials, open_writable_store
 from concurrent_dataloader.stores._memory import MemoryStore
 from concurrent_dataloader.testing import ObjectServer
-from tests.prepare.shard_sets import digests, flat, make_samples, members, write_set
+from tests.prepare.shard_sets import (
+    digests,
+    flat,
+    flip_byte,
+    make_samples,
+    members,
+    strip_crcs,
+    write_set,
+)
 
 SAMPLES = make_samples(60)
 
@@ -313,7 +323,7 @@ def test_planned_reads_are_the_samples_one_after_the_other(positions: list[int])
 
     reads = list(plan_reads(index, positions))
 
-    assert b"".join(shards[number][slice(*part)] for number, part in reads) == b"".join(
+    assert b"".join(shards[number][slice(*part)] for number, part, _ in reads) == b"".join(
         shards[index.shard_numbers[position]][slice(*index.extent(position))]
         for position in positions
     )
@@ -343,6 +353,70 @@ def test_reading_ahead_is_bounded_whatever_the_number_of_samples() -> None:
     pieces.close()
 
     assert 10 <= store.num_gets <= 10 + 64
+
+
+def test_a_changed_byte_is_not_copied(source: Path, tmp_path: Path) -> None:
+    index = ShardIndex.load(source / "train-index.npz")
+    shard, (start, stop) = index.shard_of(25).name, index.extent(25)
+    flip_byte(source / shard, index.payload(25).stop - 1)
+
+    with pytest.raises(ChecksumError) as raised:
+        run(source, tmp_path / "new", max_count=60)
+
+    key = index.names.key(25).partition(".")[0]
+    got = google_crc32c.value((source / shard).read_bytes()[start:stop])
+    assert str(raised.value).startswith(
+        f"{source / shard} [{start}, {stop}) {key!r}: got bytes of CRC-32C {got:08x},"
+        f" expected {index.extent_crc(25):08x} by the index"
+    )
+    assert not list((tmp_path / "new").glob("*.tar"))
+
+
+class FlippingStore(MemoryStore):
+    """Changes a byte of the first answer."""
+
+    num_gets = 0
+
+    @override
+    def get(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
+        body = bytearray(super().get(key, byte_range))
+        self.num_gets += 1
+        if self.num_gets == 1:
+            body[600] ^= 1
+        return bytes(body)
+
+
+def test_a_byte_that_was_changed_on_the_way_is_read_again() -> None:
+    plain, flipping = MemoryStore(), FlippingStore()
+    for store in (plain, flipping):
+        write_set(store, [make_samples(4)])
+    index = ShardIndex.from_bytes(plain.get("train-index.npz"), "t")
+
+    (piece,) = read_extents(index, range(4), [(flipping, "train-000000.tar")])
+
+    shard = bytes(plain.get("train-000000.tar"))
+    assert bytes(piece.content) == shard[: index.extent(3).stop]
+    assert flipping.num_gets == 2
+
+
+def test_copies_of_samples_without_checksums_get_some(source: Path, tmp_path: Path) -> None:
+    strip_crcs(source / "train-index.npz")
+
+    run(source, tmp_path / "new", max_count=25)
+
+    copies = ShardIndex.load(tmp_path / "new" / "train-index.npz")
+    shards = {shard.name: (tmp_path / "new" / shard.name).read_bytes() for shard in copies.shards}
+    assert [shard.crc32c for shard in copies.shards] == [
+        f"{google_crc32c.value(raw):08x}" for raw in shards.values()
+    ]
+    for position in range(len(copies)):
+        raw = shards[copies.shard_of(position).name]
+        assert copies.extent_crc(position) == google_crc32c.value(
+            raw[slice(*copies.extent(position))]
+        )
+        assert copies.payload_crc(position) == google_crc32c.value(
+            raw[slice(*copies.payload(position))]
+        )
 
 
 @settings(max_examples=50, deadline=None)

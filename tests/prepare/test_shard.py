@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 from typing import Any, cast
 
+import google_crc32c
 import numpy as np
 import pytest
 import torch
@@ -23,7 +24,7 @@ from concurrent_dataloader.errors import LoaderError, SampleDecodeError
 from concurrent_dataloader.formats import tfrecord
 from concurrent_dataloader.formats.fields import Box
 from concurrent_dataloader.formats.tar import parse_sample, read_samples
-from concurrent_dataloader.prepare.metadata import Metadata, SplitMetadata, checksum
+from concurrent_dataloader.prepare.metadata import Metadata, ShardMetadata, SplitMetadata, checksum
 from concurrent_dataloader.prepare.reading import Reader
 from concurrent_dataloader.prepare.shard import ShardSettings, check_splits, write_shards
 from concurrent_dataloader.prepare.steps import Preparation, parse_steps
@@ -479,13 +480,67 @@ def test_metadata_says_what_is_there(tmp_path: Path) -> None:
 
     assert metadata.splits["train"] == split
     assert split.classes == ("n00", "n01", "n02")
+    assert [shard.crc32c for shard in split.shards or ()] == [
+        f"{google_crc32c.value((tmp_path / shard.name).read_bytes()):08x}"
+        for shard in split.shards or ()
+    ]
+    assert {shard.md5 for shard in split.shards or ()} == {None}
+    assert metadata.checksum is None
+    assert split.num_samples == 40
+
+
+def test_md5s_and_the_older_systems_checksum_of_them_are_written_if_asked_for(
+    tmp_path: Path,
+) -> None:
+    settings = ShardSettings(max_count=15, md5=True)
+
+    split = write_shards(MemorySource(make_samples()), tmp_path, settings)
+
     digests = [
         hashlib.md5((tmp_path / shard.name).read_bytes()).hexdigest()
         for shard in split.shards or ()
     ]
+    assert len(digests) == 3
     assert [shard.md5 for shard in split.shards or ()] == digests
-    assert metadata.checksum == checksum(digests)
-    assert split.num_samples == 40
+    assert Metadata.load(tmp_path / "metadata.json").checksum == checksum(digests)
+
+
+@pytest.mark.parametrize("kind", ["tar", "tfrecord"])
+@pytest.mark.parametrize("size", [40, 9000])
+def test_the_index_has_the_checksums_of_samples_and_payloads(
+    tmp_path: Path, kind: Any, size: int
+) -> None:
+    samples = {name: content * size for name, content in make_samples(12).items()}
+
+    write_shards(MemorySource(samples), tmp_path, ShardSettings(max_count=5, kind=kind))
+
+    index = ShardIndex.load(tmp_path / "train-index.npz")
+    assert len(index) == 12
+    for position in range(12):
+        raw = (tmp_path / index.shard_of(position).name).read_bytes()
+        extent, payload = index.extent(position), index.payload(position)
+        assert index.extent_crc(position) == google_crc32c.value(raw[slice(*extent)])
+        assert index.payload_crc(position) == google_crc32c.value(raw[slice(*payload)])
+
+
+def test_a_receipt_without_checksums_is_not_taken(tmp_path: Path) -> None:
+    source, settings = MemorySource(make_samples()), ShardSettings(max_count=15)
+    write_shards(source, tmp_path / "whole", settings)
+    target = tmp_path / "target"
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(source, target, settings, on_shard=interrupt)
+    receipt = target / ".unfinished-train" / "train-000000.tar.json"
+    known = json.loads(receipt.read_bytes())
+    del known["crcs"]
+    receipt.write_text(json.dumps(known))
+
+    write_shards(source, target, settings)
+
+    assert contents(target) == contents(tmp_path / "whole")
+
+
+def interrupt(shard: ShardMetadata, num_shards: int) -> None:
+    raise KeyboardInterrupt
 
 
 # -- what may be done to images

@@ -13,6 +13,7 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
 from PIL import Image
@@ -39,9 +40,11 @@ from concurrent_dataloader.prepare.checksums import (
     write_checksums,
 )
 from concurrent_dataloader.prepare.metadata import Metadata, ShardMetadata, SplitMetadata
+from concurrent_dataloader.prepare.shard import ShardSettings, write_shards
 from concurrent_dataloader.prepare.validate import IMAGENET_TREES
 from concurrent_dataloader.shard_index import Shard, ShardIndexBuilder
 from concurrent_dataloader.testing import ObjectServer
+from tests.prepare.memory_source import MemorySource, make_samples
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -70,7 +73,8 @@ def write_split(
             found = writer.write(f"{CLASSES[sample % 3]}/{split}{sample}", fields)
             name_of_sample = f"{found.key}.jpg"
             builder.add_sample(name_of_sample, found.extent, found.members["jpg"].data, label)
-        md5 = writer.close()
+        writer.close()
+        md5 = hashlib.md5(file.getvalue()).hexdigest()
         (folder / name).write_bytes(file.getvalue())
         builder.add_shard(Shard(name, writer.size_bytes, md5))
         described.append(
@@ -249,7 +253,7 @@ def test_g04_metadata_of_an_earlier_run_does_not_pass(
 
     assert status == 1
     text = "\n".join(lines)
-    assert "train-index.npz: metadata: size or MD5 of train-000000.tar is another" in text
+    assert "train-index.npz: metadata: size or checksum of train-000000.tar is another" in text
     assert "train-000002.tar: missing" in text
     assert "val-000000.tar: missing" in text
 
@@ -991,3 +995,50 @@ def test_a_set_whose_run_has_not_ended_is_not_ok(
 
     assert status == 1
     assert any("a run that writes split 'val' has not ended" in line for line in lines), lines
+
+
+# -- sets with CRCs and without MD5s
+
+
+@pytest.fixture
+def checked_set(tmp_path: Path) -> Path:
+    """Three shards of ten samples, as `shard` writes them."""
+    folder = tmp_path / "checked"
+    write_shards(MemorySource(make_samples(30)), folder, ShardSettings(max_count=10))
+    return folder
+
+
+def test_a_set_with_crcs_only_is_ok(checked_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, lines = validate(capsys, checked_set)
+
+    assert status == 0
+    assert lines[-1].startswith(f"{checked_set}: OK (3 files, 30 samples, ")
+
+
+def test_a_changed_byte_is_found_by_the_crc(
+    checked_set: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checked_set / "train-000001.tar"
+    expected = google_crc32c.value(path.read_bytes())
+    flip_byte(path, 5000)
+
+    status, lines = validate(capsys, checked_set)
+
+    got = google_crc32c.value(path.read_bytes())
+    assert status == 1
+    assert lines[0] == f"{path.name}: content: got CRC-32C {got:08x}, expected {expected:08x}"
+
+
+def test_renamed_and_swapped_shards_are_told_by_the_crc(
+    checked_set: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b, c = (checked_set / f"train-00000{n}.tar" for n in range(3))
+    c.rename(checked_set / "train-000007.tar")
+    shutil.copy(a, b)
+
+    _, lines = validate(capsys, checked_set)
+
+    assert lines[:2] == [
+        "train-000001.tar: swapped: it holds the content of train-000000.tar",
+        "train-000002.tar: renamed: its content lies in train-000007.tar",
+    ]

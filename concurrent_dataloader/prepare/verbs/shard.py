@@ -84,6 +84,7 @@ KINDS: dict[str, Kind] = {
     "steps": list_of(_steps),
     "function": TEXT,
     "file_info": BOOL,
+    "md5": BOOL,
     "processes": INT,
     "readers": INT,
     "in_memory": BOOL,
@@ -189,6 +190,13 @@ def _add_shard_options(group: argparse._ArgumentGroup) -> None:
         default=True,
         help="also write SPLIT-FileInfo.json: class, shard and offset of each source file"
         " (default: --file-info)",
+    )
+    group.add_argument(
+        "--md5",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="also record the MD5 of each shard, of which the checksum of older systems is made;"
+        " slower (default: --no-md5, CRC-32C only)",
     )
 
 
@@ -307,6 +315,7 @@ def _settings(options: argparse.Namespace, split: str) -> ShardSettings:
         key_prefix=prefix,
         field=options.data_type,
         boxes=options.boxes is not None,
+        md5=options.md5,
         preparation=Preparation(
             payload=options.payload or ("jpeg" if is_encoded else "file"),
             steps=options.steps,
