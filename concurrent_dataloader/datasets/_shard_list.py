@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from concurrent_dataloader.datasets._sample_checks import SampleChecks
 from concurrent_dataloader.datasets._shard_reader import ShardList
 from concurrent_dataloader.datasets._split import ShardTable
 from concurrent_dataloader.errors import AccessDeniedError, IndexFormatError, KeyNotFoundError
@@ -90,6 +91,7 @@ def find_shards(
             raise ValueError("index: got one for compressed shards, which have no byte ranges")
         return FoundShards(shards, None, None)
     _refuse_missing(shard_index, shards, texts)
+    shards.checks = SampleChecks.of(shard_index)
     return FoundShards(shards, _match_index(shard_index, shards), shard_index.labels)
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import orjson
 from typing_extensions import Buffer
 
+from concurrent_dataloader.datasets._sample_checks import SampleChecks
 from concurrent_dataloader.datasets._shard_streams import (
     Decompressed,
     ReadAhead,
@@ -83,6 +84,7 @@ class ShardList:
         *,
         are_commands: bool = False,
         repeated: Sample | None = None,
+        checks: SampleChecks | None = None,
     ) -> None:
         """Name the shards.
 
@@ -92,12 +94,14 @@ class ShardList:
             sizes: Bytes of each; None where that is not known, and it is read by one request.
             are_commands: Whether ``keys`` are commands.
             repeated: The sample of which made-up shards consist; segments then count samples.
+            checks: What samples are compared with, where an index says it.
         """
         self.store = store
         self.keys = tuple(keys)
         self.sizes = tuple(sizes)
         self.are_commands = are_commands
         self.repeated = repeated
+        self.checks = checks
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -140,6 +144,19 @@ class ShardList:
         from concurrent_dataloader.formats.tfrecord import parse_record
 
         return _sample_of_record(parse_record(raw, where), ByteRange(0, 0), where)
+
+    def checked(self, shard: int, place: int | None, sample: Sample) -> Sample:
+        """Give a sample whose payload is what was written, read once more if it was not.
+
+        Raises:
+            ChecksumError: It was not again.
+        """
+        if self.checks is None or place is None or not self.checks.is_changed(place, sample):
+            return sample
+        raw = self.store.get(self.keys[shard], sample.extent)
+        again = self.parse(shard, raw)._replace(extent=sample.extent)
+        self.checks.refuse_changed(place, again, self.describe(shard))
+        return again
 
     def iter_samples(
         self, segment: Segment, stream: Stream | None, offset: int | None
@@ -200,14 +217,16 @@ class _Slot:
         try:
             sample = next(self._samples, None)
             self._check_count(is_over=sample is None)
+            first = self._segment.first
+            place = None if first is None else first + self.num_read
+            if sample is not None:
+                sample = self._shards.checked(self._segment.shard, place, sample)
         except LoaderError as error:
             raise self._explain(error) from error
         if sample is None:
             if self._stream is not None:
                 self._ahead.drop(self._stream)
             return None
-        first = self._segment.first
-        place = None if first is None else first + self.num_read
         self.offset = sample.extent.stop
         self.num_read += 1
         self._last_key = sample.key
@@ -419,7 +438,8 @@ class ShardReader:
             for at in members:
                 number, place, start, stop = places[at]
                 sample = shards.parse(shard, view[start - begin : stop - begin])
-                found[at] = RawSample(number, place, sample._replace(extent=ByteRange(start, stop)))
+                sample = sample._replace(extent=ByteRange(start, stop))
+                found[at] = RawSample(number, place, shards.checked(shard, place, sample))
         return [found[at] for at in range(len(places))]
 
 

@@ -19,11 +19,13 @@ from concurrent_dataloader.datasets.indexed import (
 )
 from concurrent_dataloader.datasets.labelled import DecodedImage, SampleMetadata
 from concurrent_dataloader.errors import (
+    ChecksumError,
     LoaderError,
     MissingDependencyError,
     SampleDecodeError,
     UnknownClassError,
 )
+from concurrent_dataloader.formats.crc32c import IS_FAST, check_crc, crc32c
 from concurrent_dataloader.formats.fields import LABEL_FIELD, find_field, is_image_field
 from concurrent_dataloader.formats.tar import parse_sample, split_name
 from concurrent_dataloader.labels import (
@@ -89,6 +91,7 @@ class ShardDataset(IndexedDataset):
         with_metadata: bool = False,
         max_gap_bytes: int = MAX_GAP_BYTES,
         max_request_bytes: int = MAX_REQUEST_BYTES,
+        compare_checksums: bool = IS_FAST,
         index_name: str = "the index of shards",
     ) -> None:
         """Join an index of shards and the store that holds them.
@@ -117,6 +120,9 @@ class ShardDataset(IndexedDataset):
                 byte range.
             max_gap_bytes: Longest gap between two samples that one request reads over.
             max_request_bytes: Longest request for several samples.
+            compare_checksums: Whether what was read is compared with the checksums of the index,
+                where it has some; some 5 us for 100 kB. By default where the compiled part of
+                google-crc32c is installed, which warns of its absence.
             index_name: What errors call the index, such as its file.
 
         Raises:
@@ -147,6 +153,8 @@ class ShardDataset(IndexedDataset):
         self.fields = None if fields is None else tuple(fields)
         self.max_gap_bytes = max_gap_bytes
         self.max_request_bytes = max_request_bytes
+        # Records have CRCs of their own, which decoding compares.
+        self._compares = compare_checksums and limited.crcs is not None and index.kind == "tar"
         self._decoder = FieldDecoder(decode, raw_size)
         space = _find_space(index, label_space, index_name)
         if classes is None and label_rule is not None:
@@ -159,6 +167,49 @@ class ShardDataset(IndexedDataset):
             self._labels = limited.labels
 
     # -- requests
+
+    @override
+    def fetch(self, position: int) -> Buffer:
+        """Read the raw bytes of the sample at ``position``, and compare them with its checksum.
+
+        Bytes that do not fit it are read once more.
+
+        Raises:
+            ChecksumError: They do not fit it again: the shard, or what lies between, is damaged.
+            StoreError: The store does not give them.
+        """
+        raw = super().fetch(position)
+        if self._is_changed(position, raw):
+            raw = super().fetch(position)
+            self._refuse_changed(position, raw)
+        return raw
+
+    @override
+    async def fetch_async(self, position: int) -> Buffer:
+        """Read as `fetch` does, without blocking the event loop."""
+        raw = await super().fetch_async(position)
+        if self._is_changed(position, raw):
+            raw = await super().fetch_async(position)
+            self._refuse_changed(position, raw)
+        return raw
+
+    def _expected_crc(self, position: int) -> int | None:
+        if not self._compares:
+            return None
+        index = self.shard_index
+        return index.payload_crc(position) if self.fields is None else index.extent_crc(position)
+
+    def _is_changed(self, position: int, raw: Buffer) -> bool:
+        expected = self._expected_crc(position)
+        return expected is not None and crc32c(raw) != expected
+
+    def _refuse_changed(self, position: int, raw: Buffer) -> None:
+        expected = self._expected_crc(position)
+        assert expected is not None, "only what has a checksum is changed"
+        try:
+            check_crc(raw, expected, self._source(position), self._index_name)
+        except ChecksumError as error:
+            raise self._explain(error, position) from error
 
     @override
     def plan_requests(self, positions: Sequence[int]) -> list[list[int]]:
@@ -186,9 +237,10 @@ class ShardDataset(IndexedDataset):
         """Read the samples of a group by one request, in the order given.
 
         Positions that are no group of `plan_requests` cost a request for each group among them.
-        The parts share memory.
+        The parts share memory. One that does not fit its checksum is read again, by itself.
 
         Raises:
+            ChecksumError: As `fetch`.
             StoreError: The store does not give them.
         """
         parts: list[Buffer] = [b""] * len(positions)
@@ -198,6 +250,9 @@ class ShardDataset(IndexedDataset):
             except LoaderError as error:
                 raise self._explain(error, positions[request.numbers[0]]) from error
             _hand_out(request, body, parts)
+        for number, position in enumerate(positions):
+            if self._is_changed(position, parts[number]):
+                parts[number] = self.fetch(position)
         return parts
 
     @override
@@ -210,6 +265,9 @@ class ShardDataset(IndexedDataset):
             except LoaderError as error:
                 raise self._explain(error, positions[request.numbers[0]]) from error
             _hand_out(request, body, parts)
+        for number, position in enumerate(positions):
+            if self._is_changed(position, parts[number]):
+                parts[number] = await self.fetch_async(position)
         return parts
 
     def _requests(self, positions: Sequence[int]) -> list[_Request]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 
+from concurrent_dataloader.formats.crc32c import crc32c
 from concurrent_dataloader.formats.fields import find_payload_field
 from concurrent_dataloader.formats.tar import TarWriter
-from concurrent_dataloader.shard_index import Shard, ShardIndex, ShardIndexBuilder
+from concurrent_dataloader.shard_index import SampleCrcs, Shard, ShardIndex, ShardIndexBuilder
 
 Samples = Sequence[tuple[str, Mapping[str, bytes]]]
 
@@ -27,6 +28,7 @@ def pack_tars(
     classes: Sequence[str] | None = None,
     label_space: str | None = None,
     label_base: int = 0,
+    checked: bool = True,
 ) -> tuple[dict[str, bytes], ShardIndex]:
     """Write tars, and index them by where the writer says that members are."""
     builder = ShardIndexBuilder("tar")
@@ -34,14 +36,15 @@ def pack_tars(
     for name, samples in shards.items():
         file = io.BytesIO()
         writer = TarWriter(file)
-        for key, fields in samples:
-            written = writer.write(key, fields)
+        written = [writer.write(key, fields) for key, fields in samples]
+        writer.close()
+        raw = bodies[name] = file.getvalue()
+        for (key, fields), sample in zip(samples, written, strict=True):
             payload = find_payload_field(list(fields))
             assert payload is not None
             label = int(fields["cls"]) - label_base if "cls" in fields else None
-            data = written.members[payload].data
-            builder.add_sample(f"{key}.{payload}", written.extent, data, label)
-        writer.close()
-        bodies[name] = file.getvalue()
+            parts = sample.extent, sample.members[payload].data
+            crcs = SampleCrcs(*(crc32c(raw[slice(*part)]) for part in parts))
+            builder.add_sample(f"{key}.{payload}", *parts, label, crcs if checked else None)
         builder.add_shard(Shard(name, len(bodies[name])))
     return bodies, builder.build(classes, label_space)

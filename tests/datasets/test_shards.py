@@ -23,6 +23,7 @@ from concurrent_dataloader.dataloader_mod.dataloader import DataLoader
 from concurrent_dataloader.datasets import ScratchDataset, ShardDataset
 from concurrent_dataloader.errors import (
     ByteRangeError,
+    ChecksumError,
     IndexFormatError,
     KeyNotFoundError,
     SampleDecodeError,
@@ -474,7 +475,7 @@ def test_records_are_samples_like_others_and_their_crcs_are_checked() -> None:
 
 
 def test_damage_is_an_error_that_names_shard_sample_and_position() -> None:
-    bodies, index = pack_tars(SHARDS)
+    bodies, index = pack_tars(SHARDS, checked=False)
     start, _ = index.payload(1)
     body = bytearray(bodies["train-000000.tar"])
     body[start : start + 20] = bytes(20)
@@ -580,3 +581,103 @@ def test_json_and_bytes_of_fields_are_those_written() -> None:
     for name, spoilt in (("json", b"{"), ("cls2.cls", b"x1")):
         with pytest.raises(SampleDecodeError, match=f"{name[-3:]}: "):
             open_one({"jpg": b"", name: spoilt}, fields=(name,))[0]
+
+
+# Bytes that are not those that were written
+
+
+class FlippingStore(CountingStore):
+    """Changes a byte of what holds a certain place of a shard, so many times."""
+
+    def __init__(self, objects: dict[str, bytes], shard: str, place: int, num_times: int) -> None:
+        super().__init__(objects)
+        self._shard, self._place, self._num_left = shard, place, num_times
+
+    def get(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
+        body = bytearray(super().get(key, byte_range))
+        assert byte_range is not None
+        start, stop = byte_range
+        if key == self._shard and start <= self._place < stop and self._num_left:
+            self._num_left -= 1
+            body[self._place - start] ^= 1
+        return bytes(body)
+
+
+def open_flipping(num_times: int, *, checked: bool = True, **options: Any) -> ShardDataset:
+    """Open shards of which the image of sample 1 comes changed so many times."""
+    bodies, index = pack_tars(SHARDS, classes=CLASSES, checked=checked)
+    place = index.payload(1).start + 100
+    store = FlippingStore(bodies, index.shard_of(1).name, place, num_times)
+    return ShardDataset(index, store, **options)
+
+
+def fetch_together(dataset: ShardDataset, position: int) -> Buffer:
+    return dataset.fetch_many([0, position])[1]
+
+
+def fetch_together_async(dataset: ShardDataset, position: int) -> Buffer:
+    return asyncio.run(dataset.fetch_many_async([0, position]))[1]
+
+
+def fetch_async(dataset: ShardDataset, position: int) -> Buffer:
+    return asyncio.run(dataset.fetch_async(position))
+
+
+FETCHES: list[Callable[[ShardDataset, int], Buffer]] = [
+    ShardDataset.fetch,
+    fetch_async,
+    fetch_together,
+    fetch_together_async,
+]
+
+
+@pytest.mark.parametrize("fetch", FETCHES)
+@pytest.mark.parametrize("fields", [None, ("jpg;jpeg;png", "cls")])
+def test_bytes_that_were_changed_on_the_way_are_read_again(
+    fetch: Callable[[ShardDataset, int], Buffer], fields: tuple[str, ...] | None
+) -> None:
+    dataset = open_flipping(1, fields=fields)
+
+    raw = bytes(fetch(dataset, 1))
+
+    assert raw == bytes(open_shards(fields=fields).fetch(1))
+    assert len(asked(dataset)) == 2
+
+
+@pytest.mark.parametrize("fetch", FETCHES)
+@pytest.mark.parametrize("fields", [None, ("jpg;jpeg;png", "cls")])
+def test_bytes_that_stay_changed_are_refused(
+    fetch: Callable[[ShardDataset, int], Buffer], fields: tuple[str, ...] | None
+) -> None:
+    dataset = open_flipping(99, fields=fields)
+    index = dataset.shard_index
+    start, stop = index.payload(1) if fields is None else index.extent(1)
+    expected = index.payload_crc(1) if fields is None else index.extent_crc(1)
+
+    with pytest.raises(ChecksumError) as raised:
+        fetch(dataset, 1)
+
+    begin, _, rest = str(raised.value).partition(": got bytes of CRC-32C ")
+    assert begin == f"memory://shards/train-000000.tar [{start}, {stop}) 'Dog/5.jpg'"
+    assert f", expected {expected:08x} by the index of shards" in rest
+    assert rest.endswith("; it is position 1 of the index of shards")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_changed_sample_fails_its_batch_in_the_loader(num_workers: int) -> None:
+    dataset = open_flipping(99, decode=len)
+
+    loader = DataLoader(dataset, batch_size=7, num_workers=num_workers)
+
+    with pytest.raises(ChecksumError, match=r"'Dog/5.jpg': got bytes of CRC-32C"):
+        list(loader)
+
+
+@pytest.mark.parametrize("how", [{"checked": False}, {"compare_checksums": False}])
+def test_nothing_is_compared_without_checksums_or_if_not_wanted(how: dict[str, bool]) -> None:
+    dataset = open_flipping(99, **how)
+
+    raw = bytes(dataset.fetch(1))
+
+    assert raw != IMAGES[KEYS[1]]
+    assert len(raw) == len(IMAGES[KEYS[1]])

@@ -24,10 +24,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typing_extensions import Buffer
 
 from concurrent_dataloader import DataLoader
 from concurrent_dataloader.datasets.streamed import ReadSettings, StreamedShards
 from concurrent_dataloader.errors import (
+    ChecksumError,
     IndexFormatError,
     KeyNotFoundError,
     SampleDecodeError,
@@ -46,6 +48,7 @@ from concurrent_dataloader.stores import Credentials, RetryPolicy
 from concurrent_dataloader.stores._memory import MemoryStore
 from concurrent_dataloader.testing import Fault, ObjectServer
 from tests.datasets.conftest import encode_image
+from tests.datasets.shard_doubles import pack_tars
 from tests.datasets.shards import tar_of, write_shards
 
 COUNTS = [10, 7, 0, 13, 20, 21, 8]
@@ -536,6 +539,58 @@ def test_a_store_that_fails_now_and_then_loses_nothing(remote: ObjectServer) -> 
     dataset = stream("s3://bucket/", retry=RetryPolicy(max_attempts=20, first_wait_s=0.001))
 
     assert labels_of(dataset) == list(range(TOTAL))
+
+
+class FlippingStore(MemoryStore):
+    """Changes a byte of a shard in the first answers that hold it."""
+
+    def __init__(self, objects: dict[str, bytes], place: int, num_times: int) -> None:
+        super().__init__(objects, "flipping")
+        self._place, self._num_left = place, num_times
+
+    def get(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
+        body = bytearray(super().get(key, byte_range))
+        start, stop = byte_range or (0, len(body))
+        if key == "s-000000.tar" and start <= self._place < stop and self._num_left:
+            self._num_left -= 1
+            body[self._place - start] ^= 1
+        return bytes(body)
+
+
+def flipping_stream(num_times: int, **settings: Any) -> tuple[StreamedShards, list[bytes]]:
+    """Stream two shards of three images, one of which comes changed so many times."""
+    images = [bytes([number]) * 6000 for number in range(6)]
+    samples = [(f"a/{n}", {"jpg": images[n], "cls": b"%d" % n}) for n in range(6)]
+    bodies, index = pack_tars({"s-000000.tar": samples[:3], "s-000001.tar": samples[3:]})
+    store = FlippingStore(bodies, index.payload(1).start + 5000, num_times)
+    dataset = StreamedShards(list(bodies), store=store, index=index, decode=None, **settings)
+    return dataset, images
+
+
+def test_a_payload_that_was_changed_on_the_way_is_read_again() -> None:
+    dataset, images = flipping_stream(1)
+
+    assert [image for image, _ in dataset] == images
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_payload_that_stays_changed_is_refused(shuffle: bool) -> None:
+    dataset, _ = flipping_stream(99, shuffle=shuffle)
+
+    with pytest.raises(ChecksumError, match=r"s-000000.tar \[\d+, \d+\) 'a/1.jpg': got bytes"):
+        list(dataset)
+
+
+def test_what_is_fetched_again_on_resuming_is_compared_too() -> None:
+    dataset, _ = flipping_stream(0, shuffle=True, seed=1)
+    iterator = iter(dataset)
+    next(iterator)
+    state = dataset.state_dict()
+    changed, _ = flipping_stream(99, shuffle=True, seed=1)
+    changed.load_state_dict(state)
+
+    with pytest.raises(ChecksumError, match=r"'a/1.jpg': got bytes"):
+        list(changed)
 
 
 # -- order
