@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from concurrent_dataloader.dataloader_mod.dataloader import DataLoader
     from concurrent_dataloader.dataloader_mod.elastic import ElasticDistributedSampler
+    from concurrent_dataloader.dataloader_mod.failures import ErrorBudget
     from concurrent_dataloader.datasets import (
         IndexedDataset,
         LmdbDataset,
@@ -43,6 +44,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DataLoader",
     "ElasticDistributedSampler",
+    "ErrorBudget",
     "ImagenetLoader",
     "Index",
     "IndexedDataset",
@@ -60,6 +62,7 @@ __all__ = [
 _HOMES = {
     "DataLoader": "concurrent_dataloader.dataloader_mod.dataloader",
     "ElasticDistributedSampler": "concurrent_dataloader.dataloader_mod.elastic",
+    "ErrorBudget": "concurrent_dataloader.dataloader_mod.failures",
     "Index": "concurrent_dataloader.index",
     "ImagenetLoader": "concurrent_dataloader.imagenet_loader",
     "IndexedDataset": "concurrent_dataloader.datasets",

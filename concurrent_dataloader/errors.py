@@ -18,6 +18,7 @@ LoaderError
 ├── ClassesFormatError (ValueError)         a classes file that is not one
 ├── UnknownClassError (LookupError)         a sample whose class the classes file does not hold
 ├── SampleDecodeError (ValueError)          bytes that are no image
+├── ErrorBudgetError (RuntimeError)         more samples failed than on_error may pass over
 ├── MissingDependencyError (ImportError)    an optional package is not installed
 └── UnsupportedTorchError (RuntimeError)    a torch whose loader works in a way that we do not know
 ```
@@ -97,6 +98,10 @@ class UnknownClassError(LoaderError, LookupError):
 
 class SampleDecodeError(LoaderError, ValueError):
     """The bytes of a sample are not what its format says."""
+
+
+class ErrorBudgetError(LoaderError, RuntimeError):
+    """More samples of an epoch failed than its ``error_budget`` allows."""
 
 
 class MissingDependencyError(LoaderError, ImportError):

@@ -18,6 +18,7 @@ HOMES = [
 EXPORTED = [
     "DataLoader",
     "ElasticDistributedSampler",
+    "ErrorBudget",
     "Index",
     "ImagenetLoader",
     "IndexedDataset",

@@ -15,6 +15,16 @@ import torch
 import torch.utils.data
 
 from concurrent_dataloader.dataloader_mod import order, torch_internals
+from concurrent_dataloader.dataloader_mod.error_policy import LeftOut, collate_what_is_left
+from concurrent_dataloader.dataloader_mod.failures import (
+    EpochFailures,
+    ErrorBudget,
+    ErrorReport,
+    FailedSamples,
+    OnError,
+    check_policy,
+    count_samples,
+)
 from concurrent_dataloader.dataloader_mod.resume import (
     EpochState,
     GeneratorStates,
@@ -50,6 +60,9 @@ _SAMPLERS_THAT_DRAW_AT_ONCE = (
 )
 """Samplers whose draws from the global generators do not lie between two batches."""
 
+_MIN_GRACE_S, _MAX_GRACE_S = 1.0, 10.0
+"""How much longer than a worker, for a batch, the main process waits for the worker."""
+
 _CLOSED = "the loader was closed; iterate over it anew"
 
 
@@ -81,7 +94,9 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         collate_fn: As torch's.
         pin_memory: As torch's.
         drop_last: As torch's.
-        timeout: As torch's, seconds.
+        timeout: Seconds that a worker waits for the samples of a batch, from when it turns to the
+            batch; the error then names what is missing. 0: without end. Should the worker not
+            answer at all, torch's error comes after as long again, 1 to 10 s.
         worker_init_fn: As torch's.
         multiprocessing_context: As torch's: fork, spawn and forkserver.
         generator: As torch's.
@@ -96,10 +111,24 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             of `open_store`; None: up to 128, and as many requests as turn out to be of use.
         batch_pool: Batches begun beyond the one being assembled, per worker; 0 is off; None: so
             many that twice ``num_fetch_workers`` samples are begun, and at least two.
+        on_error: What becomes of a sample whose fetch, decode or transform raises. ``"raise"``:
+            its error is the batch's. ``"skip"``: it is left out; its batch is shorter, and a batch
+            of which nothing is left is not handed out, so that there may be fewer than ``len`` of
+            the loader says; no later sample moves up. ``"replace"``: a copy of the next good sample
+            of the batch takes its place, so that there are as many batches as ever and each has its
+            size; where none is good, the error is raised. The other samples are torch's, but for
+            random numbers that a failed transform had drawn. What anything else raises is never
+            passed over: the collate function, the sampler, ``worker_init_fn``, the loader, its
+            ``timeout``. Needs a map-style dataset, as all but the default.
+        error_budget: How many samples of an epoch may be passed over; None: `ErrorBudget()`.
+        quarantine_file: The main process adds a line of JSON for each sample that is passed over,
+            once its batch is handed out; ``concurrent-dataloader validate --from`` reads it. None:
+            no file.
 
     Raises:
-        ValueError: As torch's; ``fetch_impl`` is unknown; a count is below its minimum.
-        TypeError: A count is not a whole number.
+        ValueError: As torch's; ``fetch_impl`` or ``on_error`` is unknown, or does not go with the
+            others; a count is below its minimum.
+        TypeError: A count is not a whole number, or a budget no `ErrorBudget`.
     """
 
     def __init__(
@@ -125,6 +154,9 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         fetch_impl: FetchImpl = "threaded",
         num_fetch_workers: int | None = None,
         batch_pool: int | None = None,
+        on_error: OnError = "raise",
+        error_budget: ErrorBudget | None = None,
+        quarantine_file: str | os.PathLike[str] | None = None,
     ) -> None:
         self.fetch_impl: FetchImpl = check_fetch_impl(fetch_impl)
         if num_fetch_workers is not None:
@@ -133,6 +165,10 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             check_count(batch_pool, 0, "batch_pool")
         self.num_fetch_workers = num_fetch_workers
         self.batch_pool = batch_pool
+        self.on_error: OnError = on_error
+        self.error_budget = error_budget
+        self.quarantine_file = quarantine_file
+        self._failures: EpochFailures | None = None
         self._epoch_state = EpochState()
         self._resumes = False
         super().__init__(
@@ -154,6 +190,8 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             pin_memory_device=pin_memory_device,
             in_order=in_order,
         )
+        is_map = self._dataset_kind == torch_internals.DatasetKind.Map
+        check_policy(self, is_concurrent=is_map and fetch_impl != "vanilla")
 
     def close(self) -> None:
         """End what this loader's iterators have running: workers, threads, shared memory.
@@ -170,6 +208,13 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def error_report(self) -> ErrorReport:
+        """Say which samples of this epoch, or of the last one, were passed over by ``on_error``.
+
+        It counts batches that were taken; after a `load_state_dict`, those since.
+        """
+        return ErrorReport(0, 0, 0, ()) if self._failures is None else self._failures.report()
 
     def state_dict(self) -> dict[str, Any]:
         """Say how far the epoch is, for `load_state_dict` of a loader that is made alike.
@@ -224,6 +269,10 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
                 raise ValueError(f"{reason}, to resume an epoch")
 
     def _get_iterator(self) -> Any:
+        if self.on_error != "raise":
+            epoch = 0 if self._failures is None else self._failures.epoch + 1
+            budget = self.error_budget or ErrorBudget()
+            self._failures = EpochFailures(self.on_error, budget, self.quarantine_file, epoch)
         if self._resumes:
             self._resumes = False
             # What the sampler draws to come to where it was must not show outside.
@@ -260,6 +309,8 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             batch_pool=batch_pool,
             prefetch_factor=self.prefetch_factor or 0,
             takes_counted=is_map and self.fetch_impl != "vanilla",
+            on_error=self.on_error,
+            timeout_s=self.timeout,
         )
 
     def _choose_batch_pool(self, num_fetch_workers: int) -> int:
@@ -288,6 +339,7 @@ class _WorkersIter(torch_internals.MultiProcessingIter):
         self._worker_of_task: dict[int, int] = {}
         self._received_task = -1
         self._is_finished = False
+        self._failures = loader._failures
         self._pid = os.getpid()
         self._state = state
         self._resumes = resumes
@@ -315,6 +367,8 @@ class _WorkersIter(torch_internals.MultiProcessingIter):
                 next(self._worker_queue_idx_cycle)  # each batch to the worker that it went to
         positions = super()._next_index()
         self._sampler_after[self._send_idx] = self._order.read()
+        if self._failures is not None:
+            self._failures.ask(self._send_idx, positions)
         return positions
 
     def _try_put_index(self) -> None:
@@ -325,9 +379,11 @@ class _WorkersIter(torch_internals.MultiProcessingIter):
 
     def _get_data(self) -> Any:
         received = super()._get_data()
-        while isinstance(received[0], StatesAfter):
-            sent = received[0]
-            self._states_after[sent.number] = self._states_now[sent.worker_id] = sent.states
+        while isinstance(sent := received[0], StatesAfter | FailedSamples):
+            if isinstance(sent, StatesAfter):
+                self._states_after[sent.number] = self._states_now[sent.worker_id] = sent.states
+            elif self._failures is not None:
+                self._failures.hold(sent)
             received = super()._get_data()
         self._received_task = received[0]
         return received
@@ -342,9 +398,12 @@ class _WorkersIter(torch_internals.MultiProcessingIter):
             self._state.workers[worker_id] = self._states_after.pop(task)
         if self._settings.takes_counted:
             self._index_queues[worker_id].put(BatchTaken)
-        if not isinstance(data, torch_internals.ExceptionWrapper):
-            return super()._process_data(data, *worker)
-        super()._process_data(None, *worker)
+        is_error = isinstance(data, torch_internals.ExceptionWrapper)
+        super()._process_data(None if is_error else data, *worker)
+        if self._failures is not None:
+            self._failures.take(task, may_raise=not is_error)
+        if not is_error:
+            return data
         error = torch_internals.unwrap_error(data)
         try:
             raise error
@@ -355,6 +414,8 @@ class _WorkersIter(torch_internals.MultiProcessingIter):
         self._worker_of_task.clear()
         self._sampler_after.clear()
         base_seed = self._settings.base_seed
+        if self._failures is not None and not first_iter:
+            self._failures.restart()
         if first_iter and self._resumes:
             self._order.begin()
             if base_seed is None:  # other workers than before
@@ -370,6 +431,8 @@ class _WorkersIter(torch_internals.MultiProcessingIter):
         )
         super()._reset(loader, first_iter)
         self._states_after.clear()  # of batches that were dropped on the way here
+        if self._failures is not None:
+            self._failures.forget_held()
         self._state.workers = dict(self._states_now)
 
     def close(self) -> None:
@@ -385,8 +448,12 @@ class _WorkersIter(torch_internals.MultiProcessingIter):
         if self._shutdown and not self._is_finished:
             raise RuntimeError(_CLOSED)
         try:
-            return super()._next_data()
+            while (data := super()._next_data()) is LeftOut:
+                pass  # nothing is left of this batch
+            return data
         except StopIteration:
+            if self._failures is not None:
+                self._failures.end()
             self._is_finished = not self._persistent_workers
             self._state.restart()
             raise
@@ -404,6 +471,10 @@ class _LoaderView:
         self.prefetch_factor = loader.prefetch_factor
         if self.prefetch_factor:  # 0 is an error, and torch's to raise
             self.prefetch_factor += settings.batch_pool
+        self.timeout = loader.timeout
+        if self.timeout and settings.takes_counted:
+            # The worker is the first to say so, since it knows what is missing.
+            self.timeout += min(max(self.timeout, _MIN_GRACE_S), _MAX_GRACE_S)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -455,7 +526,11 @@ class _MainProcessIter(_PlainMainProcessIter):
         super().__init__(loader)
         self._batch_pool = settings.batch_pool
         self._ahead: list[tuple[Batch, bytes | None]] = []
+        self._failures = loader._failures
+        self._num_asked = 0
         self._fetched = FetchedDataset(self._dataset, settings, self._auto_collation)
+        if self._failures is not None:
+            self._collate_fn = functools.partial(collate_what_is_left, self._collate_fn)
         self._dataset_fetcher = torch_internals.DatasetKind.create_fetcher(
             self._dataset_kind,
             self._fetched,
@@ -475,7 +550,24 @@ class _MainProcessIter(_PlainMainProcessIter):
             raise StopIteration
         self._state.num_taken += 1
         batch, self._state.sampler = self._ahead.pop(0)
+        self._num_asked = count_samples(batch.positions)
         return batch
+
+    def _next_data(self) -> Any:
+        if self._failures is None or self._fetched.failures is None:
+            return super()._next_data()
+        data: Any = LeftOut
+        while data is LeftOut:
+            try:
+                data = super()._next_data()
+            except StopIteration:
+                self._failures.end()
+                raise
+            finally:
+                self._failures.record(self._num_asked, self._fetched.failures.take())
+                self._num_asked = 0
+            self._failures.check()
+        return data
 
     def _begin_ahead(self) -> None:
         if not self._order.is_open:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Literal, cast, get_args
 
+from concurrent_dataloader.dataloader_mod.failures import OnError
 from concurrent_dataloader.dataloader_mod.resume import GeneratorStates
 
 FetchImpl = Literal["threaded", "asyncio", "vanilla"]
@@ -47,6 +48,12 @@ class FetchSettings:
     Our loader does, since it sends index lists further ahead than finished batches may pile up.
     torch's own sends no more than ``prefetch_factor``, which bounds them by itself.
     """
+
+    on_error: OnError = "raise"
+    """What becomes of a sample that fails."""
+
+    timeout_s: float = 0.0
+    """How long a batch may be waited for; 0: without end."""
 
     base_seed: int | None = None
     """In place of torch's, when an epoch is resumed."""

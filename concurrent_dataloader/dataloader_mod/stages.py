@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch.utils.data import ConcatDataset, Subset
 
-from concurrent_dataloader.datasets.contract import StagedDataset
+from concurrent_dataloader.datasets.contract import SampleLocation, StagedDataset
 
 
 class Stages(Protocol):
@@ -52,6 +52,10 @@ class Stages(Protocol):
         """Make the sample, in sampler order: it may draw random numbers."""
         ...
 
+    def locate_sample(self, position: Any, /) -> SampleLocation | None:
+        """Say where a sample lies, for messages; None where the dataset does not."""
+        ...
+
 
 class _StagedStages:
     """A staged dataset: its own stages."""
@@ -68,6 +72,7 @@ class _StagedStages:
         self.has_fetch_async = type(dataset).fetch_async is not StagedDataset.fetch_async
         self.decode = dataset.decode
         self.finish = dataset.apply_transform
+        self.locate_sample = dataset.locate_sample
 
 
 class _EachAlone:
@@ -100,6 +105,12 @@ class _PlainStages(_EachAlone):
 
     def fetch_async(self, position: Any) -> Awaitable[Any]:
         return self._dataset.getitem_async(position)
+
+    def locate_sample(self, position: Any) -> SampleLocation | None:
+        if isinstance(self._dataset, StagedDataset):
+            return self._dataset.locate_sample(position)
+        key = getattr(self._dataset, "key", None)
+        return SampleLocation(str(key(position))) if callable(key) else None
 
     def decode(self, position: Any, fetched: Any) -> Any:
         return fetched
@@ -141,6 +152,9 @@ class _SubsetStages:
 
     def decode(self, position: Any, fetched: Any) -> Any:
         return self._stages.decode(self._translate(position), fetched)
+
+    def locate_sample(self, position: Any) -> SampleLocation | None:
+        return self._stages.locate_sample(self._translate(position))
 
 
 class _ConcatStages:
@@ -200,6 +214,10 @@ class _ConcatStages:
     def finish(self, decoded: tuple[Stages, Any]) -> Any:
         part, own = decoded
         return part.finish(own)
+
+    def locate_sample(self, position: Any) -> SampleLocation | None:
+        part, own = self._translate(position)
+        return part.locate_sample(own)
 
 
 def find_stages(dataset: Any, auto_collation: bool = True) -> Stages:

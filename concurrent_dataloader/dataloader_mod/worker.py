@@ -21,16 +21,28 @@ import itertools
 import os
 import queue
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
 from concurrent_dataloader.dataloader_mod import requests, torch_internals
+from concurrent_dataloader.dataloader_mod.error_policy import (
+    FAILED,
+    FailureLog,
+    LeftOut,
+    ReportingQueue,
+    collate_what_is_left,
+    explain,
+    is_of_sample,
+    make_deadline_error,
+)
 from concurrent_dataloader.dataloader_mod.fetch import AsyncioFetcher, Fetcher, ThreadedFetcher
 from concurrent_dataloader.dataloader_mod.recycle import RecyclingQueue, SlotPool, collate_into
 from concurrent_dataloader.dataloader_mod.resume import GeneratorWatch, write_generators
 from concurrent_dataloader.dataloader_mod.settings import FetchSettings, read_environment
 from concurrent_dataloader.dataloader_mod.stages import Stages, find_stages
+from concurrent_dataloader.datasets.contract import SampleLocation
 from concurrent_dataloader.stores.resilience import log_counts
 
 _CHECK_INTERVAL_S = 0.5
@@ -55,6 +67,13 @@ class Batch:
         self.units: list[Any] = []
         """What is fetched by itself: each position, or all of them where the dataset wants that."""
         self.futures: collections.deque[Future[Any]] | None = None
+        self.early: dict[int, Any] = {}
+        """Units that are decoded before their turn, by number."""
+        self.is_split = False
+        """Whether each unit is a list of one position, of a batch that failed as a whole."""
+        self.begun_s = 0.0
+        self.asked_s = 0.0
+        """When it was begun, and when torch's loop asked for it, by ``time.monotonic``."""
 
     def cancel(self) -> None:
         """Give up what has not begun."""
@@ -76,6 +95,7 @@ class FetchedDataset:
         self._settings = settings
         self._auto_collation = auto_collation
         self._is_over = is_over
+        self.failures = None if settings.on_error == "raise" else FailureLog(settings.on_error)
         self.refill: Callable[[], None] = lambda: None
         """Called before each wait: there may be more to begin."""
 
@@ -108,8 +128,9 @@ class FetchedDataset:
             batch.units = [batch.positions] if is_one else list(batch.positions)
         units = [batch.units for batch in new]
         begun = requests.begin(self._stages, units, self._fetcher.submit)
+        now_s = time.monotonic()
         for batch, futures in zip(new, begun, strict=True):
-            batch.futures = collections.deque(futures)
+            batch.futures, batch.begun_s = collections.deque(futures), now_s
 
     def __getitems__(self, batch: Batch) -> Any:
         """Finish a batch's samples, in order; called by torch's loop with automatic batching."""
@@ -118,41 +139,69 @@ class FetchedDataset:
 
     def __getitem__(self, batch: Batch) -> Any:
         """Finish one sample; called by torch's loop without automatic batching."""
-        return self._finish(batch)[0]
+        finished = self._finish(batch)
+        return finished if isinstance(finished, LeftOut) else finished[0]
 
     def _finish(self, batch: Batch) -> list[Any]:
         self.begin(batch)
-        assert batch.futures is not None
-        futures, early = batch.futures, dict[int, Any]()
-        finished: list[Any] = []
+        batch.asked_s = time.monotonic()
         try:
-            for number, position in enumerate(batch.units):
-                if not futures[0].done():
-                    self._decode_early(batch, number, early)
-                future = futures.popleft()  # not kept: its bytes would be kept with it
-                try:
-                    if number in early:
-                        decoded = early.pop(number)
-                    else:
-                        decoded = self._stages.decode(position, self._wait(future))
-                    finished.append(self._stages.finish(decoded))
-                except StopIteration as error:
-                    # In a loop over batches this would mean that they have come to their end.
-                    raise RuntimeError(
-                        f"position {position!r} of the data set raised StopIteration"
-                    ) from error
-                except Exception as error:
-                    error.add_note(f"asked for by position {position!r} of the data set")
-                    raise
+            finished = [self._finish_unit(batch, number) for number in range(len(batch.units))]
         finally:
             batch.cancel()
-        return finished
+        return finished if self.failures is None else self.failures.settle(finished)
 
-    def _decode_early(self, batch: Batch, number: int, early: dict[int, Any]) -> None:
-        """Decode later samples of the batch as they come, until the next in turn has come."""
-        futures = batch.futures
+    def _finish_unit(self, batch: Batch, number: int) -> Any:
+        assert batch.futures is not None
+        if not batch.futures[0].done():
+            self._decode_early(batch, number)
+        position = batch.units[number]
+        future = batch.futures.popleft()
+        if not future.done():
+            raise RuntimeError("the loader was shut down while this sample was being fetched")
+        try:
+            if number in batch.early:
+                decoded = batch.early.pop(number)
+            else:
+                decoded = self._stages.decode(position, future.result())
+            return self._stages.finish(decoded)
+        except Exception as error:
+            named = explain(error, position)
+            if self.failures is None or not is_of_sample(named):
+                if named is error:
+                    raise
+                raise named from error
+            if self._stages.takes_batches and not batch.is_split:
+                return self._finish_each(position)
+            if batch.is_split:
+                position = position[0]
+            self.failures.add(named, position, self._locate(position), batch.begun_s)
+            return FAILED
+
+    def _finish_each(self, positions: list[Any]) -> list[Any]:
+        """Finish the samples of a batch that failed as a whole, to tell which are to blame."""
+        assert self.failures is not None
+        split = Batch(positions)
+        split.is_split = True
+        split.units = [[position] for position in positions]
+        split.futures = collections.deque(map(self._fetcher.submit, split.units))
+        split.begun_s = split.asked_s = time.monotonic()
+        try:
+            finished = [self._finish_unit(split, number) for number in range(len(split.units))]
+        finally:
+            split.cancel()
+        return self.failures.settle([each if each is FAILED else each[0] for each in finished])
+
+    def _decode_early(self, batch: Batch, number: int) -> None:
+        """Wait for the next in turn, and decode later samples of the batch as they come.
+
+        Raises:
+            DeadlineError: The batch was asked for longer ago than it may be.
+        """
+        futures, early = batch.futures, batch.early
         assert futures is not None
         while not futures[0].done() and not self._is_over():
+            left_s = self._left_s(batch, number)
             self.refill()
             pending = [futures[0]]
             for ahead in range(1, len(futures)):
@@ -166,17 +215,32 @@ class FetchedDataset:
                         early[number + ahead] = self._stages.decode(position, future.result())
                     if futures[0].done():
                         return
-            concurrent.futures.wait(pending, _CHECK_INTERVAL_S, concurrent.futures.FIRST_COMPLETED)
-
-    def _wait(self, future: Future[Any]) -> Any:
-        while True:
             # A deadline of the store's ends each fetch; this ends the wait if nobody wants it.
-            with contextlib.suppress(concurrent.futures.TimeoutError):
-                return future.result(timeout=None if future.done() else _CHECK_INTERVAL_S)
-            if future.done():
-                return future.result()  # the fetch itself timed out
-            if self._is_over():
-                raise RuntimeError("the loader was shut down while this sample was being fetched")
+            wait_s = min(_CHECK_INTERVAL_S, left_s)
+            concurrent.futures.wait(pending, wait_s, concurrent.futures.FIRST_COMPLETED)
+
+    def _left_s(self, batch: Batch, number: int) -> float:
+        """Say how long a batch may still be waited for, of which a unit has not come."""
+        timeout_s = self._settings.timeout_s
+        if not timeout_s:
+            return _CHECK_INTERVAL_S
+        assert batch.futures is not None
+        waited_s = time.monotonic() - batch.asked_s
+        if waited_s < timeout_s:
+            return timeout_s - waited_s
+        ahead = [at for at, future in enumerate(batch.futures) if not future.done()]
+        missing = [batch.units[number + at] for at in ahead]
+        count = len(batch.units)
+        if self._stages.takes_batches and not batch.is_split:
+            (missing,) = missing
+            count = len(missing)
+        raise make_deadline_error(missing, count, waited_s, timeout_s, self._locate)
+
+    def _locate(self, position: Any) -> SampleLocation | None:
+        try:
+            return self._stages.locate_sample(position)
+        except Exception:  # noqa: BLE001 - the sample's own error, of the same cause, is reported
+            return None
 
     def close(self) -> None:
         """End the fetcher, if there is one."""
@@ -347,7 +411,6 @@ def _worker_loop(
             settings.prefetch_factor + _MAX_BATCHES_HELD,
         )
         watch = GeneratorWatch() if settings.takes_counted else None
-        data_queue = RecyclingQueue(data_queue, pool, worker_id, watch)
         if collate_fn is torch_internals.default_collate:
             collate_fn = collate_into(pool)
         if dataset_kind == torch_internals.DatasetKind.Map:
@@ -357,10 +420,14 @@ def _worker_loop(
                 auto_collation,
                 lambda: done_event.is_set() or os.getppid() != parent_pid,
             )
+            if fetched.failures is not None:
+                data_queue = ReportingQueue(data_queue, fetched.failures)
+                collate_fn = functools.partial(collate_what_is_left, collate_fn)
             seen_queue = Lookahead(index_queue, fetched, settings, done_event.is_set)
             fetched.refill = seen_queue.refill
             seen_dataset = fetched
             prepare.append(functools.partial(torch_internals.show_dataset, user_dataset))
+        data_queue = RecyclingQueue(data_queue, pool, worker_id, watch)
     try:
         torch_internals.torch_worker_loop(
             dataset_kind,

@@ -5,13 +5,40 @@ from __future__ import annotations
 import abc
 import asyncio
 from collections.abc import Sequence
-from typing import Generic, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 from torch.utils.data import Dataset
 from typing_extensions import Buffer
 
+from concurrent_dataloader.ranges import ByteRange
+
 D = TypeVar("D")
 S = TypeVar("S", covariant=True)
+
+
+BytesKind = Literal["tar", "tfrecord", "object", "payload", "lmdb", "bytes"]
+"""What lies somewhere: a tar sample with headers, a framed record, an image file, one inside of
+something, a database's record of number ``sample``; or bytes that only the dataset understands."""
+
+
+class SampleLocation(NamedTuple):
+    """Where a sample lies, for messages and reports."""
+
+    key: str
+    """The object or file, relative to the data set's root."""
+
+    byte_range: ByteRange | None = None
+    """None: all of it."""
+
+    sample: str = ""
+    """Its own key in there, where there are others."""
+
+    kind: BytesKind = "bytes"
+
+    def describe(self) -> str:
+        """Name it for a person."""
+        place = "" if self.byte_range is None else f" [{self.byte_range[0]}, {self.byte_range[1]})"
+        return f"{self.key}{place}{f' {self.sample!r}' if self.sample else ''}"
 
 
 class StagedDataset(Dataset[S], abc.ABC, Generic[D, S]):
@@ -68,6 +95,11 @@ class StagedDataset(Dataset[S], abc.ABC, Generic[D, S]):
     @abc.abstractmethod
     def apply_transform(self, decoded: D) -> S:
         """Turn a decoded sample into the one to train on. May be random."""
+
+    def locate_sample(self, position: int) -> SampleLocation | None:
+        """Say where a sample lies, without asking the store; None: not known. The default."""
+        del position
+        return None
 
     def __getitem__(self, position: int) -> S:
         """Fetch, decode and transform one sample, as torch's own loader would have it."""

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Buffer, override
 
+from concurrent_dataloader.datasets.contract import SampleLocation
 from concurrent_dataloader.datasets.labelled import DecodedImage, LabelledDataset, SampleMetadata
 from concurrent_dataloader.errors import IndexFormatError, LoaderError
 from concurrent_dataloader.formats.image import DecoderName, check_decoder, decode_image
@@ -85,6 +86,7 @@ class IndexedDataset(LabelledDataset):
         # into each forked worker.
         self._labels = None if classes is None else classes.labels_of(index.keys())
         self._decode_raw = choose_decode(decode)
+        self._decodes_images = isinstance(decode, str)
         self._missing_label = missing_label
         self._with_metadata = with_metadata
         self._index_name = index_name
@@ -172,6 +174,13 @@ class IndexedDataset(LabelledDataset):
         size_bytes = self.index.size_bytes(position)
         return SampleMetadata(
             key, -1 if size_bytes is None else size_bytes, self.store.describe(key)
+        )
+
+    @override
+    def locate_sample(self, position: int) -> SampleLocation:
+        """Say where the sample at ``position`` lies, without asking the store."""
+        return SampleLocation(
+            self.key(position), kind="object" if self._decodes_images else "bytes"
         )
 
     def _locate(self, position: int) -> tuple[str, ByteRange | None]:

@@ -31,6 +31,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from typing_extensions import Buffer, override
 
 from concurrent_dataloader.datasets._split import Span, Uneven, rank_span
+from concurrent_dataloader.datasets.contract import SampleLocation
 from concurrent_dataloader.datasets.indexed import (
     MISSING_LABEL,
     Decode,
@@ -182,6 +183,12 @@ class LmdbDataset(LabelledDataset):
             ids = convert_ids(labels + source.first_id, source, label_space)
             self._new_labels = (ids - label_space.first_id).astype(np.int32)
         self.classes = converted
+
+    @override
+    def locate_sample(self, position: int) -> SampleLocation:
+        """Say which record of the database the sample is."""
+        number = self.record_number(position)
+        return SampleLocation(self.file.path.name, sample=str(number), kind="lmdb")
 
     def record_number(self, position: int) -> int:
         """Give the number of a sample's record in the database.

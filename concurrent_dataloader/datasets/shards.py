@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Buffer, override
 
+from concurrent_dataloader.datasets.contract import BytesKind, SampleLocation
 from concurrent_dataloader.datasets.fields import FieldDecoder
 from concurrent_dataloader.datasets.indexed import (
     MISSING_LABEL,
@@ -26,7 +27,12 @@ from concurrent_dataloader.errors import (
     UnknownClassError,
 )
 from concurrent_dataloader.formats.crc32c import IS_FAST, check_crc, crc32c
-from concurrent_dataloader.formats.fields import LABEL_FIELD, find_field, is_image_field
+from concurrent_dataloader.formats.fields import (
+    IMAGE_FIELDS,
+    LABEL_FIELD,
+    find_field,
+    is_image_field,
+)
 from concurrent_dataloader.formats.tar import parse_sample, split_name
 from concurrent_dataloader.labels import (
     Classes,
@@ -292,6 +298,24 @@ class ShardDataset(IndexedDataset):
         shard, (start, stop) = self._locate(position)
         source = self.store.describe(shard)
         return SampleMetadata(self.key(position), stop - start, source, shard, start, stop)
+
+    @override
+    def locate_sample(self, position: int) -> SampleLocation:
+        """Say in which bytes of which shard the sample lies, without asking the store."""
+        shard, byte_range = self._locate(position)
+        return SampleLocation(
+            shard, byte_range, self._sample_key(position), self._kind_of_bytes(position)
+        )
+
+    def _kind_of_bytes(self, position: int) -> BytesKind:
+        if not self._decodes_images:
+            return "bytes"
+        if self.shard_index.kind == "tfrecord":
+            return "tfrecord"
+        if self.fields is not None:
+            return "tar"
+        is_file = self._payload_field(position).rpartition(".")[2] in IMAGE_FIELDS
+        return "payload" if is_file else "bytes"
 
     # -- decoding
 

@@ -18,7 +18,7 @@ import torch
 import torch.utils.data
 
 from concurrent_dataloader.dataloader_mod.dataloader import DataLoader
-from concurrent_dataloader.errors import KeyNotFoundError, LoaderError
+from concurrent_dataloader.errors import DeadlineError, KeyNotFoundError, LoaderError
 from tests.dataloader_mod import doubles
 from tests.dataloader_mod.conftest import is_same, read_epochs, seed_all
 
@@ -53,6 +53,9 @@ def test_each_argument_is_stored_under_its_own_name_and_nothing_else_is_public()
         "fetch_impl": "asyncio",
         "num_fetch_workers": 5,
         "batch_pool": 2,
+        "on_error": "raise",
+        "error_budget": None,
+        "quarantine_file": None,
     }
 
 
@@ -286,7 +289,7 @@ def test_leaving_early_ends_all_workers_though_a_fetch_stalls(fetch_impl):
 def test_a_timeout_is_an_error_and_not_a_hang():
     loader = DataLoader(doubles.Stalling(8, 1), batch_size=4, num_workers=1, timeout=1)
 
-    with pytest.raises(RuntimeError, match="timed out after 1 seconds"):
+    with pytest.raises(DeadlineError, match=r"1 of 4 samples of a batch .* position 1; check"):
         next(iter(loader))
 
 
