@@ -27,9 +27,10 @@ from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.shard_names import find_kind
 from concurrent_dataloader.stores.base import Store
 
-SampleKind = Literal["tar", "tfrecord", "object", "payload", "lmdb"]
+SampleKind = Literal["tar", "tfrecord", "object", "payload", "lmdb", "bytes"]
 """What a byte range holds: a tar sample with its headers, a framed record, a whole file, an image
-file inside of something; or a record of a database, which ``sample`` gives the number of."""
+file inside of something; a record of a database, which ``sample`` gives the number of; or bytes of
+which nothing is known but that they can be read. A loader's quarantine file has the same words."""
 
 _MAX_ERROR_CHARACTERS = 500
 
@@ -186,12 +187,15 @@ def one_line(error: Exception) -> str:
 
 
 def read_report(raw: Buffer, where: str) -> list[BadSample]:
-    """Read what `BadSample.to_line` wrote, a line each; more keys than these are left alone.
+    """Read what `BadSample.to_line` or a loader's quarantine file wrote, a line each.
+
+    More fields than these are left alone. A sample that stands in several lines, as one does that
+    failed in several epochs, is given once, with its last error.
 
     Raises:
         IndexFormatError: A line is no such object.
     """
-    samples: list[BadSample] = []
+    samples: dict[tuple[object, ...], BadSample] = {}
     for number, line in enumerate(bytes(raw).splitlines(), start=1):
         if not line.strip():
             continue
@@ -203,15 +207,15 @@ def read_report(raw: Buffer, where: str) -> list[BadSample]:
             if not isinstance(entry["key"], str) or kind not in get_args(SampleKind):
                 raise ValueError(f"got key {entry['key']!r} and kind {kind!r}")
             sample = str(entry.get("sample") or "")
-            samples.append(
-                BadSample(entry["key"], sample, byte_range, kind, str(entry.get("error")))
-            )
+            error = str(entry.get("error"))
+            found = BadSample(entry["key"], sample, byte_range, kind, error)
+            samples[found[:-1]] = found
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise IndexFormatError(
                 f"{where}, line {number}: no bad sample ({type(error).__name__}: {error}), expected"
                 ' an object with "key", and "range" where it is not the whole object'
             ) from error
-    return samples
+    return list(samples.values())
 
 
 def check_again(store: Store, sample: BadSample, rules: Rules) -> BadSample | None:
@@ -227,6 +231,8 @@ def check_again(store: Store, sample: BadSample, rules: Rules) -> BadSample | No
                 check_sample(parse_tar_fields(found.fields, found.key, sample.key), rules)
         elif sample.kind == "tfrecord":
             check_sample(parse_record(raw, rules, sample.key, start), rules)
+        elif sample.kind == "bytes":
+            pass
         elif sample.kind == "object" and rules.classes is not None:
             label = int(rules.classes.labels_of([sample.key])[0])
             check_sample(ParsedSample(sample.key, raw, raw, label), rules)
