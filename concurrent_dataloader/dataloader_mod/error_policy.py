@@ -28,6 +28,7 @@ from concurrent_dataloader.datasets.contract import SampleLocation
 from concurrent_dataloader.errors import (
     CredentialsError,
     DeadlineError,
+    ExpiredCredentialsError,
     MissingDependencyError,
     UnsupportedTorchError,
 )
@@ -35,6 +36,7 @@ from concurrent_dataloader.errors import (
 _NUM_NAMED = 5
 _NEVER_OF_A_SAMPLE = (
     CredentialsError,
+    ExpiredCredentialsError,
     MissingDependencyError,
     UnsupportedTorchError,
     MemoryError,

@@ -23,6 +23,7 @@ from concurrent_dataloader.datasets.contract import SampleLocation
 from concurrent_dataloader.errors import (
     DeadlineError,
     ErrorBudgetError,
+    ExpiredCredentialsError,
     KeyNotFoundError,
     MissingDependencyError,
     SampleDecodeError,
@@ -459,7 +460,12 @@ def test_what_is_no_error_of_a_sample_is_raised(settings: Any, message: str, on_
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize(
-    "error", [MissingDependencyError("pip install it"), MemoryError("no memory")]
+    "error",
+    [
+        MissingDependencyError("pip install it"),
+        ExpiredCredentialsError("the token has run out"),
+        MemoryError("no memory"),
+    ],
 )
 def test_an_error_that_no_sample_is_to_blame_for_is_raised(error: Any, num_workers: int) -> None:
     dataset = FailingAt(8, "decode", [1], error)
