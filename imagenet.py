@@ -119,6 +119,8 @@ def add_own_arguments(add: Callable[..., Any]) -> None:
     add("--fetch-impl", choices=("threaded", "asyncio", "vanilla"), default="threaded")
     add("--num-fetch-workers", type=at_least(1), help="images in flight per worker")
     add("--batch-pool", type=at_least(0), help="batches begun ahead per worker")
+    add("--on-error", choices=("raise", "skip", "replace"), default="raise", help="of an image")
+    add("--quarantine", type=Path, help="file for a line of JSON for each image that failed")
     add("--prefetch-factor", type=at_least(1), help="finished batches per worker")
     add("--pin-memory", action=argparse.BooleanOptionalAction, help="default: where there is a GPU")
     add("--decoder", choices=("pillow", "torchvision"), default="pillow")
@@ -132,6 +134,18 @@ def add_own_arguments(add: Callable[..., Any]) -> None:
     add("--warmup-epochs", type=float, default=0.0)
     add("--label-smoothing", type=float, default=0.0)
     add("--output-base-folder", type=Path, default=Path("runs/imagenet"), help="for results")
+
+
+def check_error_policy(parser: argparse.ArgumentParser, args: Args) -> None:
+    """Exit with status 2 if bad images are to be passed over by what cannot do it."""
+    passes_over = args.on_error != "raise"
+    if passes_over and (args.stream or args.loader == "torch" or args.fetch_impl == "vanilla"):
+        parser.error(
+            f"argument --on-error: got {args.on_error}, expected no --stream, no --loader torch, "
+            "no --fetch-impl vanilla with it"
+        )
+    if args.quarantine is not None and not passes_over:
+        parser.error("argument --quarantine: expected --on-error skip or replace with it")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Args:
@@ -162,6 +176,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Args:
         parser.error(
             "argument --copy-to: copies all of the data, expected no --dummy, no index file"
         )
+    check_error_policy(parser, args)
     if args.dataset == "auto" and (args.index_file or args.val_index_file or args.use_cache):
         # These belong to images one by one; packed data has an index of its own.
         args.dataset = "s3" if args.data.startswith("s3://") else "scratch"
@@ -335,9 +350,14 @@ def make_loader(args: Args, dataset: Any, place: Place, *, is_train: bool) -> Lo
     }
     if args.loader == "torch":
         return torch.utils.data.DataLoader(dataset, **settings)
-    for name in ("fetch_impl", "num_fetch_workers", "batch_pool"):
+    for name in ("fetch_impl", "num_fetch_workers", "batch_pool", "on_error"):
         settings[name] = getattr(args, name)
-    return DataLoader(dataset, **settings)
+    if not is_train and args.on_error == "replace":
+        settings["on_error"] = "skip"  # another image's accuracy is not that of the bad one
+    if is_train and place.world_size > 1 and args.on_error == "skip":
+        # A process whose batch is left out would leave the others waiting for its gradients.
+        raise ValueError("--on-error: got skip for several processes, expected raise or replace")
+    return DataLoader(dataset, quarantine_file=args.quarantine, **settings)
 
 
 def set_epoch(loader: Any, epoch: int) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -562,6 +563,28 @@ def test_the_epoch_is_told_to_what_wants_to_know() -> None:
     assert sorted(int(each) for each in shuffled) == list(range(8))
 
 
+@pytest.mark.parametrize("on_error", ["skip", "replace"])
+def test_bad_images_are_passed_over_and_written_down(
+    on_error: str, train: Callable[..., Path], image_folder: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(image_folder, data)
+    bad = ("train/class1/3.jpg", "val/class0/2.jpg")
+    for key in bad:
+        (data / key).write_bytes(b"no image")
+    quarantine = tmp_path / "quarantine.jsonl"
+
+    flags = ["--epochs", "1", "--on-error", on_error, "--quarantine", str(quarantine)]
+    output = train("run", *flags, data=data)
+
+    lines = [json.loads(line) for line in quarantine.read_text().splitlines()]
+    assert {line["key"] for line in lines} == {key.partition("/")[2] for key in bad}
+    records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    (epoch, *_) = (record for record in records if record["kind"] == "epoch")
+    assert epoch["train"]["num_images"] == 3 * NUM_TRAIN - (on_error == "skip")
+    assert epoch["val"]["num_images"] == 3 * NUM_VAL - 1
+
+
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
@@ -571,6 +594,9 @@ def test_the_epoch_is_told_to_what_wants_to_know() -> None:
         ("--num-fetch-workers 0", "--num-fetch-workers: got '0', expected a number from 1 on"),
         ("--fetch-impl async", "--fetch-impl: invalid choice: 'async'"),
         ("--loader dali", "--loader: invalid choice: 'dali'"),
+        ("--quarantine x.jsonl", "argument --quarantine: expected --on-error skip or replace"),
+        ("--on-error skip --loader torch", "got skip, expected no --stream, no --loader torch"),
+        ("--on-error replace --stream", "argument --on-error: got replace, expected no --stream"),
         ("--resume gone.pth.tar", "argument --resume: gone.pth.tar: no such file"),
         ("", "nowhere: nothing there, expected shards of tar or TFRecord"),
         ("--index-file gone.json", "nowhere: no such folder"),
