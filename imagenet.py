@@ -114,6 +114,8 @@ def add_own_arguments(add: Callable[..., Any]) -> None:
     add("--s3-credential-file", type=Path, help="JSON; the standard AWS chain when absent")
     add("--use-cache", action="store_true", help="read through --cache-endpoint-url")
     add("--cache-endpoint-url", help="of an HTTP cache in front of the store")
+    add("--cache-dir", type=Path, help="folder of this machine to keep in what was read")
+    add("--cache-limit", type=at_least_zero, help="the most it may take, in GB (10^9 bytes)")
     add("--copy-to", type=Path, help="folder of this machine to copy the data to, and read it from")
     add("--loader", choices=("ours", "torch"), default="ours")
     add("--fetch-impl", choices=("threaded", "asyncio", "vanilla"), default="threaded")
@@ -172,9 +174,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Args:
         parser.error(f"argument --stream: got --dataset {args.dataset}, expected shards")
     if args.stream and args.dataset_limit is not None:
         parser.error("argument --stream: reads all shards, expected no --dataset-limit with it")
-    if args.copy_to is not None and (args.dummy or args.index_file or args.val_index_file):
+    beside_copy = (args.dummy, args.index_file, args.val_index_file, args.cache_dir)
+    if args.copy_to is not None and any(beside_copy):
         parser.error(
-            "argument --copy-to: copies all of the data, expected no --dummy, no index file"
+            "argument --copy-to: copies all of the data, expected no --dummy, no index file, no "
+            "--cache-dir"
         )
     check_error_policy(parser, args)
     if args.dataset == "auto" and (args.index_file or args.val_index_file or args.use_cache):
@@ -292,8 +296,10 @@ def open_split(args: Args, split: str, classes: Any = None) -> Any:
         split,  # pyright: ignore[reportArgumentType]: one of the two above
         limit=args.dataset_limit,
         sample_seed=0,  # the head of an index that is sorted by class holds few classes
-        use_cache=args.use_cache,
-        cache_endpoint_url=args.cache_endpoint_url,
+        use_cache=args.use_cache or bool(args.cache_dir or args.cache_limit),
+        cache_endpoint_url=args.cache_endpoint_url if args.use_cache else None,
+        cache_dir=args.cache_dir,
+        cache_limit_bytes=None if args.cache_limit is None else int(args.cache_limit * 1e9),
         index_file=args.index_file if train else args.val_index_file,
         classes_file=classes_file,
         classes=classes if classes_file is None else None,

@@ -121,6 +121,37 @@ def test_the_cache_is_read_instead_of_the_store(reach: dict[str, Any]) -> None:
     assert dataset[0][0].mode == "RGB"
 
 
+@pytest.mark.parametrize("dataset", ["s3", "auto"])
+def test_what_was_read_is_kept_in_a_folder(
+    dataset: str, object_server: ObjectServer, reach: dict[str, Any], tmp_path: Path
+) -> None:
+    cached, other, off = (
+        get_dataset(
+            dataset,
+            "val",
+            prefix="sets/a",
+            use_cache=use_cache,
+            cache_dir=tmp_path / "cache",
+            cache_limit_bytes=10**6,
+            **reach,
+        )
+        for use_cache in (True, True, False)
+    )
+    first = cached[0][0].tobytes()
+    object_server.reset_counters()
+
+    assert other[0][0].tobytes() == cached[0][0].tobytes() == first
+    assert object_server.counters().num_requests == 0
+    assert off[0][0].tobytes() == first
+    assert object_server.counters().num_requests == 1
+
+
+@pytest.mark.parametrize("dataset", ["auto", "webdataset"])
+def test_what_is_local_is_not_cached(dataset: str, root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^use_cache: got True with the folder"):
+        get_dataset(dataset, "val", use_cache=True, cache_dir=tmp_path, data_path=root)
+
+
 # Packed
 
 

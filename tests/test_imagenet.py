@@ -157,6 +157,12 @@ def test_losses_from_a_bucket_are_those_of_torchs_loader_on_the_same_files(
     for output in ours:
         assert losses_of(output) == losses_of(torchs)
         assert object_server.secret_key not in (output / "log.jsonl").read_text()
+    object_server.reset_counters()
+    cache = ["--cache-dir", str(tmp_path / "cache"), "--cache-limit", "0.01"]
+    cached = train("cached", "--epochs", "2", *cache, *bucket, data="s3://photos/set")
+    assert losses_of(cached) == losses_of(torchs)
+    gets = object_server.counters(by_key=True).num_gets_by_key
+    assert {gets[f"photos/set/{key}"] for key in images} == {1}
     assert object_server.secret_key not in "".join(capfd.readouterr())
 
 
@@ -601,6 +607,9 @@ def test_bad_images_are_passed_over_and_written_down(
         ("", "nowhere: nothing there, expected shards of tar or TFRecord"),
         ("--index-file gone.json", "nowhere: no such folder"),
         ("--dataset s3 --use-cache", "use_cache: got True without cache_endpoint_url"),
+        ("--dataset s3 --cache-limit 1", "cache_limit_bytes: got 1000000000 without cache_dir"),
+        ("--cache-dir a --copy-to b", "--copy-to: copies all of the data, expected no --dummy"),
+        ("--dataset s3 --cache-dir a --cache-limit 0", "limit_bytes: got 0 bytes"),
         ("--dataset s3 --index-file gone.json", "gone.json: no such index file"),
         ("--dataset s3 --s3-credential-file gone.json", "gone.json: cannot be read"),
     ],

@@ -14,11 +14,12 @@ from concurrent_dataloader.datasets import (
     open_shards,
 )
 from concurrent_dataloader.datasets.detection import open_lmdb_split
-from concurrent_dataloader.stores import CredentialsFile
+from concurrent_dataloader.stores import CredentialsFile, DiskCache
 from concurrent_dataloader.stores.credentials import SPLITS, Split
 
 DATASETS = ("s3", "scratch", "folder", "webdataset", "tfrecord", "lmdb", "auto")
 _LOCAL = ("scratch", "folder", "lmdb")
+_REMOTE = ("s3://", "http://", "https://")
 DEFAULT_BUCKET = "imagenet"
 
 
@@ -36,6 +37,8 @@ def get_dataset(
     prefix: str | None = None,
     data_path: str | os.PathLike[str] | None = None,
     cache_endpoint_url: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    cache_limit_bytes: int | None = None,
     **options: Any,
 ) -> Any:
     """Open one split of a data set.
@@ -48,7 +51,9 @@ def get_dataset(
         dataset_type: "train", "val" or "test"; items of "test" are images alone where there are no
             classes.
         limit: Number of samples; the first ones, or a sample by ``sample_seed`` of the options.
-        use_cache: Read from ``cache_endpoint_url``, an HTTP cache in front of the store.
+        use_cache: Read through the caches that are given: ``cache_endpoint_url``, an HTTP cache in
+            front of the store, ``cache_dir``, a folder of this machine, or both. They are left
+            aside when False.
         index_file: JSON index, with keys from the root of all splits. Without one, the images below
             the folder of the split, ``train/``, ``val/`` or ``test/``, are listed. For shards, an
             index of byte ranges.
@@ -60,6 +65,8 @@ def get_dataset(
         prefix: Folder of the bucket that holds all splits.
         data_path: Folder that holds all splits; of packed data also a URL. None: the bucket.
         cache_endpoint_url: Where the HTTP cache listens.
+        cache_dir: Folder to keep in what was read, as `DiskCache` does.
+        cache_limit_bytes: The most that it may take; the default of `DiskCache` when None.
         options: What the data set's class takes besides, such as ``transform``.
 
     Returns:
@@ -79,15 +86,14 @@ def get_dataset(
     options |= {"limit": limit, "index_file": index_file, "classes_file": classes_file}
     if dataset in _LOCAL:
         return _open_local(dataset, dataset_type, data_path, use_cache, options)
-    if use_cache and cache_endpoint_url is None:
-        raise ValueError(
-            "use_cache: got True without cache_endpoint_url, expected the address of an HTTP cache "
-            "in front of the store, such as 'http://127.0.0.1:6081'"
-        )
+    if use_cache:
+        if data_path is not None and not os.fspath(data_path).startswith(_REMOTE):
+            raise ValueError(f"use_cache: got True with the folder {data_path}, expected a URL")
+        options["cache"] = _choose_cache(cache_endpoint_url, cache_dir, cache_limit_bytes)
     if bucket_name is None and s3_credential_file is not None:
         bucket_name = CredentialsFile(s3_credential_file).read().bucket_name
     options |= {
-        "endpoint_url": cache_endpoint_url if use_cache else endpoint_url,
+        "endpoint_url": (use_cache and cache_endpoint_url) or endpoint_url,
         "s3_credential_file": s3_credential_file,
         "split": dataset_type,
     }
@@ -99,6 +105,21 @@ def get_dataset(
     if dataset == "auto":
         return open_dataset(location, **options)
     return _check_kind(open_shards(location, **options), dataset)
+
+
+def _choose_cache(
+    endpoint_url: str | None, folder: str | os.PathLike[str] | None, limit_bytes: int | None
+) -> DiskCache | None:
+    if folder is None and limit_bytes is not None:
+        raise ValueError(f"cache_limit_bytes: got {limit_bytes} without cache_dir, expected both")
+    if folder is not None:
+        return DiskCache(folder) if limit_bytes is None else DiskCache(folder, limit_bytes)
+    if endpoint_url is None:
+        raise ValueError(
+            "use_cache: got True without cache_endpoint_url and cache_dir, expected the address of "
+            "an HTTP cache in front of the store, such as 'http://127.0.0.1:6081', or a folder"
+        )
+    return None
 
 
 def _open_local(
