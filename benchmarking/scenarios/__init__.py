@@ -18,6 +18,7 @@ NAMES = (
     "shard_read",
     "shard_write",
     "lmdb_read",
+    "cache_read",
     "index_load",
     "memory",
     "dataset_item",

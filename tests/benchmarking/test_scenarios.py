@@ -56,6 +56,8 @@ def test_every_bar_of_the_goals_has_a_case() -> None:
         ("first_batch", "100ms"),
         ("lmdb_read", "cache"),
         ("lmdb_read", "seeks"),
+        ("cache_read", "epoch"),
+        ("cache_read", "crash"),
         ("index_load", "load"),
         ("index_load", "growth"),
         ("memory", "persistent"),
