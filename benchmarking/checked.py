@@ -79,9 +79,16 @@ def draw_order(num_images: int, num_samples: int) -> list[int]:
     return order[:num_samples]
 
 
-def open_checked(photos: Photos, store: Store, effort: Effort, order: Sequence[int]) -> Loader:
+def open_checked(
+    photos: Photos,
+    store: Store,
+    effort: Effort,
+    order: Sequence[int],
+    num_fetch_workers: int | None = None,
+) -> Loader:
     """Open our loader, with its defaults, over images that are checked."""
-    return our_loader(CheckedImages(photos, store), effort, sampler=order)
+    images = CheckedImages(photos, store)
+    return our_loader(images, effort, sampler=order, num_fetch_workers=num_fetch_workers)
 
 
 def measure_checked(

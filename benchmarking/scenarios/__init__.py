@@ -22,7 +22,10 @@ NAMES = (
     "index_load",
     "memory",
     "dataset_item",
+    "faults",
     "in_flight",
+    "outage",
+    "soak",
     "server",
 )
 

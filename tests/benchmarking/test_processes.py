@@ -44,6 +44,7 @@ def test_private_memory_grows_by_what_is_written() -> None:
     before, after = run_in_process(read_memory_before_and_after_writing)
 
     assert after.private_bytes - before.private_bytes > 60 * 2**20
+    assert 60 * 2**20 < after.own_bytes - before.own_bytes < 68 * 2**20
     assert after.resident_bytes >= after.proportional_bytes
 
 

@@ -62,11 +62,19 @@ def test_every_bar_of_the_goals_has_a_case() -> None:
         ("index_load", "growth"),
         ("memory", "persistent"),
         ("memory", "fresh"),
+        ("faults", "mixed"),
+        ("faults", "stalls"),
         ("in_flight", "5ms"),
         ("in_flight", "30ms"),
         ("in_flight", "100ms"),
         ("in_flight", "200ms"),
         ("in_flight", "limited"),
+        ("outage", "refused"),
+        ("outage", "reset"),
+        ("outage", "unavailable"),
+        ("outage", "dead"),
+        ("soak", "persistent"),
+        ("soak", "fresh"),
     }
 
 
