@@ -122,7 +122,7 @@ def map_shards(
             ]
             on_shard(shard.shard, num_shards)
         tasks = [number for number, name in enumerate(names) if name not in written]
-        pool = stack.enter_context(open_pool(recipe, num_processes))
+        pool = stack.enter_context(open_pool(recipe, num_processes, works_here=False))
         for shard, found in pool.run(_map_shard, tasks):
             place.put_receipt(shard)
             written[shard.shard.name] = shard

@@ -208,8 +208,9 @@ def write_shards(
         source: The samples.
         target: Folder, URL or store where the shards are to be; folders are made.
         settings: What is written; None: the defaults of `ShardSettings`.
-        num_processes: Each writes whole shards. With more than one, the calling script must be
-            importable (``if __name__ == "__main__"``), since they are spawned.
+        num_processes: Each writes whole shards; this process is one of them, unless a function of
+            the user's is called. With more than one, the calling script must be importable (``if
+            __name__ == "__main__"``), since they are spawned.
         num_readers: Reads at once in each process, where reading takes longer than from a disk's
             cache; they hold 64 MiB at most, but for a sample that is larger alone.
         overwrite: Remove the shards of this split, its index and its metadata first.
@@ -238,7 +239,8 @@ def write_shards(
     )
     survey = survey_source(source, settings)
     recipe = _Recipe(source, settings, place, num_readers)
-    with place.lock(), open_pool(recipe, num_processes, _Recipe.close) as pool:
+    pool_of = functools.partial(open_pool, works_here=settings.preparation.function is None)
+    with place.lock(), pool_of(recipe, num_processes, _Recipe.close) as pool:
         _check_other_splits(place, survey, source, settings)
         plan = _make_plan(recipe, survey, pool)
         names = settings.names.names(plan.num_shards)
