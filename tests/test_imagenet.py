@@ -569,6 +569,16 @@ def test_the_epoch_is_told_to_what_wants_to_know() -> None:
     assert sorted(int(each) for each in shuffled) == list(range(8))
 
 
+def test_several_processes_may_not_leave_out_images_in_training() -> None:
+    args = imagenet.parse_arguments(["--dummy", "--on-error", "skip", "--seed", "1"])
+    place = imagenet.Place(0, 2, 1, torch.device("cpu"))
+    noise = torchvision.datasets.FakeData(8)
+
+    with pytest.raises(ValueError, match="--on-error: got skip for several processes"):
+        imagenet.make_loader(args, noise, place, is_train=True)
+    imagenet.make_loader(args, noise, place, is_train=False)
+
+
 @pytest.mark.parametrize("on_error", ["skip", "replace"])
 def test_bad_images_are_passed_over_and_written_down(
     on_error: str, train: Callable[..., Path], image_folder: Path, tmp_path: Path
