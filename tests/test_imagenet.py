@@ -570,7 +570,7 @@ def test_the_epoch_is_told_to_what_wants_to_know() -> None:
 
 
 def test_several_processes_may_not_leave_out_images_in_training() -> None:
-    args = imagenet.parse_arguments(["--dummy", "--on-error", "skip", "--seed", "1"])
+    args = imagenet.parse_arguments(["--dummy", "--on-error", "skip", "--seed", "1", "-j", "0"])
     place = imagenet.Place(0, 2, 1, torch.device("cpu"))
     noise = torchvision.datasets.FakeData(8)
 
