@@ -108,6 +108,14 @@ def make_nested():
     return Subset(ConcatDataset([make_subset(), doubles.StagedSquares(9)]), [48, 0, 3, 40, 41, 39])
 
 
+def make_merged():
+    return doubles.MergedSquares(NUM_SAMPLES)
+
+
+def make_merged_parts():
+    return Subset(ConcatDataset([make_merged(), doubles.MergedSquares(20)]), list(range(60, 5, -1)))
+
+
 def sampler_with_repeats():
     return RandomSampler(range(NUM_SAMPLES), replacement=True, num_samples=70)
 
@@ -126,6 +134,8 @@ CASES: dict[str, dict[str, Any]] = {
     "a subset": {"dataset": make_subset, "batch_size": 8, "shuffle": True},
     "a concatenation": {"dataset": make_concatenation, "batch_size": 8, "shuffle": True},
     "a subset of a concatenation": {"dataset": make_nested, "batch_size": 4},
+    "requests for several": {"dataset": make_merged, "batch_size": 8, "shuffle": True},
+    "requests for several of a part": {"dataset": make_merged_parts, "batch_size": 8},
     "no automatic batching": {"batch_size": None},
     "repeated positions": {"batch_size": 6, "sampler": sampler_with_repeats},
     "a weighted sampler": {"batch_size": 6, "sampler": weighted_sampler},
