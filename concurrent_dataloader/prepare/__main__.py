@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from concurrent_dataloader import __version__
 from concurrent_dataloader.errors import LoaderError
-from concurrent_dataloader.prepare.verbs import SUMMARIES
+from concurrent_dataloader.prepare.verbs import RESUMABLE, SUMMARIES
 
 _PROGRAM = "concurrent-dataloader"
 
@@ -24,15 +26,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0, or 1 if it did not work, 130 if interrupted. Wrong arguments exit with 2.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser(given[0] if given else "").parse_args(given)
+    verb = given[0] if given else ""
+    options = _parser(verb).parse_args(given)
     try:
         return options.run(options) or 0
-    except (LoaderError, OSError, ValueError) as error:
-        print(f"{_PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+    except LoaderError as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(_describe(error))
+    except ValueError as error:
+        return _fail(_name_argument(str(error), options.names_of_arguments, given))
     except KeyboardInterrupt:
-        print(f"{_PROGRAM}: interrupted", file=sys.stderr)
+        goes_on = verb in RESUMABLE and getattr(options, "resume", True)
+        more = "; repeat the command, and it goes on where it stopped" if goes_on else ""
+        print(f"{_PROGRAM}: interrupted{more}", file=sys.stderr)
         return 130
+
+
+def _fail(message: str) -> int:
+    print(f"{_PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
+    return 1
+
+
+def _describe(error: OSError) -> str:
+    """Say what is wrong with a file: the system's words alone leave open what was expected."""
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    is_file_in_the_way = isinstance(error, FileExistsError | NotADirectoryError) and os.path.isfile(
+        error.filename
+    )
+    if is_file_in_the_way and error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return f"{error.filename}: is a file, expected a folder, or a name that is free"
+    advice = {
+        errno.EISDIR: ", expected a file; check the path",
+        errno.EACCES: "; check who owns it, and its rights",
+        errno.EPERM: "; check who owns it, and its rights",
+    }.get(error.errno or 0, "")
+    return f"{error.filename}: {error.strerror}{advice}"
+
+
+def _name_argument(
+    message: str, names_of_arguments: Mapping[str, Sequence[str]], given: Sequence[str]
+) -> str:
+    """Call an argument in a message what the user calls it: ``-n`` for ``num_instances``."""
+    name, colon, rest = message.partition(": got ")
+    names = names_of_arguments.get(name) if colon else None
+    if not names:
+        return message
+    typed = [each for each in names if any(word.split("=")[0] == each for word in given)]
+    long = [each for each in names if each.startswith("--")]
+    return f"{(typed or long or names)[0]}: got {rest}"
 
 
 def _parser(verb: str) -> argparse.ArgumentParser:
@@ -45,8 +88,20 @@ def _parser(verb: str) -> argparse.ArgumentParser:
             module = importlib.import_module(f"concurrent_dataloader.prepare.verbs.{name}")
             verb_parser.description = module.DESCRIPTION
             module.add_arguments(verb_parser)
-            verb_parser.set_defaults(run=module.run)
+            names = _names_of_arguments(verb_parser, getattr(module, "CALLED_IN_MESSAGES", {}))
+            verb_parser.set_defaults(run=module.run, names_of_arguments=names)
     return parser
+
+
+def _names_of_arguments(
+    parser: argparse.ArgumentParser, called_in_messages: Mapping[str, str]
+) -> dict[str, Sequence[str]]:
+    """Give what users call each argument, by the names that the library's messages have for it."""
+    names: dict[str, Sequence[str]] = {
+        action.dest: action.option_strings or [str(action.metavar or action.dest)]
+        for action in parser._actions
+    }
+    return names | {own: names[dest] for own, dest in called_in_messages.items()}
 
 
 if __name__ == "__main__":

@@ -335,6 +335,23 @@ class ShardTarget:
         raw = self._read(METADATA_NAME)
         return None if raw is None else Metadata.from_bytes(raw, self.store.describe(METADATA_NAME))
 
+    def refuse_finished(self, pattern: NamePattern) -> None:
+        """Raise if the split is there, and no run of it that could go on; writes nothing.
+
+        For callers to whom it costs much to find out what `begin` is to be told.
+
+        Args:
+            pattern: What shards of this split are called.
+
+        Raises:
+            FileExistsError: It is.
+        """
+        if self._read(f"{self.state}/plan.json") is None:
+            metadata = self.read_metadata()
+            others = self._name_others(metadata)
+            present = self._find_present(metadata, pattern)
+            self._refuse([name for name in present if name not in others])
+
     def begin(
         self,
         fingerprint: str,

@@ -364,7 +364,9 @@ def test_ctrl_c_ends_a_copy_with_130_and_leaves_whole_files_only(
             process.kill()
 
     assert process.returncode == 130
-    assert said == "concurrent-dataloader: interrupted\n"
+    assert said == (
+        "concurrent-dataloader: interrupted; repeat the command, and it goes on where it stopped\n"
+    )
     found = files_below(target)
     assert 3 < len(found) < 30
     for key, body in found.items():

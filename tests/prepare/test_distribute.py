@@ -385,7 +385,7 @@ def test_the_command_says_what_it_did_and_checks(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-n", "1"], "num_instances: got 1, expected 2 or more"),
+        (["-n", "1"], "-n: got 1, expected 2 or more"),
         (["-n", "4", "--split", "val"], "no shard of split 'val'"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -262,7 +263,10 @@ def test_in_a_log_progress_is_plain_lines(
     ("arguments", "message"),
     [
         (["--classes-output", "index.json"], "--classes-output: got index.json, which --output is"),
-        (["--classes-output", "c.json", "--label-rule", "foo"], "label_rule: got 'foo', expected"),
+        (
+            ["--classes-output", "c.json", "--label-rule", "foo"],
+            "--label-rule: got 'foo', expected",
+        ),
         (["--upload", "s3://bucket"], "url: got 's3://bucket', expected the name of an object"),
         (["--classes-output", "."], "--classes-output: . is a folder, expected the name of a file"),
     ],
@@ -296,3 +300,41 @@ def test_a_file_that_cannot_be_written_is_named_and_not_its_temporary_twin(
     assert status != 0
     assert f"{output}" in said
     assert "partial" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lmdb", "pets", "out", "--map-size", "0"], "--map-size: got 0"),
+        (["distribute", "shards", "-n", "1"], "-n: got 1"),
+        (["distribute", "shards", "--instances=1"], "--instances: got 1"),
+        (["shard", "pets", "out", "--maxcount", "0"], "--maxcount: got 0"),
+        (["shard", "splits", "out"], "--splits: got None"),
+        (["shard", "pets/dog/1.JPG", "out"], "SOURCE: got 'pets/dog/1.JPG'"),
+        (["pack", "pets"], "pets: Is a directory, expected a file"),
+        (["copy", "pets", "a file"], "a file: is a file, expected a folder"),
+        (["shard", "pets", "a file"], "a file: is a file, expected a folder"),
+        (["lmdb", "pets", "a file"], "a file: is a file, expected a folder"),
+        (["folders", "pets", "a file"], "a file: is a file, expected a folder"),
+    ],
+)
+def test_a_message_calls_things_as_the_user_does(
+    folder: Path,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    for split in ("train", "val"):
+        shutil.copytree(folder, Path("splits", split))
+    Path("a file").touch()
+    assert main(["shard", "pets", "shards"]) == 0
+    capsys.readouterr()
+
+    status = main(arguments)
+
+    said = capsys.readouterr().err
+    assert status == 1
+    assert message in said
+    assert said.count("\n") == 1, "one line"

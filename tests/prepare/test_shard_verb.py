@@ -330,7 +330,10 @@ def test_a_run_that_is_ended_leaves_nothing_and_the_next_one_finishes(
     assert alive == []
     assert run.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
     if how == signal.SIGINT:
-        assert said.decode().splitlines()[-1] == "concurrent-dataloader: interrupted"
+        assert said.decode().splitlines()[-1] == (
+            "concurrent-dataloader: interrupted; repeat the command, and it goes on where it"
+            " stopped"
+        )
     begun, whole = contents(target), contents(tmp_path / "whole")
     assert "metadata.json" not in begun
     assert begun["train-000000.tar"] == whole["train-000000.tar"]
@@ -412,3 +415,48 @@ def test_a_size_that_is_too_large_is_a_usage_error(
         shard(folder, tmp_path / "out", "--maxsize", "1e400")
 
     assert "expected less than 2**63 bytes" in capsys.readouterr().err
+
+
+def test_a_target_that_is_taken_is_refused_before_anything_is_read(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert shard(folder, tmp_path / "out") == 0
+    shutil.rmtree(folder)
+
+    assert shard(folder, tmp_path / "out", "--function", FUNCTION, "--seed", "5") == 1
+
+    assert "already there, and 2 more files of split 'train'" in capsys.readouterr().err
+
+
+def test_a_run_of_two_splits_goes_on_after_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "val"):
+        make_folder(tmp_path / "pets" / split)
+    arguments = (tmp_path / "pets", tmp_path / "out", "--splits", "train,val")
+    assert shard(*arguments) == 0
+    whole = contents(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    assert shard(tmp_path / "pets", tmp_path / "out", "--splits", "train") == 0
+    capsys.readouterr()
+
+    assert shard(*arguments) == 0
+
+    assert "train: there already" in capsys.readouterr().out
+    assert contents(tmp_path / "out") == whole
+    (tmp_path / "out" / "val-000000.tar").unlink()
+    assert shard(*arguments) == 1, "all is there, but for what was removed"
+
+
+def test_a_split_of_another_run_is_not_taken_for_this_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "val"):
+        make_folder(tmp_path / "pets" / split)
+    target = tmp_path / "out"
+    assert shard(tmp_path / "pets", target, "--splits", "train", "--seed", "1") == 0
+
+    assert shard(tmp_path / "pets", target, "--splits", "train,val") == 1
+
+    assert "already there" in capsys.readouterr().err
+    assert not list(target.glob("val-*"))

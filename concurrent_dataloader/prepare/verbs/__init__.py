@@ -1,8 +1,13 @@
 """The verbs of the command line, a module each: its arguments, and the call that does the work.
 
 Each module has ``add_arguments(parser)`` and ``run(options)``; what ``run`` returns is the exit
-status, None for 0. `SUMMARIES` names them, so that ``--help`` imports none but the one asked for.
+status, None for 0. Where messages of the library call an argument otherwise than the command line,
+``CALLED_IN_MESSAGES`` says so. `SUMMARIES` names the verbs, so that ``--help`` imports none but the
+one asked for.
 """
+
+RESUMABLE = frozenset({"copy", "distribute", "lmdb", "map", "reshard", "shard"})
+"""Verbs that go on where they stopped when the command is repeated."""
 
 SUMMARIES = {
     "advise": "say how many shards to make, how large, and why",

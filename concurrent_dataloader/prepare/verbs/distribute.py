@@ -18,6 +18,8 @@ DESCRIPTION = (
     " are. Parts that are there and belong to the shards are left alone, others are made anew."
 )
 
+CALLED_IN_MESSAGES = {"num_instances": "instances"}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""

@@ -45,6 +45,8 @@ DESCRIPTION = (
     " again; a database has its name only when it is complete."
 )
 
+CALLED_IN_MESSAGES = {"map_bytes": "map_size", "split": "splits"}
+
 _SPLIT = "{split}"
 
 KINDS: dict[str, Kind] = {

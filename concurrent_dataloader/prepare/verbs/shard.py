@@ -10,12 +10,13 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import get_args
 
-from concurrent_dataloader.prepare.metadata import Payload, ShardMetadata, SplitMetadata
+from concurrent_dataloader.prepare.metadata import Metadata, Payload, ShardMetadata, SplitMetadata
 from concurrent_dataloader.prepare.shard import (
     DEFAULT_MAX_BYTES,
     KeyStyle,
     ShardSettings,
     check_splits,
+    survey_source,
     write_shards,
 )
 from concurrent_dataloader.prepare.source import check_same_classes
@@ -27,6 +28,7 @@ from concurrent_dataloader.prepare.steps import (
     Step,
     parse_steps,
 )
+from concurrent_dataloader.prepare.target import ShardTarget
 from concurrent_dataloader.prepare.verbs._common import add_store_options, store_opener
 from concurrent_dataloader.prepare.verbs._config import (
     BOOL,
@@ -56,6 +58,8 @@ DESCRIPTION = (
     " asked for. The same seed gives the same bytes on any machine, with any number of processes. A"
     " run that was stopped goes on when the command is given again."
 )
+
+CALLED_IN_MESSAGES = {"field": "data_type", "split": "splits"}
 
 _DEFAULT_SPLITS = ("train",)
 
@@ -277,6 +281,7 @@ def run(options: argparse.Namespace) -> None:
     if os.getcwd() not in sys.path:  # where users have their module; an installed command lacks it
         sys.path.append(os.getcwd())
     settings = {split: _settings(options, split) for split in options.splits or _DEFAULT_SPLITS}
+    finished = {} if options.overwrite else _find_finished(options, settings)
     with contextlib.ExitStack() as stack:
         sources: dict[str, SampleTable] = {}
         for split in settings:
@@ -289,7 +294,38 @@ def run(options: argparse.Namespace) -> None:
         if len(settings) > 1:
             check_splits([(sources[split], settings[split]) for split in settings])
         for split in settings:
-            _write(options, sources[split], settings[split])
+            if split in finished and _is_from(sources[split], settings[split], finished[split]):
+                print(f"{options.target}: {split}: there already")
+            else:
+                _write(options, sources[split], settings[split])
+
+
+def _find_finished(
+    options: argparse.Namespace, settings: dict[str, ShardSettings]
+) -> dict[str, Metadata]:
+    """Tell which splits are there as a whole, before any sample is looked at.
+
+    Raises:
+        FileExistsError: All of them are.
+    """
+    finished: dict[str, Metadata] = {}
+    with contextlib.closing(store_opener(options)(options.target)) as store:
+        for split, wanted in settings.items():
+            target = ShardTarget(store, split)
+            try:
+                target.refuse_finished(wanted.names)
+            except FileExistsError:
+                metadata = target.read_metadata()
+                if metadata is None or len(finished) == len(settings) - 1:
+                    raise
+                finished[split] = metadata
+    return finished
+
+
+def _is_from(source: SampleTable, settings: ShardSettings, metadata: Metadata) -> bool:
+    """Tell whether a split that is there is what would be written."""
+    split = metadata.splits.get(settings.split)
+    return split is not None and split.fingerprint == survey_source(source, settings).fingerprint
 
 
 def _settings(options: argparse.Namespace, split: str) -> ShardSettings:
