@@ -244,9 +244,11 @@ class _Slot:
         )
 
     def _explain(self, error: LoaderError) -> LoaderError:
-        after = "its begin" if self._last_key is None else f"sample {self._last_key!r}"
         where = self._shards.describe(self._segment.shard)
-        return type(error)(f"{error}; it was read after {after} of {where}")
+        what = str(error) if where in str(error) else f"{where}: {error}"
+        if self._last_key is None:
+            return type(error)(f"{what}; no sample of it was read before")
+        return type(error)(f"{what}; the sample read before it was {self._last_key!r}")
 
 
 class ShardReader:

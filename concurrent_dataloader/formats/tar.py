@@ -421,7 +421,10 @@ def _parse_header(source: _Source, block: bytes) -> tarfile.TarInfo:
     try:
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
-        raise source.damage(f"no header at offset {begin}: {error}") from error
+        raise source.damage(
+            f"no header at offset {begin}: got {block[:16]!r}... ({error}), expected the header"
+            " of a file"
+        ) from error
     if info.size < 0:
         raise source.damage(f"got size {info.size} in the header at offset {begin}")
     return info

@@ -37,6 +37,7 @@ from concurrent_dataloader.errors import (
     StoreError,
     StoreUnavailableError,
 )
+from concurrent_dataloader.formats.tar import read_samples
 from concurrent_dataloader.formats.tfrecord import (
     ImageExample,
     TFRecordWriter,
@@ -478,7 +479,7 @@ def test_a_shard_that_is_cut_short_is_an_error(bare: Path, tmp_path: Path) -> No
     raw = (bare / "train-000000.tar").read_bytes()
     (tmp_path / "train-0.tar").write_bytes(raw[: len(raw) // 1024 * 512])
 
-    with pytest.raises(ShardFormatError, match=r"train-0.tar: cut short.*read after sample 'n"):
+    with pytest.raises(ShardFormatError, match=r"train-0.tar: cut short.*read before it was 'n"):
         list(stream(tmp_path))
 
 
@@ -528,9 +529,7 @@ def test_an_error_of_the_store_reaches_the_loop_with_the_shard(
 
     loader = DataLoader(dataset, batch_size=4, num_workers=2)
 
-    with pytest.raises(
-        StoreUnavailableError, match=r"train-000003.tar.*status 500.*was read after"
-    ):
+    with pytest.raises(StoreUnavailableError, match=r"train-000003.tar.*status 500.*read before"):
         list(loader)
 
 
@@ -1193,3 +1192,22 @@ def test_shards_of_a_run_that_has_not_ended_are_refused(folder: Path, tmp_path: 
     for source in (tmp_path / "set", tmp_path / "set" / "train-*.tar"):
         with pytest.raises(ShardFormatError, match="an unfinished run of split 'train'"):
             stream(str(source))
+
+
+def test_a_garbled_shard_is_named_with_offset_and_what_to_do(bare: Path) -> None:
+    shard = bare / "train-000000.tar"
+    with shard.open("rb") as file:
+        samples = [(sample.key, sample.extent) for sample in read_samples(file, "")]
+    (before, _), _, (_, garbled) = samples[:3]  # a sample is whole when the next one begins
+    with shard.open("r+b") as file:
+        file.seek(garbled.start)
+        file.write(b"<html>no such page</html>")
+
+    with pytest.raises(ShardFormatError) as error:
+        list(stream(bare))
+
+    assert str(error.value) == (
+        f"{shard}: no header at offset {garbled.start}: got b'<html>no such pa'... (bad checksum),"
+        " expected the header of a file; the tar is damaged, fetch or write it anew; the sample"
+        f" read before it was {before!r}"
+    )
