@@ -27,7 +27,7 @@ CLIENTS = {
     "aiobotocore": {"_aiobotocore"},
     "aiohttp": {"_aiohttp", "_aiobotocore"},
     "boto3": {"_boto3"},
-    "lmdb": {"lmdb_file"},
+    "lmdb": {"lmdb_file", "lmdb_writer"},
     "obstore": {"_obstore"},
 }
 MAY_IMPORT_TORCH = {"datasets", "dataloader_mod", "formats", "imagenet_loader"}

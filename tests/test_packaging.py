@@ -29,6 +29,7 @@ OPTIONAL_OF = {
     "arrays": {"h5py"},
     "imagenet": {"scipy"},
     "lmdb_file": {"lmdb"},
+    "lmdb_writer": {"lmdb"},
     "lmdb_record": {"msgpack"},
     "pytest_plugin": {"pytest"},
 }

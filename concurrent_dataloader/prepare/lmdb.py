@@ -18,12 +18,7 @@ import orjson
 from typing_extensions import Buffer
 
 from concurrent_dataloader.errors import ShardFormatError
-from concurrent_dataloader.formats.lmdb_file import (
-    COMMIT_BYTES,
-    DEFAULT_MAP_BYTES,
-    LmdbFile,
-    LmdbWriter,
-)
+from concurrent_dataloader.formats.lmdb_file import LmdbFile
 from concurrent_dataloader.formats.lmdb_record import (
     DatabaseMetadata,
     Order,
@@ -31,6 +26,7 @@ from concurrent_dataloader.formats.lmdb_record import (
     pack_labels,
     pack_record,
 )
+from concurrent_dataloader.formats.lmdb_writer import COMMIT_BYTES, DEFAULT_MAP_BYTES, LmdbWriter
 from concurrent_dataloader.prepare.plan import shuffle_positions
 from concurrent_dataloader.prepare.source import Source
 from concurrent_dataloader.threads import DaemonThreads

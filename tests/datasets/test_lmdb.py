@@ -24,13 +24,14 @@ from concurrent_dataloader.datasets.lmdb import (
     draw_local_order,
 )
 from concurrent_dataloader.errors import SampleDecodeError, ShardFormatError, UnknownClassError
-from concurrent_dataloader.formats.lmdb_file import LmdbFile, LmdbWriter
+from concurrent_dataloader.formats.lmdb_file import LmdbFile
 from concurrent_dataloader.formats.lmdb_record import (
     DatabaseMetadata,
     Record,
     pack_labels,
     pack_record,
 )
+from concurrent_dataloader.formats.lmdb_writer import LmdbWriter
 from concurrent_dataloader.labels import Classes, LabelSpace
 
 from .conftest import encode_image

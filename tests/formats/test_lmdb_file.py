@@ -20,13 +20,14 @@ import pytest
 
 from concurrent_dataloader.errors import MissingDependencyError, ShardFormatError
 from concurrent_dataloader.formats import lmdb_file
-from concurrent_dataloader.formats.lmdb_file import LmdbFile, LmdbWriter
+from concurrent_dataloader.formats.lmdb_file import LmdbFile
 from concurrent_dataloader.formats.lmdb_record import (
     DatabaseMetadata,
     Record,
     pack_labels,
     pack_record,
 )
+from concurrent_dataloader.formats.lmdb_writer import LmdbWriter
 
 MIB = 1 << 20
 
@@ -97,7 +98,7 @@ def test_a_writer_holds_no_more_than_a_portion(tmp_path: Path) -> None:
     code = f"""
         import resource
         from pathlib import Path
-        from concurrent_dataloader.formats.lmdb_file import LmdbWriter
+        from concurrent_dataloader.formats.lmdb_writer import LmdbWriter
 
         def peak():
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

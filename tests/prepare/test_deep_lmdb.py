@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from concurrent_dataloader.formats.lmdb_file import LmdbWriter
 from concurrent_dataloader.formats.lmdb_record import (
     DatabaseMetadata,
     Record,
     pack_labels,
     pack_record,
 )
+from concurrent_dataloader.formats.lmdb_writer import LmdbWriter
 from concurrent_dataloader.prepare.deep_lmdb import check_database, check_record_again
 from concurrent_dataloader.prepare.samples import BadSample, Rules
 from tests.prepare.test_validate import encode_image

@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from concurrent_dataloader.formats.lmdb_file import LmdbWriter
 from concurrent_dataloader.formats.lmdb_record import (
     DatabaseMetadata,
     Record,
     pack_labels,
     pack_record,
 )
+from concurrent_dataloader.formats.lmdb_writer import LmdbWriter
 from concurrent_dataloader.formats.tar import TarWriter
 from concurrent_dataloader.formats.tfrecord import (
     ImageExample,

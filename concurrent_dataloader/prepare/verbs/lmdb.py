@@ -7,8 +7,8 @@ import contextlib
 from pathlib import Path
 from typing import get_args
 
-from concurrent_dataloader.formats.lmdb_file import DEFAULT_MAP_BYTES
 from concurrent_dataloader.formats.lmdb_record import Order
+from concurrent_dataloader.formats.lmdb_writer import DEFAULT_MAP_BYTES
 from concurrent_dataloader.prepare.lmdb import (
     DEFAULT_CONCURRENCY,
     database_name,
