@@ -41,6 +41,9 @@ class Load(NamedTuple):
     kill_every_s: float = 0.2
     """Mean time between two kills."""
 
+    min_kills: int = 20
+    """They read on until there were as many."""
+
     max_s: float = 300.0
     """After which it counts as hung."""
 
@@ -118,7 +121,7 @@ def kill_readers(folder: pathlib.Path, load: Load, seed: int = 0) -> Damage:
     max_held_bytes = num_kills = 0
     readers = [start(number) for number in range(load.num_processes)]
     try:
-        while sum(read_bytes) < load.total_bytes:
+        while sum(read_bytes) < load.total_bytes or num_kills < load.min_kills:
             max_held_bytes = max(max_held_bytes, count_bytes(folder))
             now_s = time.perf_counter()
             if now_s - begin_s > load.max_s:

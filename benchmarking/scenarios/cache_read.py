@@ -55,6 +55,7 @@ _QUICK_LOAD = Load(
     total_bytes=10 * 10**6,
     limit_bytes=10**6,
     kill_every_s=0.05,
+    min_kills=3,
 )
 
 

@@ -141,16 +141,11 @@ class CacheFolder:
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(DiskCacheCounts._fields, 0)
         self._has_warned = False
-        # Set by any thread; that two set up the folder at once is no harm.
+        # Held while the folder is set up, for which all who want to read have to wait anyway.
+        self._setting_up = threading.Lock()
+        # Set by any thread.
         self._is_open = False
         self._paused_until_s = -math.inf
-
-    @classmethod
-    def open(cls, settings: DiskCache) -> CacheFolder:
-        """Make the folder if need be, remove what dead processes left, and keep to the limit."""
-        folder = cls(settings)
-        folder._set_up()
-        return folder
 
     # -- counting
 
@@ -175,7 +170,7 @@ class CacheFolder:
             with somebody else's download, after which to look again; or None: fetch it, and keep
             nothing, since the folder cannot be used.
         """
-        if not self._is_open and (self._is_paused() or not self._set_up()):
+        if not self._is_ready():
             return None
         try:
             body = self._read(name)
@@ -277,7 +272,14 @@ class CacheFolder:
 
     # -- the folder as a whole
 
+    def _is_ready(self) -> bool:
+        if self._is_open:
+            return True
+        with self._setting_up:
+            return self._is_open or (not self._is_paused() and self._set_up())
+
     def _set_up(self) -> bool:
+        """Make the folder if need be, remove what dead processes left, and keep to the limit."""
         try:
             os.makedirs(self._settings.folder, mode=0o700, exist_ok=True)
             for folder in (self._root, self._space.partial):
@@ -285,11 +287,11 @@ class CacheFolder:
         except OSError as error:
             self._pause(error)
             return False
-        self._is_open = True
         try:
             self._space.tidy()
         except OSError as error:  # it can be read, and not written
             self._pause(error)
+        self._is_open = True
         return True
 
     def forget(self, digest: bytes) -> None:
@@ -298,7 +300,7 @@ class CacheFolder:
         Raises:
             StoreError: They cannot be removed, and would be served.
         """
-        if not self._is_open:
+        if not self._is_ready():
             return
         try:
             self._space.remove_object(digest)

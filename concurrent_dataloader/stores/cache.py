@@ -88,7 +88,7 @@ class CachedStore(ValueObject):
         self.inside = store
         self._settings = settings
         self._endpoint = endpoint
-        self._folder = PerProcess(partial(CacheFolder.open, settings), _forget)
+        self._folder = PerProcess(partial(CacheFolder, settings), _forget)
         self._threads = PerProcess(
             partial(AwaitableThreads, _NUM_DISK_THREADS), AwaitableThreads.stop
         )

@@ -364,6 +364,28 @@ def test_what_was_used_longest_ago_goes_first(folder: Path) -> None:
     assert store.counts.num_evicted == 2  # one, and a twentieth of the limit to spare
 
 
+@pytest.mark.slow
+def test_of_many_entries_the_old_go_first_though_only_a_sample_is_looked_at(folder: Path) -> None:
+    objects = {str(number): b"body" for number in range(2600)}
+    inner = CountedStore(objects)
+    store = CachedStore(inner, DiskCache(folder, 2500 * BLOCK))
+    keys = list(objects)
+    for key in keys[:1700]:
+        store.get(key)
+    for entry in entries(folder):
+        grow_older(entry, HOUR_S)
+
+    for key in keys[1700:]:
+        store.get(key)
+
+    assert count_bytes(folder) <= 2500 * BLOCK
+    assert 100 <= store.counts.num_evicted <= 300
+    inner.reads.clear()
+    for key in keys[1700:]:
+        store.get(key)
+    assert not inner.reads
+
+
 def test_use_is_noted_once_a_minute(store: CachedStore, folder: Path) -> None:
     store.get("ten")
     [entry] = entries(folder)
