@@ -116,9 +116,9 @@ def write_shards(folder: Path) -> ShardIndex:
             raw = b"no image" if (number, place) == (1, 2) else encode_image(place)
             found = writer.write(f"{number}{place}", {"jpg": raw, "cls": b"%d" % place})
             builder.add_sample(f"{found.key}.jpg", found.extent, found.members["jpg"].data, place)
-        md5 = writer.close()
+        crc32c = writer.close().tar
         (folder / f"train-{number}.tar").write_bytes(file.getvalue())
-        builder.add_shard(Shard(f"train-{number}.tar", writer.size_bytes, md5))
+        builder.add_shard(Shard(f"train-{number}.tar", writer.size_bytes, crc32c=crc32c))
     return builder.build()
 
 
