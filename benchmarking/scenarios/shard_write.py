@@ -30,7 +30,8 @@ from benchmarking.results import Bar, Row, Setting, make_row
 from benchmarking.statistics import paired_ratio
 from benchmarking.workload import Photos, read_photos
 from concurrent_dataloader.prepare.__main__ import main
-from concurrent_dataloader.prepare.shard import ShardSettings, write_shards
+from concurrent_dataloader.prepare.shard import write_shards
+from concurrent_dataloader.prepare.shard_settings import ShardSettings
 from concurrent_dataloader.prepare.sources import open_source
 
 _SCENARIO = "shard_write"

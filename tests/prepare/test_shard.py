@@ -26,8 +26,10 @@ from concurrent_dataloader.formats.fields import Box
 from concurrent_dataloader.formats.tar import parse_sample, read_samples
 from concurrent_dataloader.prepare.metadata import Metadata, ShardMetadata, SplitMetadata, checksum
 from concurrent_dataloader.prepare.reading import Reader
-from concurrent_dataloader.prepare.shard import ShardSettings, check_splits, write_shards
+from concurrent_dataloader.prepare.shard import write_shards
+from concurrent_dataloader.prepare.shard_settings import ShardSettings
 from concurrent_dataloader.prepare.steps import Preparation, parse_steps
+from concurrent_dataloader.prepare.survey import check_splits
 from concurrent_dataloader.shard_index import ShardIndex
 from concurrent_dataloader.stores import open_writable_store
 from concurrent_dataloader.testing import ObjectServer

@@ -40,7 +40,8 @@ from concurrent_dataloader.prepare.checksums import (
     write_checksums,
 )
 from concurrent_dataloader.prepare.metadata import Metadata, ShardMetadata, SplitMetadata
-from concurrent_dataloader.prepare.shard import ShardSettings, write_shards
+from concurrent_dataloader.prepare.shard import write_shards
+from concurrent_dataloader.prepare.shard_settings import ShardSettings
 from concurrent_dataloader.prepare.validate import IMAGENET_TREES
 from concurrent_dataloader.shard_index import Shard, ShardIndexBuilder
 from concurrent_dataloader.testing import ObjectServer

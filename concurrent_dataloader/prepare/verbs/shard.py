@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import get_args
 
 from concurrent_dataloader.prepare.metadata import Metadata, Payload, ShardMetadata, SplitMetadata
-from concurrent_dataloader.prepare.shard import (
+from concurrent_dataloader.prepare.shard import write_shards
+from concurrent_dataloader.prepare.shard_settings import (
     DEFAULT_MAX_BYTES,
     KeyStyle,
     ShardSettings,
-    check_splits,
-    survey_source,
-    write_shards,
 )
 from concurrent_dataloader.prepare.source import check_same_classes
 from concurrent_dataloader.prepare.sources import SampleTable
@@ -28,6 +26,7 @@ from concurrent_dataloader.prepare.steps import (
     Step,
     parse_steps,
 )
+from concurrent_dataloader.prepare.survey import check_splits, survey_source
 from concurrent_dataloader.prepare.target import ShardTarget
 from concurrent_dataloader.prepare.verbs._common import add_store_options, store_opener
 from concurrent_dataloader.prepare.verbs._config import (
