@@ -368,7 +368,8 @@ class _WorkersIter(torch_internals.MultiProcessingIter):
         positions = super()._next_index()
         self._sampler_after[self._send_idx] = self._order.read()
         if self._failures is not None:
-            self._failures.ask(self._send_idx, positions)
+            num_samples = count_samples(positions, is_batch=self._auto_collation)
+            self._failures.ask(self._send_idx, num_samples)
         return positions
 
     def _try_put_index(self) -> None:
@@ -550,7 +551,7 @@ class _MainProcessIter(_PlainMainProcessIter):
             raise StopIteration
         self._state.num_taken += 1
         batch, self._state.sampler = self._ahead.pop(0)
-        self._num_asked = count_samples(batch.positions)
+        self._num_asked = count_samples(batch.positions, is_batch=self._auto_collation)
         return batch
 
     def _next_data(self) -> Any:

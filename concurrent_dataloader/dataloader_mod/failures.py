@@ -231,9 +231,9 @@ class EpochFailures:
         """Keep what failed of a batch until the batch is taken."""
         self._held[message.number] = message.failures
 
-    def ask(self, number: int, positions: Any) -> None:
+    def ask(self, number: int, num_samples: int) -> None:
         """Remember how many samples a batch is of."""
-        self._num_samples[number] = count_samples(positions)
+        self._num_samples[number] = num_samples
 
     def forget_held(self) -> None:
         """Drop what failed of batches of the epoch before, which come no more."""
@@ -315,6 +315,6 @@ class EpochFailures:
         return ErrorReport(self.epoch, self._num_asked, self._num_failed, tuple(self._first))
 
 
-def count_samples(positions: Any) -> int:
-    """Count the samples of a batch as a sampler gives it; one that cannot be counted is one."""
-    return len(positions) if isinstance(positions, Sequence) else 1
+def count_samples(positions: Any, *, is_batch: bool) -> int:
+    """Count the samples that a sampler gives at once; an iterator, which cannot tell, is one."""
+    return len(positions) if is_batch and hasattr(positions, "__len__") else 1

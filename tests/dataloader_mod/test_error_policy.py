@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.utils.data
@@ -269,6 +270,27 @@ def test_a_collate_function_may_change_the_samples_that_replace_others() -> None
     loader = DataLoader(Dictionaries(), 4, collate_fn=pop_and_collect, on_error="replace")
 
     assert list(loader) == [[0, 1, 3, 3]]
+
+
+class Words(torch.utils.data.Dataset[str]):
+    def __getitem__(self, position: str) -> str:
+        if position == "bad":
+            raise SampleDecodeError("no word")
+        return position.upper()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_positions_may_be_words_and_batches_of_them_arrays(num_workers: int) -> None:
+    settings: Any = {"num_workers": num_workers, "on_error": "skip"}
+    words = DataLoader(Words(), None, sampler=["good", "bad", "fine"], **settings)
+    assert list(words) == ["GOOD", "FINE"]
+    assert words.error_report()[1:3] == (3, 1)
+    assert words.error_report().failures[0].position == "'bad'"
+
+    batches: Any = [np.array([1, 2]), np.array([3, 4, 5])]
+    arrays = DataLoader(FailingAt(26, "fetch"), batch_sampler=batches, **settings)
+    assert labels_of(arrays) == [[1, 2], [4, 5]]
+    assert arrays.error_report()[1:3] == (5, 1)
 
 
 # -- the budget
