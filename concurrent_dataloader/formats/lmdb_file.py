@@ -1,8 +1,8 @@
 """LMDB databases of records: opened safely, read by position or front to back.
 
-With `lmdb_writer` the only module that knows the client library. A database is one file, or a folder
-with a ``data.mdb`` in it. It is opened read-only and without a lock file, at first use in each
-process, once for all that read it there, since LMDB must not have a file open twice in a process.
+With `lmdb_writer` the only module that knows the client library. A database is one file, or a
+folder with a ``data.mdb`` in it. It is opened read-only and without a lock file, at first use in
+each process, once for all that read it there, since LMDB must not have a file open twice in one.
 """
 
 from __future__ import annotations
