@@ -19,20 +19,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from concurrent_dataloader.errors import ShardFormatError
+from concurrent_dataloader.formats.example import Feature, parse_example, serialize_example
 from concurrent_dataloader.formats.fields import Box
 from concurrent_dataloader.formats.image import decode_image
 from concurrent_dataloader.formats.tfrecord import (
-    Feature,
     ImageExample,
     ShardName,
     TFRecordWriter,
     _masked_crc,
     find_records,
     iter_records,
-    parse_example,
     parse_image_example,
     parse_record,
-    serialize_example,
     serialize_image_example,
     sort_shard_names,
 )
