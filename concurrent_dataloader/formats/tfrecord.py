@@ -14,11 +14,9 @@ A payload is a ``tf.train.Example`` (`example`); what ImageNet's TFRecords keep 
 from __future__ import annotations
 
 import io
-import itertools
 import math
-import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple, NoReturn, Protocol
 
 import google_crc32c
@@ -462,77 +460,3 @@ class _ImageFeatures:
 
     def error(self, key: str, got: str, expected: str) -> ShardFormatError:
         return ShardFormatError(f"{self._where}: {key}: {got}, expected {expected}")
-
-
-_SHARD_NAME = re.compile(r"(?s)(.+)-(\d{5,9})-of-(\d{5,9})(\.tfrecords?)?", re.ASCII)
-
-
-class ShardName(NamedTuple):
-    """The name of one of several files, such as ``train-00000-of-01024``."""
-
-    prefix: str
-    """What stands before, folders included: ``train``."""
-    position: int
-    """From 0."""
-    num_shards: int
-    suffix: str = ""
-    """``.tfrecord``, ``.tfrecords`` or nothing."""
-
-    @classmethod
-    def parse(cls, name: str) -> ShardName | None:
-        """Take a name or key apart; None where it is no such name."""
-        found = _SHARD_NAME.fullmatch(name)
-        if found is None or int(found[2]) >= int(found[3]):
-            return None
-        return cls(found[1], int(found[2]), int(found[3]), found[4] or "")
-
-    def at(self, position: int) -> ShardName:
-        """Give the name of another file of the same set."""
-        return self._replace(position=position)
-
-    def __str__(self) -> str:
-        return f"{self.prefix}-{self.position:05d}-of-{self.num_shards:05d}{self.suffix}"
-
-
-def sort_shard_names(names: Iterable[str], where: str, *, allow_missing: bool = False) -> list[str]:
-    """Put the files of one data set in order, and check that all of them are there.
-
-    Args:
-        names: Names or keys in any order, as a glob or a listing gives them.
-        where: Names the folder or prefix in errors.
-        allow_missing: Take a part of the files, too.
-
-    Raises:
-        ShardFormatError: There are none, one is missing or there twice, one has another kind of
-            name, or they belong to more than one data set.
-    """
-    parsed: dict[ShardName, str] = {}
-    for name in names:
-        shard = ShardName.parse(name)
-        if shard is None:
-            raise ShardFormatError(
-                f"{where}: got {name!r}, expected names such as 'train-00000-of-01024'"
-            )
-        if shard in parsed:
-            raise ShardFormatError(
-                f"{where}: got {parsed[shard]!r} and {name!r}, expected each file once"
-            )
-        parsed[shard] = name
-    if not parsed:
-        raise ShardFormatError(
-            f"{where}: got no files, expected names such as 'train-00000-of-01024'"
-        )
-    sets = sorted({shard.at(0) for shard in parsed})
-    if len(sets) != 1:
-        raise ShardFormatError(
-            f"{where}: got {len(sets)} sets of files, {', '.join(map(str, sets[:5]))}, expected"
-            " one such as 'train-00000-of-01024' and its like; name one of them"
-        )
-    if len(parsed) < sets[0].num_shards and not allow_missing:
-        every = map(sets[0].at, range(sets[0].num_shards))
-        absent = itertools.islice((shard for shard in every if shard not in parsed), 3)
-        raise ShardFormatError(
-            f"{where}: got {len(parsed)} files, expected {sets[0].num_shards}; the first missing:"
-            f" {', '.join(map(str, absent))}"
-        )
-    return [parsed[shard] for shard in sorted(parsed)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import random
 import struct
 import tracemalloc
 import zlib
@@ -24,7 +23,6 @@ from concurrent_dataloader.formats.fields import Box
 from concurrent_dataloader.formats.image import decode_image
 from concurrent_dataloader.formats.tfrecord import (
     ImageExample,
-    ShardName,
     TFRecordWriter,
     _masked_crc,
     find_records,
@@ -32,7 +30,6 @@ from concurrent_dataloader.formats.tfrecord import (
     parse_image_example,
     parse_record,
     serialize_image_example,
-    sort_shard_names,
 )
 from concurrent_dataloader.ranges import ByteRange
 
@@ -754,72 +751,3 @@ class TestImageExample:
         payload = builder_record(filename=[b"caf\xe9.JPEG"])
 
         assert parse_image_example(payload, label_base=1).filename == "caf\\xe9.JPEG"
-
-
-class TestShardNames:
-    """Names say which files there are, and in which order."""
-
-    @pytest.mark.parametrize(
-        ("name", "parsed"),
-        [
-            ("train-00000-of-01024", ShardName("train", 0, 1024)),
-            ("validation-00127-of-00128", ShardName("validation", 127, 128)),
-            ("a-1/train-00003-of-00005", ShardName("a-1/train", 3, 5)),
-            ("x-train.tfrecord-00003-of-00005", ShardName("x-train.tfrecord", 3, 5)),
-            ("train-00003-of-00005.tfrecord", ShardName("train", 3, 5, ".tfrecord")),
-            ("train-123456-of-200000", ShardName("train", 123456, 200000)),
-        ],
-    )
-    def test_a_name_is_taken_apart_and_put_together(self, name: str, parsed: ShardName) -> None:
-        assert ShardName.parse(name) == parsed
-        assert str(parsed) == name
-
-    @pytest.mark.parametrize(
-        "name",
-        [
-            "train",
-            "train-0-of-5",
-            "train-00005-of-00005",
-            "-00000-of-00005",
-            "train-00000-of-00005.index",
-            "train-00000-of-00005\n",
-            "train-0000\N{ARABIC-INDIC DIGIT ZERO}-of-00005",
-            "train-00000-of-00000",
-            "imagenet-train-000000.tar",
-        ],
-    )
-    def test_other_names_are_none(self, name: str) -> None:
-        assert ShardName.parse(name) is None
-
-    @pytest.mark.parametrize("num_shards", [1, 5, 1024])
-    def test_g14_unsorted_glob_order__files_are_sorted(self, num_shards: int) -> None:
-        names = [
-            f"train/train-{position:05d}-of-{num_shards:05d}" for position in range(num_shards)
-        ]
-        found = random.Random(3).sample(names, len(names))
-
-        assert sort_shard_names(found, "train/") == names
-
-    @pytest.mark.parametrize(
-        ("names", "problem"),
-        [
-            ([], "got no files, expected names such as"),
-            (["train-00000-of-00002"], "got 1 files, expected 2; .*: train-00001-of-00002$"),
-            (["train-00000-of-00002", "README"], "got 'README', expected names such as"),
-            (["train-00000-of-00001"] * 2, "expected each file once"),
-            (["train-00000-of-00002", "train-00000-of-00003"], "got 2 sets of files, train-"),
-            (["train-00000-of-00001", "val-00000-of-00001"], "got 2 sets of files, train-"),
-            (
-                ["t-00001-of-999999999"],
-                "t-00000-of-999999999, t-00002-of-999999999, t-00003-of-999999999$",
-            ),
-        ],
-    )
-    def test_a_list_that_is_not_complete_is_an_error(self, names: list[str], problem: str) -> None:
-        with pytest.raises(ShardFormatError, match=f"^data: .*{problem}"):
-            sort_shard_names(names, "data")
-
-    def test_a_part_of_the_files_is_taken_when_asked_for(self) -> None:
-        names = ["train-00700-of-01024", "train-00003-of-01024"]
-
-        assert sort_shard_names(names, "data", allow_missing=True) == names[::-1]
