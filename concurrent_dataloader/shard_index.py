@@ -150,6 +150,11 @@ class ShardIndex:
         return self._arrays["extent"]
 
     @property
+    def payloads(self) -> NDArray[np.int64]:
+        """Start and stop of each sample's payload in its shard, (N, 2) int64, in bytes."""
+        return self._arrays["payload"]
+
+    @property
     def labels(self) -> NDArray[np.int32] | None:
         """Label of each sample, (N,) int32; None if no sample has one."""
         labels = self._arrays["label"]

@@ -23,6 +23,7 @@ from webdataset.writer import TarWriter as WebDatasetWriter
 
 from concurrent_dataloader.datasets import ScratchDataset
 from concurrent_dataloader.errors import (
+    ChecksumError,
     ClassesFormatError,
     KeyNotFoundError,
     ShardFormatError,
@@ -31,11 +32,16 @@ from concurrent_dataloader.errors import (
 from concurrent_dataloader.formats.fields import Box
 from concurrent_dataloader.formats.tar import TarWriter
 from concurrent_dataloader.prepare.metadata import Metadata, SplitMetadata
+from concurrent_dataloader.prepare.shard import write_shards as pack_shards
+from concurrent_dataloader.prepare.shard_settings import ShardSettings
 from concurrent_dataloader.prepare.sources import SampleTable, open_source
 from concurrent_dataloader.prepare.sources.layouts import expand_braces
 from concurrent_dataloader.prepare.sources.read_ahead import ReadAheadFile
+from concurrent_dataloader.shard_index import ShardIndex
 from concurrent_dataloader.stores import open_store
 from concurrent_dataloader.testing import ObjectServer
+from tests.prepare.memory_source import MemorySource, make_samples
+from tests.prepare.shard_sets import flip_byte
 from tests.prepare.source_files import (
     COMPRESS,
     IMAGES,
@@ -792,6 +798,32 @@ def shards(tmp_path: Path) -> Path:
     write_shard(folder / "train-000001.tar", {"b/5": make_sample(1, [0, 0, 1, 0.5])})
     write_shard(folder / "val-000000.tar", {"v/1": make_sample(3)})
     return folder
+
+
+def test_samples_of_shards_are_compared_with_the_checksums_of_their_index(tmp_path: Path) -> None:
+    samples = make_samples(20)
+    pack_shards(MemorySource(samples), tmp_path, ShardSettings(max_count=8))
+    index = ShardIndex.load(tmp_path / "train-index.npz")
+    with contextlib.closing(open_source(f"{tmp_path}/train-*.tar")) as source:
+        assert {bytes(source.read(at)) for at in range(20)} == set(samples.values())
+        (start, stop), shard = index.payload(9), tmp_path / index.shard_of(9).name
+        flip_byte(shard, start)
+        changed = [at for at in range(20) if source.name(at) == index.names.key(9)]
+
+        with pytest.raises(ChecksumError) as raised:
+            source.read(changed[0])
+
+    expected = f"{shard} [{start}, {stop}): got bytes of CRC-32C "
+    assert str(raised.value).startswith(expected)
+    assert f"expected {index.payload_crc(9):08x} by the index beside it" in str(raised.value)
+
+
+def test_shards_beside_an_index_of_others_are_read(tmp_path: Path) -> None:
+    pack_shards(MemorySource(make_samples(20)), tmp_path, ShardSettings(max_count=8))
+    (tmp_path / "train-000000.tar").rename(tmp_path / "train-000009.tar")
+
+    with contextlib.closing(open_source(f"{tmp_path}/train-000009.tar")) as source:
+        assert len({bytes(source.read(at)) for at in range(8)}) == 8
 
 
 @pytest.mark.parametrize("text", ["", "train-{000000..000001}.tar", "train-*.tar"])

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import orjson
 
-from concurrent_dataloader.errors import IndexFormatError, KeyNotFoundError
+from concurrent_dataloader.errors import AccessDeniedError, IndexFormatError, KeyNotFoundError
 from concurrent_dataloader.index import Index
 from concurrent_dataloader.labels import LabelRule
 from concurrent_dataloader.prepare.sources.archives import (
@@ -29,7 +29,10 @@ from concurrent_dataloader.prepare.sources.files import Files, is_remote, join, 
 from concurrent_dataloader.prepare.sources.folder_rule import find_folder_rule
 from concurrent_dataloader.prepare.sources.found import Found, Sieve
 from concurrent_dataloader.prepare.sources.listing import find_indexed, find_listed
-from concurrent_dataloader.stores import ObjectInfo, WritableStore
+from concurrent_dataloader.prepare.sources.places import RangePlaces
+from concurrent_dataloader.shard_index import ShardIndex
+from concurrent_dataloader.shard_names import find_split
+from concurrent_dataloader.stores import ObjectInfo, Store, WritableStore
 
 SPLIT_FOLDERS = ("train", "val", "validation", "test")
 _ALIASES = {"val": ("val", "validation"), "validation": ("validation", "val")}
@@ -159,6 +162,9 @@ class Search:
                 archives = Files({}).open_archives(where, local)
             sieve = Sieve(join(folder, names[0] if len(names) == 1 else ""), self.suffixes)
             found = find_in_archives(archives, sieve, _class_prefixes(names))
+            if not unpacked and isinstance(found.places, RangePlaces):
+                places = found.places.with_crcs(_find_indexes(archives.store, names))
+                found = dataclasses.replace(found, places=places)
         except BaseException:
             archives.store.close()
             for tar in unpacked:
@@ -296,6 +302,17 @@ def find_xml(search: Search, text: str, names: Index, *, is_merged: bool) -> Xml
         place.close()
         raise
     return XmlBoxes(found=place.found, rows=rows, is_merged=is_merged, unpacked=place.unpacked)
+
+
+def _find_indexes(store: Store, names: Sequence[str]) -> Iterator[ShardIndex]:
+    """Give the indexes that lie beside shards, for the checksums in them."""
+    for split in sorted({split for name in names if (split := find_split(name)) is not None}):
+        key = f"{split}-index.npz"
+        try:
+            raw = store.get(key)
+        except (KeyNotFoundError, AccessDeniedError):  # some servers refuse what is not there
+            continue
+        yield ShardIndex.from_bytes(raw, store.describe(key))
 
 
 def _keep_listed(found: Found, raw: bytes, where: str) -> Found:
