@@ -25,6 +25,11 @@ from concurrent_dataloader.dataloader_mod.failures import (
     check_policy,
     count_samples,
 )
+from concurrent_dataloader.dataloader_mod.orphan import (
+    SocketFolder,
+    describe_deaths,
+    watch_senders,
+)
 from concurrent_dataloader.dataloader_mod.resume import (
     EpochState,
     GeneratorStates,
@@ -358,7 +363,9 @@ class _WorkersIter(torch_internals.MultiProcessingIter):
                 settings, base_seed=state.base_seed, generators=state.workers
             )
         self._settings = settings
-        super().__init__(_LoaderView(loader, settings))
+        self._sockets = SocketFolder()
+        super().__init__(_LoaderView(loader, settings, self._sockets))
+        watch_senders(self._worker_result_queue._reader, self._workers)
 
     def _next_index(self) -> Any:
         if not self._order.is_open:
@@ -377,6 +384,15 @@ class _WorkersIter(torch_internals.MultiProcessingIter):
         super()._try_put_index()
         if self._send_idx > task:
             self._worker_of_task[task] = self._task_info[task][0]
+
+    def _try_get_data(self, *timeout_s: float) -> Any:
+        try:
+            return super()._try_get_data(*timeout_s)
+        except RuntimeError as error:
+            deaths = describe_deaths(self._workers)
+            if deaths:
+                error.add_note(deaths)
+            raise
 
     def _get_data(self) -> Any:
         received = super()._get_data()
@@ -444,6 +460,7 @@ class _WorkersIter(torch_internals.MultiProcessingIter):
         # A child that was forked meanwhile has a copy of this, and must leave the workers alone.
         if self.__dict__.get("_pid") == os.getpid():
             super()._shutdown_workers()
+            self._sockets.remove()
 
     def _next_data(self) -> Any:
         if self._shutdown and not self._is_finished:
@@ -463,11 +480,13 @@ class _WorkersIter(torch_internals.MultiProcessingIter):
 class _LoaderView:
     """A loader as torch's iterator over workers is to see it; the user's own stays as it is."""
 
-    def __init__(self, loader: DataLoader[Any], settings: FetchSettings) -> None:
+    def __init__(
+        self, loader: DataLoader[Any], settings: FetchSettings, sockets: SocketFolder
+    ) -> None:
         self._loader = loader
         context = loader.multiprocessing_context
         self.multiprocessing_context = _WorkerContext(
-            torch.multiprocessing if context is None else context, settings
+            torch.multiprocessing if context is None else context, settings, sockets
         )
         self.prefetch_factor = loader.prefetch_factor
         if self.prefetch_factor:  # 0 is an error, and torch's to raise
@@ -484,15 +503,13 @@ class _LoaderView:
 class _WorkerContext:
     """A multiprocessing context whose processes run our loop in place of torch's."""
 
-    def __init__(self, context: Any, settings: FetchSettings) -> None:
+    def __init__(self, context: Any, settings: FetchSettings, sockets: SocketFolder) -> None:
         self._context = context
-        self._settings = settings
+        self._loop = functools.partial(_worker_loop, settings=settings, sockets=sockets)
 
     def Process(self, *, target: Any, args: tuple[Any, ...]) -> Any:  # noqa: N802 - its name there
         del target
-        return self._context.Process(
-            target=functools.partial(_worker_loop, settings=self._settings), args=args
-        )
+        return self._context.Process(target=self._loop, args=args)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)

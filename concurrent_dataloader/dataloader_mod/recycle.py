@@ -295,12 +295,27 @@ class RecyclingQueue:
         try:
             packed = self._pool.pack(data)
         except Exception:  # noqa: BLE001 - goes to the training loop, as all errors of a worker
-            where = f"in DataLoader worker process {self._worker_id}, sending its batch"
-            packed = torch_internals.ExceptionWrapper(where=where)
+            if isinstance(data, torch_internals.ExceptionWrapper):
+                # Its class is known to this process only; its words and traceback are text.
+                packed: Any = data
+                packed.exc_type = RuntimeError
+            else:
+                packed = self._wrap_error()
         states = None if self._watch is None else self._watch.read_change()
         if states is not None:
             self._target.put((StatesAfter(self._worker_id, number, states), None))
         self._target.put((number, packed))
+
+    def _wrap_error(self) -> Any:
+        where = f"in DataLoader worker process {self._worker_id}, sending its batch"
+        return torch_internals.ExceptionWrapper(where=where)
+
+    def send_error(self, error: Exception, item: tuple[Any, Any]) -> None:
+        """Send the error of the queue's own thread, such as no memory, in place of the batch."""
+        try:
+            raise error
+        except Exception:  # noqa: BLE001 - goes to the training loop
+            self._target.put((item[0], self._wrap_error()))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._target, name)

@@ -18,7 +18,6 @@ import contextlib
 import ctypes
 import functools
 import itertools
-import os
 import queue
 import sys
 import time
@@ -38,15 +37,18 @@ from concurrent_dataloader.dataloader_mod.error_policy import (
     make_deadline_error,
 )
 from concurrent_dataloader.dataloader_mod.fetch import AsyncioFetcher, Fetcher, ThreadedFetcher
+from concurrent_dataloader.dataloader_mod.orphan import (
+    CHECK_INTERVAL_S,
+    ParentWatch,
+    SocketFolder,
+    WatchedQueue,
+)
 from concurrent_dataloader.dataloader_mod.recycle import RecyclingQueue, SlotPool, collate_into
 from concurrent_dataloader.dataloader_mod.resume import GeneratorWatch, write_generators
 from concurrent_dataloader.dataloader_mod.settings import FetchSettings, read_environment
 from concurrent_dataloader.dataloader_mod.stages import Stages, find_stages
 from concurrent_dataloader.datasets.contract import SampleLocation
 from concurrent_dataloader.stores.resilience import log_counts
-
-_CHECK_INTERVAL_S = 0.5
-"""How often a worker that waits, for positions or a sample, looks whether it is still wanted."""
 
 _NUM_BATCHES_HELD = 2
 """Batches that a training loop holds: the one it works on, and the one before it meanwhile."""
@@ -216,14 +218,14 @@ class FetchedDataset:
                     if futures[0].done():
                         return
             # A deadline of the store's ends each fetch; this ends the wait if nobody wants it.
-            wait_s = min(_CHECK_INTERVAL_S, left_s)
+            wait_s = min(CHECK_INTERVAL_S, left_s)
             concurrent.futures.wait(pending, wait_s, concurrent.futures.FIRST_COMPLETED)
 
     def _left_s(self, batch: Batch, number: int) -> float:
         """Say how long a batch may still be waited for, of which a unit has not come."""
         timeout_s = self._settings.timeout_s
         if not timeout_s:
-            return _CHECK_INTERVAL_S
+            return CHECK_INTERVAL_S
         assert batch.futures is not None
         waited_s = time.monotonic() - batch.asked_s
         if waited_s < timeout_s:
@@ -311,11 +313,11 @@ class Lookahead:
             self._has_worked = False
         while True:
             try:
-                return self._accept(self._source.get(timeout=min(timeout, _CHECK_INTERVAL_S)))
+                return self._accept(self._source.get(timeout=min(timeout, CHECK_INTERVAL_S)))
             except queue.Empty:
                 if self._is_over():
                     return self._accept(None)
-                waited_s += _CHECK_INTERVAL_S
+                waited_s += CHECK_INTERVAL_S
                 if waited_s >= timeout:
                     raise
 
@@ -384,6 +386,7 @@ def _worker_loop(
     shared_seed: int | None,
     *,
     settings: FetchSettings | None = None,
+    sockets: SocketFolder | None = None,
 ) -> None:
     """Run a worker of a data loader, ours or torch's own.
 
@@ -395,16 +398,19 @@ def _worker_loop(
         ValueError: A variable of the environment cannot be used; reaches the training loop.
     """
     user_dataset = torch_internals.take_dataset(dataset)
+    parent = ParentWatch()
     prepare: list[Callable[[], None]] = []
+    if sockets is not None:
+        prepare.append(functools.partial(sockets.use, parent))
     if settings is None:
         try:
             settings = read_environment()
         except ValueError as error:
             settings = FetchSettings(fetch_impl="vanilla")
             prepare.append(functools.partial(_raise, error))
-    seen_dataset, seen_queue = user_dataset, index_queue
+    seen_dataset, torch_queue = user_dataset, data_queue
+    seen_queue: Any = WatchedQueue(index_queue, parent)
     fetched: FetchedDataset | None = None
-    parent_pid = os.getppid()
     if settings.fetch_impl != "vanilla":
         pool = SlotPool(
             settings.prefetch_factor + _NUM_BATCHES_HELD,
@@ -418,16 +424,18 @@ def _worker_loop(
                 user_dataset,
                 settings,
                 auto_collation,
-                lambda: done_event.is_set() or os.getppid() != parent_pid,
+                lambda: parent.is_gone() or done_event.is_set(),
             )
             if fetched.failures is not None:
                 data_queue = ReportingQueue(data_queue, fetched.failures)
                 collate_fn = functools.partial(collate_what_is_left, collate_fn)
-            seen_queue = Lookahead(index_queue, fetched, settings, done_event.is_set)
+            seen_queue = Lookahead(seen_queue, fetched, settings, done_event.is_set)
             fetched.refill = seen_queue.refill
             seen_dataset = fetched
             prepare.append(functools.partial(torch_internals.show_dataset, user_dataset))
         data_queue = RecyclingQueue(data_queue, pool, worker_id, watch)
+        # multiprocessing's hook, which would print the error; the parent would wait for ever.
+        torch_queue._on_queue_feeder_error = data_queue.send_error
     try:
         torch_internals.torch_worker_loop(
             dataset_kind,
@@ -449,7 +457,7 @@ def _worker_loop(
         if fetched is not None:
             fetched.close()
             log_counts(f"worker {worker_id}")
-        if os.getppid() != parent_pid:
+        if parent.is_gone():
             # Nobody reads the queue any more, and the process would wait for ever to have it empty.
             data_queue.cancel_join_thread()
 

@@ -15,7 +15,7 @@ import torch.utils.data
 
 from concurrent_dataloader.dataloader_mod import recycle
 from concurrent_dataloader.dataloader_mod.dataloader import DataLoader
-from concurrent_dataloader.dataloader_mod.recycle import SlotPool
+from concurrent_dataloader.dataloader_mod.recycle import RecyclingQueue, SlotPool
 from tests.dataloader_mod import doubles
 from tests.dataloader_mod.conftest import is_same
 
@@ -285,3 +285,22 @@ def test_resident_and_shared_memory_stay_flat_over_epochs():
             )
 
     assert sizes[-1] <= sizes[3] * 1.05
+
+
+class CannotBeSent:
+    def __reduce__(self):
+        raise MemoryError("no memory for the message")
+
+
+def test_an_error_of_the_queues_own_thread_is_sent_in_place_of_the_batch():
+    queue: Any = torch.multiprocessing.get_context("fork").Queue()
+    recycling = RecyclingQueue(queue, SlotPool(1, 1), 0)
+    queue._on_queue_feeder_error = recycling.send_error
+
+    queue.put((3, CannotBeSent()))  # packed already, as it were
+
+    number, wrapper = queue.get(timeout=20)
+    assert number == 3
+    with pytest.raises(MemoryError, match="no memory for the message"):
+        wrapper.reraise()
+    queue.close()

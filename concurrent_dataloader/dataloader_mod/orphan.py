@@ -1,0 +1,153 @@
+"""What becomes of a worker whose parent dies, and of the files of a worker that is killed.
+
+torch's loop looks at the parent's number, every five seconds. That is late, and of no use where a
+fork server is the parent of all workers: it lives as long as one of them does.
+
+The other way round, a worker that is killed while it sends leaves a message that has no end, and
+other workers hold the pipe open; hence a read that looks whether all workers are there.
+
+A worker hands its shared memory over by a socket, which Python puts into a temporary folder that
+the worker removes when it ends by itself. A worker that is killed does not, and at Ctrl-C
+multiprocessing kills those that are left; hence a folder that the parent removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import multiprocessing.util
+import os
+import queue
+import select
+import shutil
+import signal
+import tempfile
+import time
+import weakref
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+CHECK_INTERVAL_S = 0.5
+"""How often a worker that waits, for positions or a sample, looks whether it is still wanted."""
+
+
+class ParentWatch:
+    """Knows whether the process that started this one still runs. Made in the worker, early."""
+
+    def __init__(self) -> None:
+        self._pid = os.getppid()
+        self._poll = select.poll()
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            # A pipe whose other end the parent holds. Workers that it forked later hold it as
+            # well, so it does not do alone.
+            self._poll.register(parent.sentinel, select.POLLIN)
+
+    def is_gone(self) -> bool:
+        """Look, without waiting; costs two system calls."""
+        return os.getppid() != self._pid or bool(self._poll.poll(0))
+
+
+class WatchedQueue:
+    """A worker's index queue that ends the worker when nobody is left to write to it."""
+
+    def __init__(self, source: Any, parent: ParentWatch) -> None:
+        self._source = source
+        self._parent = parent
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        """Get as `multiprocessing.Queue.get` does.
+
+        Raises:
+            queue.Empty: There was nothing in time.
+            SystemExit: The parent is gone. Locks that it shared may be held for ever, so the way
+                out leads past all that would take them.
+        """
+        if not block:
+            return self._source.get(block=False)
+        until_s = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left_s = CHECK_INTERVAL_S if until_s is None else max(0.0, until_s - time.monotonic())
+            try:
+                return self._source.get(timeout=min(left_s, CHECK_INTERVAL_S))
+            except queue.Empty:
+                if self._parent.is_gone():
+                    raise SystemExit(1) from None
+                if left_s <= CHECK_INTERVAL_S and until_s is not None:
+                    raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+
+class SocketFolder:
+    """The folder of the workers' sockets, made in the parent; it pickles for the workers."""
+
+    def __init__(self) -> None:
+        # Named as Python names its own.
+        self._path = tempfile.mkdtemp(prefix="pymp-")
+        # As Python removes its own: at the exit, after the workers have been ended.
+        self._remove: Any = multiprocessing.util.Finalize(
+            None, shutil.rmtree, (self._path,), {"ignore_errors": True}, exitpriority=-100
+        )
+
+    def __getstate__(self) -> str:
+        return self._path
+
+    def __setstate__(self, path: str) -> None:
+        self._path = path
+        self._remove = lambda: None
+
+    def remove(self) -> None:
+        """Remove it, in the parent, after the workers. May be called twice."""
+        self._remove()
+
+    def use(self, parent: ParentWatch) -> None:
+        """Have this process, a worker, make its sockets there; the last orphan removes it."""
+        config: dict[str, Any] = vars(multiprocessing.current_process())["_config"]
+        config["tempdir"] = self._path
+        multiprocessing.util.Finalize(None, self._remove_after, (parent,), exitpriority=-100)
+
+    def _remove_after(self, parent: ParentWatch) -> None:
+        if parent.is_gone():
+            with contextlib.suppress(OSError):  # the others have sockets in it yet
+                os.rmdir(self._path)
+
+
+def watch_senders(reader: Any, workers: Sequence[Any]) -> None:
+    """Let a connection that is read in the parent not wait for the rest of a dead worker's message.
+
+    Reading then raises `ConnectionError`, whereupon torch looks which worker it was.
+
+    Args:
+        reader: The reading end of the workers' queue.
+        workers: Process objects of all that write to it.
+    """
+
+    def read(handle: int, num_bytes: int) -> bytes:
+        poll = select.poll()
+        poll.register(handle, select.POLLIN)
+        while not poll.poll(1000 * CHECK_INTERVAL_S):
+            if not all(worker.is_alive() for worker in workers):
+                raise ConnectionError("a worker died while it sent a batch")
+        return os.read(handle, num_bytes)
+
+    # A weak reference, or a circle would keep the workers, and with them their shared memory.
+    itself = weakref.ref(reader)
+    # Its own method takes the function that reads as an argument, which nobody gives.
+    reader._recv = lambda num_bytes: Connection._recv(itself(), num_bytes, read)  # pyright: ignore[reportAttributeAccessIssue]: private
+
+
+def describe_deaths(workers: Sequence[Any]) -> str:
+    """Say by what workers that are dead have died."""
+    deaths: list[str] = []
+    for number, worker in enumerate(workers):
+        status = worker.exitcode
+        if status is not None and status < 0:
+            name = signal.Signals(-status).name
+            hint = "; the system does so when memory runs out" if name == "SIGKILL" else ""
+            deaths.append(f"worker {number} (pid {worker.pid}) was killed by {name}{hint}")
+        elif status is not None:
+            deaths.append(f"worker {number} (pid {worker.pid}) exited with status {status}")
+    return ", ".join(deaths)

@@ -1,0 +1,526 @@
+"""Ways to end: errors, signals, Ctrl-C, no memory. The error is told, and nothing is left."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import resource
+import signal
+import struct
+import subprocess
+import termios
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch.utils.data import IterableDataset
+
+from concurrent_dataloader.dataloader_mod.dataloader import DataLoader
+from concurrent_dataloader.errors import KeyNotFoundError
+from concurrent_dataloader.testing import Fault, ObjectServer
+from tests.dataloader_mod import doubles, life_program
+from tests.leftovers import Script, nothing_left
+
+SECONDS = 8.0 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+"""In which a worker's death is to be told; torch looks every 5 s where no signal tells it."""
+
+
+@pytest.fixture(autouse=True)
+def _made_only_once() -> None:
+    """Start a worker before anything is counted: Python and torch keep some things for good."""
+    for method in ("fork", "forkserver"):
+        context: Any = torch.multiprocessing.get_context(method)
+        process = context.Process(target=os.getpid)
+        process.start()
+        process.join()
+        process.close()
+
+
+def read(loader: Any) -> str:
+    """Read an epoch that fails; gives the error as text, so that nothing of it is held."""
+    try:
+        for _ in loader:
+            pass
+    except Exception as error:  # noqa: BLE001 - whatever it is
+        return "\n".join([type(error).__name__, str(error), *getattr(error, "__notes__", [])])
+    raise AssertionError("the epoch came to its end, expected an error")
+
+
+# ---- a worker dies
+
+
+class Deadly(doubles.StagedSquares):
+    """Ends its worker in the transform of one sample."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(40)
+        self.signal_number = signal_number
+
+    def apply_transform(self, decoded: int) -> Any:
+        if decoded == 9:
+            # By another process: torch's workers take a SIGTERM of their parent for its good-bye.
+            subprocess.run(["kill", f"-{self.signal_number}", str(os.getpid())], check=True)
+            signal.pause()
+        return super().apply_transform(decoded)
+
+
+@pytest.mark.parametrize("fetch_impl", ["threaded", "asyncio"])
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGSEGV", "SIGTERM", "SIGABRT", "SIGBUS"])
+def test_a_worker_that_a_signal_kills_is_named_with_it(name, fetch_impl):
+    number = signal.Signals[name]
+    begun = time.monotonic()
+
+    with nothing_left():
+        told = read(DataLoader(Deadly(number), batch_size=4, num_workers=2, fetch_impl=fetch_impl))
+
+    assert time.monotonic() - begun < SECONDS
+    assert told.startswith("RuntimeError")
+    assert "worker (pid" in told
+    assert f"was killed by {name}" in told
+
+
+def exit_at_once(worker_id):
+    os._exit(3)
+
+
+def test_a_worker_that_exits_is_named_with_its_status():
+    begun = time.monotonic()
+
+    with nothing_left():
+        told = read(
+            DataLoader(doubles.StagedSquares(8), num_workers=1, worker_init_fn=exit_at_once)
+        )
+
+    assert time.monotonic() - begun < SECONDS
+    assert "worker (pid" in told
+    assert "exited with status 3" in told
+
+
+@pytest.mark.parametrize("where", ["main thread", "another thread"])
+def test_a_worker_killed_while_it_sends_a_large_batch_is_named(where):
+    told = []
+
+    def train():
+        loader = DataLoader(
+            life_program.LargeMessages(400),
+            batch_size=4,
+            num_workers=1,
+            collate_fn=life_program.take_as_they_are,
+        )
+        iterator: Any = iter(loader)
+        next(iterator)
+        worker = psutil.Process(iterator._workers[0].pid)
+        wait_until_blocked(iterator)
+        try:
+            worker.kill()
+            for _ in iterator:
+                pass
+        except RuntimeError as error:
+            told.append(str(error))
+
+    with nothing_left():
+        if where == "main thread":
+            train()
+        else:
+            thread = threading.Thread(target=train, daemon=True)
+            with contextlib.suppress(RuntimeError):  # torch's handler of SIGCHLD, in this thread
+                thread.start()
+                thread.join(2 * SECONDS)
+            thread.join(2 * SECONDS)
+            assert not thread.is_alive(), "it waits for the rest of the batch"
+
+    assert told
+    assert "worker (pid" in told[0]
+
+
+def wait_until_blocked(iterator):
+    """Wait until the pipe to the parent is full, so that a batch is sent in part."""
+    deadline = time.monotonic() + 20
+    seen = -1
+    while True:
+        file = iterator._worker_result_queue._reader.fileno()
+        now = waiting_bytes(file)
+        if now == seen and now >= 60_000:
+            return
+        assert time.monotonic() < deadline, f"only {now} bytes wait"
+        seen = now
+        time.sleep(0.05)
+
+
+def waiting_bytes(file):
+    return struct.unpack("i", fcntl.ioctl(file, termios.FIONREAD, bytes(4)))[0]
+
+
+# ---- no memory
+
+
+def allow_little_memory(worker_id):
+    now_bytes = psutil.Process().memory_info().vms
+    most_bytes = now_bytes + (1 << 29)
+    resource.setrlimit(resource.RLIMIT_AS, (most_bytes, most_bytes))
+
+
+class ActsAtNine(doubles.StagedSquares):
+    """Does something in one stage of one sample."""
+
+    def __init__(self, stage: str, act: Callable[[], object]) -> None:
+        super().__init__(40)
+        self.stage = stage
+        self.act = act
+
+    def _act(self, stage: str, position: int) -> None:
+        if (stage, position) == (self.stage, 9):
+            self.act()
+
+    def fetch(self, position: int) -> bytes:
+        self._act("fetch", position)
+        return super().fetch(position)
+
+    async def fetch_async(self, position: int) -> bytes:
+        self._act("fetch", position)
+        return await super().fetch_async(position)
+
+    def decode(self, position: int, raw: Any) -> int:
+        self._act("decode", position)
+        return super().decode(position, raw)
+
+    def apply_transform(self, decoded: int) -> Any:
+        self._act("transform", decoded)
+        return super().apply_transform(decoded)
+
+
+def want_four_gibibytes():
+    return bytearray(1 << 32)
+
+
+@pytest.mark.parametrize("stage", ["fetch", "decode", "transform"])
+def test_memory_that_is_refused_is_an_error_that_names_the_position(stage):
+    with nothing_left():
+        told = read(
+            DataLoader(
+                ActsAtNine(stage, want_four_gibibytes),
+                batch_size=4,
+                num_workers=2,
+                num_fetch_workers=4,
+                worker_init_fn=allow_little_memory,
+            )
+        )
+
+    assert told.startswith("MemoryError")
+    assert "position 9" in told
+
+
+def collate_greedily(samples):
+    return torch.zeros(1 << 30)
+
+
+def test_memory_that_is_refused_to_a_batch_is_an_error():
+    with nothing_left():
+        told = read(
+            DataLoader(
+                doubles.StagedSquares(8),
+                batch_size=4,
+                num_workers=1,
+                num_fetch_workers=4,
+                worker_init_fn=allow_little_memory,
+                collate_fn=collate_greedily,
+            )
+        )
+
+    assert told.startswith("RuntimeError")
+    assert "memory" in told
+
+
+# ---- an exception, wherever it comes from
+
+
+class BrokenError(Exception):
+    pass
+
+
+def break_down(*_):
+    raise BrokenError("broken on purpose")
+
+
+class BrokenSampler:
+    def __iter__(self):
+        yield from range(9)
+        raise BrokenError("broken on purpose")
+
+    def __len__(self):
+        return 40
+
+
+class BrokenStream(IterableDataset[int]):
+    def __iter__(self):
+        yield from range(9)
+        raise BrokenError("broken on purpose")
+
+
+BROKEN: dict[str, dict[str, Any]] = {
+    "fetch": {"dataset": lambda: ActsAtNine("fetch", break_down)},
+    "decode": {"dataset": lambda: ActsAtNine("decode", break_down)},
+    "transform": {"dataset": lambda: ActsAtNine("transform", break_down)},
+    "collate": {"collate_fn": break_down},
+    "worker_init_fn": {"worker_init_fn": break_down},
+    "sampler": {"sampler": BrokenSampler()},
+    "iterable data set": {"dataset": BrokenStream},
+}
+
+
+@pytest.mark.parametrize("fetch_impl", ["threaded", "asyncio"])
+@pytest.mark.parametrize(("place", "num_workers"), [(p, n) for p in BROKEN for n in (0, 2)])
+def test_an_exception_is_raised_once_and_nothing_is_left(place, num_workers, fetch_impl):
+    if place == "worker_init_fn" and num_workers == 0:
+        pytest.skip("torch calls it in workers only")
+    settings = {"num_workers": num_workers, "fetch_impl": fetch_impl, **BROKEN[place]}
+    make_dataset = settings.pop("dataset", lambda: doubles.StagedSquares(40))
+
+    with nothing_left():
+        told = read(DataLoader(make_dataset(), batch_size=4, **settings))
+
+    assert told.startswith("BrokenError")
+    assert "broken on purpose" in told
+
+
+def break_with_a_class_of_its_own(*_):
+    class LocalError(Exception):
+        pass
+
+    raise LocalError("broken on purpose")
+
+
+def test_an_exception_whose_class_cannot_be_sent_arrives_with_its_words():
+    with nothing_left():
+        told = read(
+            DataLoader(
+                doubles.StagedSquares(8), num_workers=1, collate_fn=break_with_a_class_of_its_own
+            )
+        )
+
+    assert "broken on purpose" in told
+    assert "break_with_a_class_of_its_own" in told, "the remote traceback is missing"
+
+
+class Unpinnable:
+    """A batch that the pin thread cannot pin."""
+
+    def pin_memory(self):
+        raise BrokenError("broken on purpose")
+
+
+def collate_to_unpinnable(samples):
+    return Unpinnable()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="without a device nothing is pinned")
+def test_an_exception_of_the_pin_thread_is_raised_and_nothing_is_left():
+    with nothing_left():
+        told = read(
+            DataLoader(
+                doubles.StagedSquares(8),
+                num_workers=2,
+                pin_memory=True,
+                collate_fn=collate_to_unpinnable,
+            )
+        )
+
+    assert "broken on purpose" in told
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+def test_with_pin_memory_a_killed_worker_is_named_too():
+    with nothing_left():
+        told = read(
+            DataLoader(Deadly(signal.SIGKILL), batch_size=4, num_workers=2, pin_memory=True)
+        )
+
+    assert "worker (pid" in told
+
+
+# ---- an epoch is left
+
+
+def leave_by_break(loader):
+    for _ in loader:
+        break
+
+
+def leave_by_close(loader):
+    iterator = iter(loader)
+    next(iterator)
+    loader.close()
+
+
+def leave_by_with(loader):
+    with loader:
+        next(iter(loader))
+
+
+def leave_by_exception(loader):
+    with contextlib.suppress(KeyNotFoundError):
+        for _ in loader:
+            raise KeyNotFoundError("of the training loop")
+
+
+def leave_in_a_cycle(loader):
+    iterator = iter(loader)
+    next(iterator)
+    iterator.itself = iterator  # only the collector finds it
+
+
+@pytest.mark.parametrize("is_persistent", [False, True])
+@pytest.mark.parametrize("fetch_impl", ["threaded", "asyncio"])
+@pytest.mark.parametrize(
+    "leave", [leave_by_break, leave_by_close, leave_by_with, leave_by_exception, leave_in_a_cycle]
+)
+def test_nothing_is_left_of_an_epoch_that_was_left(leave, fetch_impl, is_persistent):
+    with nothing_left():
+        # Position 30 never comes: workers are waiting for it when they are told to end.
+        leave(
+            DataLoader(
+                doubles.Stalling(80, 30),
+                batch_size=4,
+                num_workers=2,
+                fetch_impl=fetch_impl,
+                persistent_workers=is_persistent,
+            )
+        )
+
+
+def test_an_epoch_after_one_that_was_left_is_whole():
+    loader = DataLoader(
+        doubles.StagedSquares(40), batch_size=4, num_workers=2, persistent_workers=True
+    )
+    leave_by_break(loader)
+
+    labels = [label for _, labels in loader for label in labels.tolist()]
+
+    assert labels == list(range(40))
+    loader.close()
+
+
+# ---- Ctrl-C, and the job is killed
+
+
+def start(folder: pathlib.Path, **settings: Any) -> Script:
+    temporary = folder / "t"
+    temporary.mkdir()
+    return Script(life_program.CODE, json.dumps(settings), folder=temporary)
+
+
+def wait_for_batch(script: Script, number: int) -> None:
+    while script.read_line() != f"batch {number}":
+        pass
+
+
+STALLS = {"kind": "stalls"}
+LAST = life_program.STALLS_IN_BATCH - 1
+WAYS = [
+    ("fork", "threaded", False),
+    ("fork", "asyncio", True),
+    ("spawn", "threaded", True),
+    ("forkserver", "asyncio", False),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "fetch_impl", "is_persistent"), WAYS)
+def test_ctrl_c_while_the_store_stalls_ends_everything(tmp_path, method, fetch_impl, is_persistent):
+    with start(
+        tmp_path,
+        data=STALLS,
+        multiprocessing_context=method,
+        fetch_impl=fetch_impl,
+        persistent_workers=is_persistent,
+    ) as job:
+        wait_for_batch(job, LAST)
+
+        os.killpg(job.process.pid, signal.SIGINT)
+        _, complaints = job.finish()
+
+        assert job.process.returncode == -signal.SIGINT
+        assert complaints.count("Traceback") == 1, complaints
+        assert complaints.rstrip().endswith("KeyboardInterrupt")
+        job.check_nothing_left()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("client", "fetch_impl"),
+    [("obstore", "threaded"), ("aiohttp", "asyncio"), ("boto3", "asyncio")],
+)
+@pytest.mark.parametrize("kind", ["stalled_headers", "stalled_body"])
+def test_ctrl_c_ends_requests_that_a_server_does_not_answer(
+    tmp_path, object_server: ObjectServer, client, fetch_impl, kind
+):
+    object_server.put_objects("bucket", dict.fromkeys(life_program.KEYS, bytes(1000)))
+    stalls = f"{life_program.STALLS_IN_BATCH * life_program.BATCH_SIZE:04}"
+    object_server.set_faults([Fault(kind, key_pattern=stalls)])
+    credentials = tmp_path / "credentials.json"
+    credentials.write_text(
+        json.dumps(
+            {
+                "access_key": object_server.access_key,
+                "secret": object_server.secret_key,
+                "endpoint_url": object_server.endpoint_url,
+            }
+        )
+    )
+    data = {"kind": "store", "client": client, "credentials": str(credentials)}
+    with start(tmp_path, data=data, fetch_impl=fetch_impl) as job:
+        wait_for_batch(job, LAST)
+
+        os.killpg(job.process.pid, signal.SIGINT)
+        _, complaints = job.finish()
+
+        assert job.process.returncode == -signal.SIGINT
+        assert complaints.rstrip().endswith("KeyboardInterrupt")
+        job.check_nothing_left()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "fetch_impl", "is_persistent"), WAYS)
+def test_workers_end_when_their_parent_is_killed_while_the_store_stalls(
+    tmp_path, method, fetch_impl, is_persistent
+):
+    with start(
+        tmp_path,
+        data=STALLS,
+        multiprocessing_context=method,
+        fetch_impl=fetch_impl,
+        persistent_workers=is_persistent,
+    ) as job:
+        wait_for_batch(job, LAST)
+
+        job.process.kill()
+
+        job.check_nothing_left()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+@pytest.mark.parametrize("fetch_impl", ["threaded", "vanilla"])
+def test_workers_end_when_their_parent_is_killed_with_batches_half_sent(
+    tmp_path, method, fetch_impl
+):
+    with start(
+        tmp_path,
+        data={"kind": "large"},
+        stops_after=0,
+        multiprocessing_context=method,
+        fetch_impl=fetch_impl,
+    ) as job:
+        wait_for_batch(job, 0)
+
+        job.process.kill()
+
+        job.check_nothing_left()

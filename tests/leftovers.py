@@ -1,0 +1,206 @@
+"""What a test leaves behind: processes, threads, descriptors, shared memory, temporary files."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Generator, Iterable
+
+import psutil
+
+GRACE_S = 5.0
+"""How long after its end anything may still be there (promise 5)."""
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+
+_MARK = "TEST_THAT_STARTED_THIS"
+
+# Helpers of Python's own, one of each for a process; they end with it.
+_PYTHONS_OWN = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+
+
+@contextlib.contextmanager
+def nothing_left() -> Generator[None]:
+    """Fail if this process holds more, `GRACE_S` after the block, than it did before.
+
+    Temporary files are looked for in a folder that is there for the block alone, also for processes
+    that start in it.
+    """
+    with tempfile.TemporaryDirectory() as folder, _temporary_folder(folder):
+        gc.collect()
+        before = _find_all(folder)
+        yield
+        gc.collect()
+        _check_gone(lambda: _find_all(folder) - before)
+
+
+@contextlib.contextmanager
+def _temporary_folder(folder: str) -> Generator[None]:
+    before, tempfile.tempdir = tempfile.tempdir, folder
+    variable = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = folder
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+        if variable is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = variable
+
+
+def _find_all(folder: str) -> set[str]:
+    return {
+        *_describe(psutil.Process().children(recursive=True)),
+        *(f"thread {each.name}, {each.ident}" for each in threading.enumerate()),
+        *_find_descriptors(),
+        *_find_shared_memory(_is_in_our_tree),
+        *_find_files(folder),
+    }
+
+
+def _describe(processes: Iterable[psutil.Process]) -> set[str]:
+    found: set[str] = set()
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended meanwhile
+            command = " ".join(process.cmdline())
+            if not any(name in command for name in _PYTHONS_OWN):
+                found.add(f"process {process.pid}, {process.status()}: {command}")
+    return found
+
+
+def _find_descriptors() -> set[str]:
+    found: set[str] = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
+            found.add(f"descriptor {name}: {os.readlink(f'/proc/self/fd/{name}')}")
+    return found
+
+
+def _find_shared_memory(is_own: Callable[[psutil.Process], bool]) -> set[str]:
+    """Find all of the machine's, but for what only processes of others have mapped."""
+    names = set(os.listdir("/dev/shm"))
+    if names:
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if not is_own(process):
+                    maps = pathlib.Path(f"/proc/{process.pid}/maps").read_text()
+                    names = {name for name in names if f"/dev/shm/{name}" not in maps}
+    return {f"shared memory {name}" for name in names}
+
+
+def _is_in_our_tree(process: psutil.Process) -> bool:
+    us = psutil.Process()
+    return process == us or us in process.parents()
+
+
+def _find_files(folder: str | os.PathLike[str]) -> set[str]:
+    return {f"file {path}" for path in pathlib.Path(folder).rglob("*")}
+
+
+def _check_gone(find_new: Callable[[], set[str]]) -> None:
+    # On a machine that is busy with other things, a process gets its share of the seconds only.
+    grace_s = GRACE_S * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    deadline = time.monotonic() + grace_s
+    new = find_new()
+    # What comes later is another's: shared memory is common to all processes of the machine.
+    while new := new & find_new():
+        assert time.monotonic() < deadline, f"left after {grace_s} s: {', '.join(sorted(new))}"
+        time.sleep(0.02)
+
+
+class Script:
+    """A Python program in a session of its own, all of whose descendants can be found.
+
+    Use it in a ``with`` statement, whose end kills what is left.
+    """
+
+    def __init__(self, code: str, *arguments: str, folder: pathlib.Path, **variables: str) -> None:
+        """Start it.
+
+        Args:
+            code: The program.
+            arguments: Its arguments.
+            folder: An empty folder for its temporary files.
+            variables: Of its environment.
+        """
+        self.folder = folder
+        self._mark = uuid.uuid4().hex
+        self._shared_memory = _find_shared_memory(self._is_own)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, *arguments],
+            cwd=REPOSITORY,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(REPOSITORY),
+                "TMPDIR": str(folder),
+                _MARK: self._mark,
+                **variables,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> Script:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._find_processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.communicate()
+
+    def read_line(self) -> str:
+        """Wait for a line of its output."""
+        assert self.process.stdout is not None, "it is a pipe"
+        line = self.process.stdout.readline()
+        if not line:
+            raise AssertionError(f"it ended: {self.process.communicate()[1]}")
+        return line.rstrip("\n")
+
+    def finish(self, timeout_s: float = 60.0) -> tuple[str, str]:
+        """Wait for its end, and give the rest of its output, and what it complained about."""
+        return self.process.communicate(timeout=timeout_s)
+
+    def check_nothing_left(self) -> None:
+        """Fail if anything of it is there after `GRACE_S`."""
+        _check_gone(
+            lambda: {
+                *_describe(self._find_processes()),
+                *(_find_shared_memory(self._is_own) - self._shared_memory),
+                *(file for file in _find_files(self.folder) if not self._is_pythons(file)),
+            }
+        )
+
+    def _is_pythons(self, file: str) -> bool:
+        """Tell Python's own folder for the socket of a fork server, left if its user was killed."""
+        path = pathlib.Path(file.removeprefix("file "))
+        folder = path if path.parent == self.folder else path.parent
+        return (
+            self.process.poll() == -signal.SIGKILL
+            and folder.name.startswith("pymp-")
+            and len(list(folder.iterdir())) == 1
+        )
+
+    def _find_processes(self) -> list[psutil.Process]:
+        found: list[psutil.Process] = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):  # ended meanwhile, or another user's
+                if self._is_own(process):
+                    found.append(process)
+        return found
+
+    def _is_own(self, process: psutil.Process) -> bool:
+        # Not by parentage: orphans are what is looked for.
+        return process.environ().get(_MARK) == self._mark
