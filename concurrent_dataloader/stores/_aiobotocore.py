@@ -13,9 +13,9 @@ from aiobotocore.credentials import AioCredentials
 from aiobotocore.session import AioSession
 from typing_extensions import Buffer, override
 
-from concurrent_dataloader.errors import BodyMismatchError, DeadlineError, StoreUnavailableError
+from concurrent_dataloader.errors import BodyMismatchError, DeadlineError
 from concurrent_dataloader.ranges import ByteRange
-from concurrent_dataloader.stores._answers import check_body
+from concurrent_dataloader.stores._answers import broken_connection, check_body
 from concurrent_dataloader.stores._boto3 import (
     client_arguments,
     client_settings,
@@ -86,9 +86,7 @@ class AiobotocoreStore(AwaitingStore):
                 f"{where}: the body from {endpoint} was cut short: {error}"
             ) from error
         except (aiohttp.ClientError, OSError) as error:
-            raise StoreUnavailableError(
-                f"{where}: the connection to {endpoint} broke: {error}"
-            ) from error
+            raise broken_connection(self._address, key, str(error)) from error
         status, header = read_answer(answer)
         return check_body(self._address, key, byte_range, status, header, body, self._checksums)
 

@@ -16,6 +16,7 @@ from concurrent_dataloader.errors import (
 )
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.stores._answers import (
+    broken_connection,
     check_body,
     error_for_status,
     parse_s3_error,
@@ -118,7 +119,7 @@ class AiohttpStore(AwaitingStore):
         reason = str(error) or type(error).__name__
         if isinstance(error, aiohttp.ClientPayloadError):
             return BodyMismatchError(f"{where}: the body from {endpoint} was cut short: {reason}")
-        return StoreUnavailableError(f"{where}: the connection to {endpoint} broke: {reason}")
+        return broken_connection(self._address, key, reason)
 
 
 def _open_session(options: ClientOptions) -> aiohttp.ClientSession:

@@ -26,6 +26,7 @@ from concurrent_dataloader.stores.address import Address, ClientOptions
 MD5_OF_NOTHING = "d41d8cd98f00b204e9800998ecf8427e"
 
 _MD5 = re.compile(r"[0-9a-f]{32}")
+_CERTIFICATE = re.compile(r"certificate|SSL validation failed", re.IGNORECASE)
 _CODE = re.compile(r"<Code>([^<]{1,200})</Code>")
 _MESSAGE = re.compile(r"<Message>([^<]{1,400})</Message>")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
@@ -213,6 +214,27 @@ def short_body_error(
         f"{address.describe(key)}: got {got_bytes} bytes from {address.endpoint_url}, "
         f"expected {expected_bytes}"
     )
+
+
+def broken_connection(
+    address: Address, key: str, reason: str, details: str = ""
+) -> StoreUnavailableError:
+    """Say that no connection could be made, or that it ended.
+
+    Args:
+        address: Of the store.
+        key: What was asked for.
+        reason: The client's words.
+        details: More of them, by which to tell a certificate that is not trusted.
+    """
+    where, endpoint = address.describe(key), address.endpoint_url
+    if _CERTIFICATE.search(details or reason):
+        return StoreUnavailableError(
+            f"{where}: the certificate of {endpoint} is not trusted ({reason}), expected one for "
+            "this host by a known authority; check the endpoint, or name the authority's "
+            "certificates by ca_file or AWS_CA_BUNDLE"
+        )
+    return StoreUnavailableError(f"{where}: the connection to {endpoint} broke: {reason}")
 
 
 def timeout_error(address: Address, key: str, options: ClientOptions) -> DeadlineError:

@@ -24,10 +24,9 @@ from concurrent_dataloader.errors import (
     BodyMismatchError,
     DeadlineError,
     StoreError,
-    StoreUnavailableError,
 )
 from concurrent_dataloader.ranges import ByteRange
-from concurrent_dataloader.stores._answers import check_body, error_for_status
+from concurrent_dataloader.stores._answers import broken_connection, check_body, error_for_status
 from concurrent_dataloader.stores._checksums import Checksums
 from concurrent_dataloader.stores.address import ClientOptions, S3Address, check_byte_range
 from concurrent_dataloader.stores.base import BlockingStore, ObjectInfo, PerProcess
@@ -180,7 +179,7 @@ def translate(address: S3Address, key: str, error: BaseException) -> StoreError:
     if isinstance(
         error, (botocore.exceptions.ConnectionError, botocore.exceptions.HTTPClientError)
     ):
-        return StoreUnavailableError(f"{where}: the connection to {endpoint} broke: {error}")
+        return broken_connection(address, key, str(error))
     return StoreError(f"{where}: boto3 could not ask {endpoint}: {error}")
 
 

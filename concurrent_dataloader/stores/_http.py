@@ -25,6 +25,7 @@ from concurrent_dataloader.errors import (
 )
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.stores._answers import (
+    broken_connection,
     check_body,
     error_for_status,
     parse_s3_error,
@@ -151,7 +152,7 @@ class HttpStore(BlockingStore):
                 f"{where}: got {len(error.partial)} bytes from {endpoint}{expected}"
             )
         reason = str(error) or type(error).__name__
-        return StoreUnavailableError(f"{where}: the connection to {endpoint} broke: {reason}")
+        return broken_connection(self._address, key, reason)
 
 
 def build_headers(

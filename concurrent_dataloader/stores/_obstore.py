@@ -28,10 +28,10 @@ from typing_extensions import Buffer, override
 from concurrent_dataloader.errors import (
     BodyMismatchError,
     StoreError,
-    StoreUnavailableError,
 )
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.stores._answers import (
+    broken_connection,
     check_whole_body,
     error_for_status,
     parse_s3_error,
@@ -160,7 +160,7 @@ class ObstoreStore(BlockingStore):
         if "IncompleteBody" in text:
             return BodyMismatchError(f"{where}: the body from {endpoint} was cut short: {reason}")
         if "kind: " in text or isinstance(error, OSError):
-            return StoreUnavailableError(f"{where}: the connection to {endpoint} broke: {reason}")
+            return broken_connection(self._address, key, reason, text)
         return StoreError(f"{where}: obstore could not ask {endpoint}: {reason}")
 
 
