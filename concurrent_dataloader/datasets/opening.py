@@ -80,7 +80,12 @@ class S3Dataset(IndexedDataset):
             StoreError: A listing or a download did not succeed.
         """
         check_bucket(bucket_name)
-        store_options |= {"credentials": s3_credential_file, "endpoint_url": endpoint_url}
+        if s3_credential_file is not None and store_options.get("credentials") is not None:
+            raise ValueError(
+                "credentials: got them together with s3_credential_file, expected one of the two"
+            )
+        store_options.setdefault("credentials", s3_credential_file)
+        store_options["endpoint_url"] = endpoint_url
         if s3_credential_file is not None:
             urls = CredentialsFile(s3_credential_file).read()
             _download_if_missing(index_file, urls.index_url(split), store_options)

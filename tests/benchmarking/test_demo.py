@@ -44,6 +44,9 @@ def test_the_demo_trains_compares_and_can_be_repeated(
     said = capfd.readouterr().out
     assert "equal, bit for bit" in said
     assert "The object server is stopped." in said
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(b"test-secret-key" in path.read_bytes() for path in files)
+    assert "test-secret-key" not in said
 
 
 @pytest.mark.slow

@@ -1,0 +1,146 @@
+"""Data is never unpickled or evaluated, but where it is ours or an unpickler allows values only."""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+from collections.abc import Iterator
+
+import pytest
+
+import concurrent_dataloader
+
+PACKAGE = pathlib.Path(concurrent_dataloader.__file__).parent
+REPOSITORY = PACKAGE.parent
+MODULES = sorted(
+    [
+        *PACKAGE.rglob("*.py"),
+        *(REPOSITORY / "benchmarking").rglob("*.py"),
+        REPOSITORY / "imagenet.py",
+    ]
+)
+
+DANGEROUS = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "pickle.load",
+    "pickle.loads",
+    "pickle.Unpickler",
+    "marshal.load",
+    "marshal.loads",
+    "shelve.open",
+    "dill.load",
+    "dill.loads",
+    "joblib.load",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "os.system",
+    "os.popen",
+    "subprocess.getoutput",
+    "np.load",
+    "numpy.load",
+    "torch.load",
+    "torch.jit.load",
+}
+
+ALLOWED = {
+    # A batch of our own worker, as all that comes through torch's queue.
+    ("concurrent_dataloader/dataloader_mod/recycle.py", "pickle.loads"): 1,
+}
+"""How often each may stand where; whatever else is used has to be harmless by its arguments."""
+
+
+def find_calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
+            yield ast.unparse(node.func), node
+
+
+def is_harmless(name: str, call: ast.Call) -> bool:
+    """Say whether its arguments keep the call from executing what it reads."""
+    given = {each.arg: ast.unparse(each.value) for each in call.keywords}
+    if name == "torch.load":
+        return given.get("weights_only") == "True"
+    if name in ("np.load", "numpy.load"):
+        return given.get("allow_pickle") == "False"
+    return False
+
+
+def find_dangers(source: str) -> list[str]:
+    """Name the calls, imports and shells of a module that execute what they are given."""
+    tree = ast.parse(source)
+    found = [
+        name for name, call in find_calls(tree) if name in DANGEROUS and not is_harmless(name, call)
+    ]
+    found += [
+        "shell=True"
+        for _, call in find_calls(tree)
+        for each in call.keywords
+        if each.arg == "shell" and ast.unparse(each.value) != "False"
+    ]
+    return found + [
+        f"{node.module}.{each.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for each in node.names
+        if f"{node.module}.{each.name}" in DANGEROUS
+    ]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_a_module_executes_no_data(path: pathlib.Path) -> None:
+    where = path.relative_to(REPOSITORY).as_posix()
+    found = find_dangers(path.read_text())
+
+    for (module, name), times in ALLOWED.items():
+        if module == where:
+            assert found.count(name) == times
+            found = [each for each in found if each != name]
+    if where == "concurrent_dataloader/datasets/_shard_streams.py":
+        found.remove("shell=True")  # `pipe:`, which is refused unless the caller allows it
+
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle\npickle.loads(x)",
+        "from pickle import loads",
+        "eval(x)",
+        "torch.load(x)",
+        "torch.load(x, weights_only=False)",
+        "np.load(x, allow_pickle=True)",
+        "np.load(x)",
+        "subprocess.run(x, shell=True)",
+        "pickle.Unpickler(x).load()",
+    ],
+)
+def test_the_search_finds(source: str) -> None:
+    assert find_dangers(source)
+
+
+def test_the_one_unpickler_of_foreign_data_allows_values_only() -> None:
+    tree = ast.parse((PACKAGE / "formats" / "lmdb_record.py").read_text())
+
+    made = [name for name, _ in find_calls(tree) if name.endswith("Unpickler")]
+    classes = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    methods = {each.name for each in ast.walk(classes["_Unpickler"]) if hasattr(each, "name")}  # pyright: ignore[reportAttributeAccessIssue]: asked for in the condition
+
+    assert made == ["_Unpickler"]
+    assert "find_class" in methods, "it would load any class"
+
+
+def test_nothing_else_derives_from_an_unpickler() -> None:
+    derived = [
+        path.name
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+        for base in node.bases
+        if ast.unparse(base).endswith("Unpickler")
+    ]
+
+    assert derived == ["lmdb_record.py"]
