@@ -30,6 +30,7 @@ from concurrent_dataloader.dataloader_mod.orphan import (
     describe_deaths,
     watch_senders,
 )
+from concurrent_dataloader.dataloader_mod.recycle import forget_worker
 from concurrent_dataloader.dataloader_mod.resume import (
     EpochState,
     GeneratorStates,
@@ -461,6 +462,8 @@ class _WorkersIter(torch_internals.MultiProcessingIter):
         if self.__dict__.get("_pid") == os.getpid():
             super()._shutdown_workers()
             self._sockets.remove()
+            for worker in self._workers:
+                forget_worker(worker.pid)
 
     def _next_data(self) -> Any:
         if self._shutdown and not self._is_finished:

@@ -368,6 +368,8 @@ class _LiveLoan:
 # Mapped slots by the worker's token and their number. Guarded by `_lock`, as the hook is; the set
 # of live loans is only added to and discarded from, which finalisers may do at any time.
 _arenas: dict[str, dict[int, np.ndarray[Any, np.dtype[np.uint8]]]] = {}
+_tokens: dict[int, str] = {}
+"""The latest token of a worker, by its process."""
 _live_loans: set[_LiveLoan] = set()
 _lock = threading.Lock()
 _has_fork_hooks = False
@@ -404,11 +406,17 @@ def _begin_arena(token: str, worker_pid: int) -> dict[int, np.ndarray[Any, np.dt
         os.register_at_fork(before=_retire_live_loans, after_in_child=_forget_all)
         _has_fork_hooks = True
     _arenas[token] = {}
+    _tokens[worker_pid] = token
     for process in multiprocessing.active_children():
         if process.pid == worker_pid:
             # torch's iterator owns the process object; with it goes the memory.
             weakref.finalize(process, _arenas.pop, token, None).atexit = False
     return _arenas[token]
+
+
+def forget_worker(worker_pid: int) -> None:
+    """Give up the slots of a worker that has ended; one that died first has no finaliser for it."""
+    _arenas.pop(_tokens.pop(worker_pid, ""), None)
 
 
 def _retire_live_loans() -> None:
@@ -421,6 +429,7 @@ def _forget_all() -> None:
     global _lock
     _lock = threading.Lock()
     _arenas.clear()
+    _tokens.clear()
     _live_loans.clear()
 
 
