@@ -347,7 +347,10 @@ class Lookahead:
             # is not.
             keep = 0 if item is None else self._num_allowed
             while self._settings.takes_counted and len(self._ahead) > keep:
-                self._ahead.pop()[1].cancel()
+                dropped = self._ahead.pop()
+                # A signal is not under way: the end comes twice if it is seen before it is sent.
+                if isinstance(dropped, tuple):
+                    dropped[1].cancel()
             self._ahead.append(item)
 
 

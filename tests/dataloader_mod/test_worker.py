@@ -108,3 +108,9 @@ def test_a_new_epoch_comes_after_what_torch_would_have_made_and_before_the_rest(
     assert [take(lookahead), take(lookahead)] == [50, 60]
     with pytest.raises(queue.Empty):
         take(lookahead)
+
+
+def test_the_end_may_come_twice_since_it_can_be_seen_before_it_is_sent(make_lookahead):
+    lookahead, _ = make_lookahead(None, None)
+
+    assert take(lookahead) is None
