@@ -62,7 +62,8 @@ def _describe(error: OSError) -> str:
         errno.EACCES: "; check who owns it, and its rights",
         errno.EPERM: "; check who owns it, and its rights",
     }.get(error.errno or 0, "")
-    return f"{error.filename}: {error.strerror}{advice}"
+    # Where the library has said what to do, its words go on after the system's.
+    return f"{error.filename}: {error.strerror}{'' if ';' in error.strerror else advice}"
 
 
 def _name_argument(

@@ -338,3 +338,19 @@ def test_a_message_calls_things_as_the_user_does(
     assert status == 1
     assert message in said
     assert said.count("\n") == 1, "one line"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.parametrize("verb", ["shard", "lmdb", "folders", "copy"])
+def test_a_folder_that_may_not_be_written_is_named_with_what_to_do(
+    folder: Path, verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    locked = folder.parent / "locked"
+    locked.mkdir(mode=0o555)
+
+    assert main([verb, str(folder), str(locked / "out")]) == 1
+
+    said = capsys.readouterr().err
+    assert said.startswith(f"concurrent-dataloader: error: {locked}/out: Permission denied; ")
+    assert said.count("check") == 1
+    assert "its rights" in said
