@@ -462,7 +462,10 @@ class ResilientStore(ValueObject):
         if isinstance(error, ThrottledError):
             wait_s = min(wait_s, _MAX_THROTTLED_WAIT_S)
         wait_s = max(wait_s, flow.take_retry(now_s, self._policy.max_wait_s), error.retry_after_s)
-        if elapsed_s + wait_s >= self._deadline_s:
+        left_s = self._deadline_s - elapsed_s
+        if wait_s >= left_s > self._policy.first_wait_s:
+            wait_s = left_s / 2  # the time that was allowed is used: the store may come back
+        elif wait_s >= left_s:
             raise DeadlineError(
                 f"{error}; gave up after {tried}, allowed are {self._deadline_s:.4g} s; "
                 "check the endpoint and the network, or allow a longer deadline_s"

@@ -422,6 +422,17 @@ def test_a_long_silence_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     assert "until 200 s" in record.message
 
 
+@both_colours
+def test_the_time_that_is_allowed_is_used(colour: str) -> None:
+    policy = RetryPolicy(first_wait_s=0.1, max_wait_s=100.0)
+    store, _, clock = wrap([ThrottledError("scripted://key: 503")] * 1000, policy, 10.0)
+
+    with pytest.raises(DeadlineError, match="allowed are 10 s"):
+        read(store, colour)
+
+    assert 9.8 < clock.now_s < 10.0
+
+
 # -- in threads
 
 
