@@ -15,6 +15,7 @@ import torch
 import torch.utils.data
 
 from concurrent_dataloader.dataloader_mod import order, torch_internals
+from concurrent_dataloader.dataloader_mod.dataset_state import MapSource, Source, StreamSource
 from concurrent_dataloader.dataloader_mod.error_policy import LeftOut, collate_what_is_left
 from concurrent_dataloader.dataloader_mod.failures import (
     EpochFailures,
@@ -33,8 +34,8 @@ from concurrent_dataloader.dataloader_mod.orphan import (
 from concurrent_dataloader.dataloader_mod.recycle import forget_worker
 from concurrent_dataloader.dataloader_mod.resume import (
     EpochState,
-    GeneratorStates,
     StatesAfter,
+    WorkerStates,
     generators_at,
     read_generators,
     write_generators,
@@ -91,7 +92,8 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
     numpy array or saved gradient.
 
     Args:
-        dataset: As torch's; so are all arguments up to ``in_order``.
+        dataset: As torch's; so are all arguments up to ``in_order``. An iterable one that has
+            ``set_batch_size`` is told it.
         batch_size: As torch's.
         shuffle: As torch's.
         sampler: As torch's, but asked for ``batch_pool`` batches more in advance.
@@ -231,11 +233,11 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             Between epochs it says that the next one has not begun.
 
         Raises:
-            ValueError: The order cannot be had again: the dataset is iterable, ``in_order`` is off,
-                or ``fetch_impl`` is "vanilla".
+            ValueError: The order cannot be had again: the dataset is iterable without a state of
+                its own, ``in_order`` is off, or ``fetch_impl`` is "vanilla".
         """
-        self._check_resumable()
         state = self._epoch_state
+        self._check_resumable(state)
         return (order.describe_between_epochs(self) if state.begin is None else state).to_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -254,17 +256,21 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             ValueError: As `state_dict`; this is no state of a loader, or that of one which was made
                 otherwise, so that the order would be another.
         """
-        self._check_resumable()
         state = EpochState.from_dict(state_dict)
+        self._check_resumable(state)
         order.take_over(self, state)
         self.close()
         self._epoch_state = state
         self._resumes = state.begin is not None
 
-    def _check_resumable(self) -> None:
+    def _check_resumable(self, state: EpochState) -> None:
         is_map = self._dataset_kind == torch_internals.DatasetKind.Map
+        is_lost = torch_internals.is_data_pipe(self.dataset) or (
+            not is_map and state.num_taken > 0 and not state.datasets
+        )
         reasons = {
-            "dataset: got an iterable one, expected one with positions": not is_map,
+            "dataset: got an iterable one that has no state_dict, nor has its iterator, expected "
+            "one that has it, or one with positions": is_lost,
             "in_order: got False, expected True": not self.in_order,
             "fetch_impl: got 'vanilla', expected 'threaded' or 'asyncio'": (
                 self.fetch_impl == "vanilla"
@@ -292,13 +298,16 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         return iterator
 
     def _make_iterator(self, resumes: bool) -> Any:
-        is_map = self._dataset_kind == torch_internals.DatasetKind.Map
+        settings, state = self._choose_settings(), self._epoch_state
+        if settings.sends_states and self.batch_size is not None:
+            order.tell_batch_size(self.dataset, self.batch_size)
         if self.num_workers > 0:
             self.check_worker_number_rationality()
-            return _WorkersIter(self, self._choose_settings(), self._epoch_state, resumes)
-        if is_map and self.fetch_impl != "vanilla":
-            return _MainProcessIter(self, self._choose_settings(), self._epoch_state, resumes)
-        return _PlainMainProcessIter(self)
+            return _WorkersIter(self, settings, state, resumes)
+        if not settings.sends_states:
+            return _PlainMainProcessIter(self)
+        is_map = self._dataset_kind == torch_internals.DatasetKind.Map
+        return (_MainProcessIter if is_map else _MainStreamIter)(self, settings, state, resumes)
 
     def _choose_settings(self) -> FetchSettings:
         num_fetch_workers = self.num_fetch_workers or DEFAULT_NUM_FETCH_WORKERS
@@ -317,6 +326,9 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             takes_counted=is_map and self.fetch_impl != "vanilla",
             on_error=self.on_error,
             timeout_s=self.timeout,
+            sends_states=(
+                self.fetch_impl != "vanilla" and not torch_internals.is_data_pipe(self.dataset)
+            ),
         )
 
     def _choose_batch_pool(self, num_fetch_workers: int) -> int:
@@ -351,17 +363,19 @@ class _WorkersIter(torch_internals.MultiProcessingIter):
         self._resumes = resumes
         self._order = order.Order(loader, state, resumes)
         self._sampler_after: dict[int, bytes | None] = {}
-        # The worker's generators after a task, and after its last one.
-        self._states_after: dict[int, GeneratorStates] = {}
-        self._states_now: dict[int, GeneratorStates] = {}
+        self._states = WorkerStates(state)
         is_alike = (state.num_workers, state.place) == (
             loader.num_workers,
             order.find_place(loader),
         )
-        if resumes and is_alike:
-            self._states_now = dict(state.workers)
+        if resumes:
             settings = dataclasses.replace(
-                settings, base_seed=state.base_seed, generators=state.workers
+                settings, dataset=state.dataset, datasets=dict(state.datasets)
+            )
+        if resumes and is_alike:
+            self._states.go_on()
+            settings = dataclasses.replace(
+                settings, base_seed=state.base_seed, generators=dict(state.workers)
             )
         self._settings = settings
         self._sockets = SocketFolder()
@@ -371,7 +385,7 @@ class _WorkersIter(torch_internals.MultiProcessingIter):
     def _next_index(self) -> Any:
         if not self._order.is_open:
             self._sampler_iter = self._order.open(self._sampler_iter)
-            for _ in range(self._state.num_taken % self._num_workers):
+            for _ in range(self._state.next_worker % self._num_workers):
                 next(self._worker_queue_idx_cycle)  # each batch to the worker that it went to
         positions = super()._next_index()
         self._sampler_after[self._send_idx] = self._order.read()
@@ -399,7 +413,7 @@ class _WorkersIter(torch_internals.MultiProcessingIter):
         received = super()._get_data()
         while isinstance(sent := received[0], StatesAfter | FailedSamples):
             if isinstance(sent, StatesAfter):
-                self._states_after[sent.number] = self._states_now[sent.worker_id] = sent.states
+                self._states.receive(sent)
             elif self._failures is not None:
                 self._failures.hold(sent)
             received = super()._get_data()
@@ -410,10 +424,8 @@ class _WorkersIter(torch_internals.MultiProcessingIter):
         # In order, torch has just counted this task; out of order it is the one received last.
         task = self._rcvd_idx - 1 if self._in_order else self._received_task
         worker_id = self._worker_of_task.pop(task)
-        self._state.num_taken += 1
+        self._states.take(task, worker_id)
         self._state.sampler = self._sampler_after.pop(task)
-        if task in self._states_after:
-            self._state.workers[worker_id] = self._states_after.pop(task)
         if self._settings.takes_counted:
             self._index_queues[worker_id].put(BatchTaken)
         is_error = isinstance(data, torch_internals.ExceptionWrapper)
@@ -448,10 +460,9 @@ class _WorkersIter(torch_internals.MultiProcessingIter):
             num_workers=self._num_workers,
         )
         super()._reset(loader, first_iter)
-        self._states_after.clear()  # of batches that were dropped on the way here
+        self._states.begin_epoch()
         if self._failures is not None:
             self._failures.forget_held()
-        self._state.workers = dict(self._states_now)
 
     def close(self) -> None:
         """End the workers now."""
@@ -533,6 +544,45 @@ class _PlainMainProcessIter(torch_internals.SingleProcessIter):
         self._is_closed = True
 
 
+def _keep_dataset(state: EpochState, source: Source) -> None:
+    frozen = source.read()
+    if frozen is not None:
+        state.datasets[0] = frozen
+
+
+class _StreamView:
+    """A loader, but that its dataset is one which says where it stands."""
+
+    def __init__(self, loader: DataLoader[Any], dataset: StreamSource) -> None:
+        self._loader = loader
+        self.dataset = dataset
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+
+class _MainStreamIter(_PlainMainProcessIter):
+    """torch's iterator without workers, over an iterable dataset that may have a state."""
+
+    def __init__(
+        self, loader: DataLoader[Any], settings: FetchSettings, state: EpochState, resumes: bool
+    ) -> None:
+        self._state = state
+        order.Order(loader, state, resumes).begin()
+        self._source = StreamSource(loader.dataset, state.datasets.get(0) if resumes else None)
+        super().__init__(_StreamView(loader, self._source))
+
+    def _next_data(self) -> Any:
+        try:
+            data = super()._next_data()
+        except StopIteration:
+            self._state.restart()
+            raise
+        self._state.num_taken += 1
+        _keep_dataset(self._state, self._source)
+        return data
+
+
 class _MainProcessIter(_PlainMainProcessIter):
     """torch's iterator without workers, over samples that were fetched ahead in this process."""
 
@@ -560,8 +610,15 @@ class _MainProcessIter(_PlainMainProcessIter):
             self._drop_last,
         )
 
+        self._source = MapSource(loader.dataset, state.datasets.get(0) if resumes else None)
+        self._source.load()
         if resumes and state.first is not None:
             self._begin_ahead()
+
+    def _next_data(self) -> Any:
+        data = self._make_batch()
+        _keep_dataset(self._state, self._source)
+        return data
 
     def _next_index(self) -> Batch:
         self._begin_ahead()
@@ -574,7 +631,7 @@ class _MainProcessIter(_PlainMainProcessIter):
         self._num_asked = count_samples(batch.positions, is_batch=self._auto_collation)
         return batch
 
-    def _next_data(self) -> Any:
+    def _make_batch(self) -> Any:
         if self._failures is None or self._fetched.failures is None:
             return super()._next_data()
         data: Any = LeftOut

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed
-from torch.utils.data import BatchSampler, DistributedSampler
+from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset
 
 from concurrent_dataloader.dataloader_mod import torch_internals
+from concurrent_dataloader.dataloader_mod.dataset_state import describe_unread
 from concurrent_dataloader.dataloader_mod.resume import (
     EpochState,
     freeze,
@@ -57,11 +58,21 @@ def _find_distributed(loader: Any) -> DistributedSampler[Any] | None:
     return None
 
 
+def tell_batch_size(dataset: Any, batch_size: int) -> None:
+    """Tell an iterable dataset that wants to know which batches are made of its samples."""
+    if isinstance(dataset, IterableDataset):
+        set_batch_size = getattr(dataset, "set_batch_size", None)
+        if callable(set_batch_size):
+            set_batch_size(batch_size)
+
+
 def describe_between_epochs(loader: Any) -> EpochState:
     """Say what the next epoch's order follows from, as far as the user gave it to the loader."""
+    dataset = describe_unread(loader.dataset) if loader.num_workers == 0 else None
     return EpochState(
         generators=[generator.get_state() for generator in find_generators(loader)],
         sampler=Order(loader, EpochState(), resumes=False).read(),
+        datasets={} if dataset is None else {0: dataset},
         batch_size=loader.batch_size,
         place=find_place(loader),
     )
@@ -79,6 +90,10 @@ def take_over(loader: Any, state: EpochState) -> None:
             f"load_state_dict: got a state with {len(state.generators)} generators, expected "
             f"{len(generators)} as this loader has; make both alike"
         )
+    if state.datasets:
+        _check_dataset(loader, state)
+        if state.begin is None:
+            loader.dataset.load_state_dict(thaw(state.datasets[0])["dataset"])
     order = Order(loader, state, resumes=True)
     if state.sampler is not None:
         order.check_takes_states()
@@ -97,6 +112,29 @@ def take_over(loader: Any, state: EpochState) -> None:
         raise ValueError(
             f"sampler: got one for {place[1]} ranks, expected {state.place[1]} as in the state; "
             "only an ElasticDistributedSampler parts the rest of an epoch among others"
+        )
+
+
+def _check_dataset(loader: Any, state: EpochState) -> None:
+    has_dataset = any(thaw(each)["dataset"] is not None for each in state.datasets.values())
+    if has_dataset and not is_stateful(loader.dataset):
+        raise ValueError(
+            f"dataset: got {type(loader.dataset).__name__}, which has no load_state_dict, expected "
+            "one that has it, as the one whose state this is"
+        )
+    is_stream = loader._dataset_kind == torch_internals.DatasetKind.Iterable
+    place = find_place(loader)
+    if state.begin is not None and is_stream and place != state.place:
+        raise ValueError(
+            "dataset: got an iterable one on rank {} of {}, expected rank {} of {} as in the "
+            "state: each rank has a state of its own, which others cannot part; let the "
+            "epoch come to its end on as many ranks".format(*place, *state.place)
+        )
+    if state.begin is not None and loader.num_workers != state.num_workers:
+        raise ValueError(
+            f"num_workers: got {loader.num_workers}, expected {state.num_workers} as in the state: "
+            "each worker's dataset has a state of its own, which others cannot part among them; "
+            "let the epoch come to its end with as many workers"
         )
 
 
@@ -159,6 +197,7 @@ class Order:
             sampler=self.read(),
             batch_size=self._loader.batch_size,
             place=find_place(self._loader),
+            dataset=describe_unread(self._loader.dataset),
             **fields,
         )
 

@@ -42,7 +42,7 @@ import numpy as np
 import torch
 
 from concurrent_dataloader.dataloader_mod import torch_internals
-from concurrent_dataloader.dataloader_mod.resume import GeneratorWatch, StatesAfter
+from concurrent_dataloader.dataloader_mod.dataset_state import WorkerWatch
 
 _FREE, _LENT, _RETIRED = 0, 1, 2
 
@@ -274,7 +274,7 @@ class RecyclingQueue:
     """
 
     def __init__(
-        self, target: Any, pool: SlotPool, worker_id: int, watch: GeneratorWatch | None = None
+        self, target: Any, pool: SlotPool, worker_id: int, watch: WorkerWatch | None = None
     ) -> None:
         """Stand before a queue.
 
@@ -301,13 +301,16 @@ class RecyclingQueue:
                 packed.exc_type = RuntimeError
             else:
                 packed = self._wrap_error()
-        states = None if self._watch is None else self._watch.read_change()
+        try:
+            states = None if self._watch is None else self._watch.read(number)
+        except Exception:  # noqa: BLE001 - likewise: a state_dict of the user's
+            states, packed = None, self._wrap_error("saving its dataset's state")
         if states is not None:
-            self._target.put((StatesAfter(self._worker_id, number, states), None))
+            self._target.put((states, None))
         self._target.put((number, packed))
 
-    def _wrap_error(self) -> Any:
-        where = f"in DataLoader worker process {self._worker_id}, sending its batch"
+    def _wrap_error(self, doing: str = "sending its batch") -> Any:
+        where = f"in DataLoader worker process {self._worker_id}, {doing}"
         return torch_internals.ExceptionWrapper(where=where)
 
     def send_error(self, error: Exception, item: tuple[Any, Any]) -> None:

@@ -129,10 +129,25 @@ class EpochState:
     )
     """The generators of each worker after the last batch of its that was taken."""
 
+    dataset: bytes | None = None
+    """Where the main process's dataset stood, for workers of which no batch was taken yet."""
+
+    datasets: dict[int, bytes] = dataclasses.field(default_factory=dict[int, bytes])
+    """Where each worker's dataset stood after the last batch of its that was taken; without
+    workers that of this process is number 0."""
+
+    next_worker: int = 0
+    """Whose batch is the next."""
+
     def to_dict(self) -> dict[str, Any]:
         """Copy it into a dictionary that ``torch.load(weights_only=True)`` reads."""
         fields: dict[str, Any] = {name: getattr(self, name) for name in _FIELDS}
-        fields |= {"sampler": thaw(self.sampler), "workers": dict(self.workers)}
+        fields |= {
+            "sampler": thaw(self.sampler),
+            "dataset": thaw(self.dataset),
+            "workers": dict(self.workers),
+            "datasets": {worker: thaw(frozen) for worker, frozen in self.datasets.items()},
+        }
         return {"version": VERSION, **fields}
 
     @classmethod
@@ -150,7 +165,11 @@ class EpochState:
         made = cls()
         made.restart(**{name: state[name] for name in _FIELDS})
         made.workers, made.place = dict(made.workers), (state["place"][0], state["place"][1])
-        made.sampler = freeze(state["sampler"])
+        made.sampler, made.dataset = freeze(state["sampler"]), freeze(state["dataset"])
+        made.datasets = {
+            worker: pickle.dumps(each, pickle.HIGHEST_PROTOCOL)
+            for worker, each in state["datasets"].items()
+        }
         return made
 
     def restart(self, **fields: Any) -> None:
@@ -164,9 +183,62 @@ _FIELDS = tuple(each.name for each in dataclasses.fields(EpochState))
 
 
 class StatesAfter:
-    """Sent on the data queue in place of a number: a worker's generators after a batch."""
+    """Sent on the data queue in place of a number: how a worker stands after a batch."""
 
-    def __init__(self, worker_id: int, number: int, states: GeneratorStates) -> None:
+    def __init__(
+        self,
+        worker_id: int,
+        number: Any,
+        generators: GeneratorStates | None,
+        dataset: bytes | None,
+    ) -> None:
+        """Tell what has changed.
+
+        Args:
+            worker_id: Of the worker.
+            number: Of the batch, or the signal that an epoch begins.
+            generators: The global ones; None: as they were.
+            dataset: Where it stands (`freeze`); None: where it stood.
+        """
         self.worker_id = worker_id
         self.number = number
-        self.states = states
+        self.generators = generators
+        self.dataset = dataset
+
+
+class WorkerStates:
+    """Sorts what workers say of themselves: an epoch's state is that of the batches taken."""
+
+    def __init__(self, state: EpochState) -> None:
+        self._state = state
+        self._after: dict[Any, StatesAfter] = {}
+        # After the last batch that came.
+        self._generators: dict[int, GeneratorStates] = {}
+        self._datasets: dict[int, bytes] = {}
+
+    def go_on(self) -> None:
+        """Begin as the epoch's state says."""
+        self._generators, self._datasets = dict(self._state.workers), dict(self._state.datasets)
+
+    def receive(self, sent: StatesAfter) -> None:
+        """Keep what came before a batch."""
+        self._after[sent.number] = sent
+        if sent.generators is not None:
+            self._generators[sent.worker_id] = sent.generators
+        if sent.dataset is not None:
+            self._datasets[sent.worker_id] = sent.dataset
+
+    def take(self, task: int, worker_id: int) -> None:
+        """Count a batch as taken."""
+        self._state.num_taken += 1
+        self._state.next_worker = worker_id + 1
+        sent = self._after.pop(task, None)
+        if sent is not None and sent.generators is not None:
+            self._state.workers[worker_id] = sent.generators
+        if sent is not None and sent.dataset is not None:
+            self._state.datasets[worker_id] = sent.dataset
+
+    def begin_epoch(self) -> None:
+        """Forget batches that nobody took."""
+        self._after.clear()
+        self._state.workers, self._state.datasets = dict(self._generators), dict(self._datasets)

@@ -55,6 +55,9 @@ class FetchSettings:
     timeout_s: float = 0.0
     """How long a batch may be waited for; 0: without end."""
 
+    sends_states: bool = False
+    """Whether each batch is preceded by how the worker stands; our loader wants it."""
+
     base_seed: int | None = None
     """In place of torch's, when an epoch is resumed."""
 
@@ -62,6 +65,12 @@ class FetchSettings:
         default_factory=dict[int, GeneratorStates]
     )
     """States that the global generators of a worker begin with, when an epoch is resumed."""
+
+    dataset: bytes | None = None
+    """Where the datasets of workers begin that `datasets` does not know."""
+
+    datasets: Mapping[int, bytes] = dataclasses.field(default_factory=dict[int, bytes])
+    """Where the dataset of a worker goes on, when an epoch is resumed."""
 
 
 def check_fetch_impl(fetch_impl: object, where: str = "fetch_impl") -> FetchImpl:

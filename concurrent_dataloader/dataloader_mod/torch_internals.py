@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import _utils as torch_errors
+from torch.utils.data import IterDataPipe
 from torch.utils.data import _utils as torch_utils
 from torch.utils.data import dataloader as torch_dataloader
 
@@ -116,6 +117,11 @@ def show_dataset(dataset: Any) -> None:
     info = torch_utils.worker._worker_info
     # Neither the frozen dataclass nor the older class may be assigned to in the usual way.
     object.__setattr__(info, "dataset", dataset)
+
+
+def is_data_pipe(dataset: Any) -> bool:
+    """Tell whether it is an iterable data pipe of torch's, which its loop treats specially."""
+    return isinstance(dataset, IterDataPipe)
 
 
 def unwrap_error(wrapper: Any) -> BaseException:

@@ -26,6 +26,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from concurrent_dataloader.dataloader_mod import requests, torch_internals
+from concurrent_dataloader.dataloader_mod.dataset_state import WorkerWatch, make_watch
 from concurrent_dataloader.dataloader_mod.error_policy import (
     FAILED,
     FailureLog,
@@ -44,7 +45,7 @@ from concurrent_dataloader.dataloader_mod.orphan import (
     WatchedQueue,
 )
 from concurrent_dataloader.dataloader_mod.recycle import RecyclingQueue, SlotPool, collate_into
-from concurrent_dataloader.dataloader_mod.resume import GeneratorWatch, write_generators
+from concurrent_dataloader.dataloader_mod.resume import write_generators
 from concurrent_dataloader.dataloader_mod.settings import FetchSettings, read_environment
 from concurrent_dataloader.dataloader_mod.stages import Stages, find_stages
 from concurrent_dataloader.datasets.contract import SampleLocation
@@ -414,15 +415,17 @@ def _worker_loop(
     seen_dataset, torch_queue = user_dataset, data_queue
     seen_queue: Any = WatchedQueue(index_queue, parent)
     fetched: FetchedDataset | None = None
+    watch: WorkerWatch | None = None
     if settings.fetch_impl != "vanilla":
         pool = SlotPool(
             settings.prefetch_factor + _NUM_BATCHES_HELD,
             settings.prefetch_factor + _MAX_BATCHES_HELD,
         )
-        watch = GeneratorWatch() if settings.takes_counted else None
+        is_map = dataset_kind == torch_internals.DatasetKind.Map
+        watch = make_watch(user_dataset, settings, worker_id, is_stream=not is_map)
         if collate_fn is torch_internals.default_collate:
             collate_fn = collate_into(pool)
-        if dataset_kind == torch_internals.DatasetKind.Map:
+        if is_map:
             fetched = FetchedDataset(
                 user_dataset,
                 settings,
@@ -435,7 +438,9 @@ def _worker_loop(
             seen_queue = Lookahead(seen_queue, fetched, settings, done_event.is_set)
             fetched.refill = seen_queue.refill
             seen_dataset = fetched
-            prepare.append(functools.partial(torch_internals.show_dataset, user_dataset))
+        elif watch is not None:
+            seen_dataset = watch.source
+        prepare.append(functools.partial(torch_internals.show_dataset, user_dataset))
         data_queue = RecyclingQueue(data_queue, pool, worker_id, watch)
         # multiprocessing's hook, which would print the error; the parent would wait for ever.
         torch_queue._on_queue_feeder_error = data_queue.send_error
@@ -450,7 +455,7 @@ def _worker_loop(
             collate_fn,
             drop_last,
             base_seed if settings.base_seed is None else settings.base_seed,
-            functools.partial(_initialise, prepare, init_fn, settings),
+            functools.partial(_initialise, prepare, init_fn, watch, settings),
             worker_id,
             num_workers,
             persistent_workers,
@@ -466,12 +471,18 @@ def _worker_loop(
 
 
 def _initialise(
-    prepare: list[Callable[[], None]], init_fn: Any, settings: FetchSettings, worker_id: int
+    prepare: list[Callable[[], None]],
+    init_fn: Any,
+    watch: WorkerWatch | None,
+    settings: FetchSettings,
+    worker_id: int,
 ) -> None:
     for step in prepare:
         step()
     if init_fn is not None:
         init_fn(worker_id)
+    if watch is not None:
+        watch.source.load()
     if worker_id in settings.generators:
         write_generators(settings.generators[worker_id])
 

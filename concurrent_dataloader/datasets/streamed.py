@@ -77,10 +77,13 @@ class StreamedShards(IterableDataset[Any]):
     without ``drop_last``; only the last batch may be smaller. Where the number is not known (no
     index and no ``length``, or samples may be skipped), ``len`` raises TypeError.
 
-    **Resuming.** `state_dict` and `load_state_dict`, as ``torchdata``'s ``StatefulDataLoader``
-    calls them in workers. Bytes of samples that were delivered are not fetched again, but those
-    that lie between samples of the buffer; compressed shards and commands are read again from their
-    begin, without decoding. Random draws of transforms are the caller's to restore.
+    **Resuming.** `state_dict` and `load_state_dict`, as the `DataLoader` of this package and
+    ``torchdata``'s ``StatefulDataLoader`` call them in workers. Bytes of samples that were
+    delivered are not fetched again, but those that lie between samples of the buffer; compressed
+    shards and commands are read again from their begin, without decoding. An epoch goes on with as
+    many ranks and workers only, since each has shards open and samples in its buffer; for others
+    read shards at random, with `ShardDataset`. Random draws of transforms are kept by the
+    `DataLoader` here, and else the caller's to restore.
     """
 
     def __init__(
@@ -142,7 +145,8 @@ class StreamedShards(IterableDataset[Any]):
             shuffle: Whether to shuffle; the default suits validation.
             shuffle_buffer: Samples of which the next is drawn, as raw bytes in each worker.
             seed: Of the order.
-            batch_size: The loader's, so that each worker makes whole batches.
+            batch_size: The loader's, so that each worker makes whole batches; the `DataLoader` of
+                this package tells it by itself.
             uneven: Where ranks cannot have equally many samples: "drop" leaves out less than one a
                 rank (others each epoch), "pad" repeats less than one a rank, "exact" lets ranks
                 differ by one sample. None: "drop" if shuffled, "exact" if not.
@@ -390,11 +394,13 @@ class StreamedShards(IterableDataset[Any]):
             return Reader(rank, world_size)
         return Reader(rank, world_size, info.id, info.num_workers)
 
-    def _notice_set_epoch(self) -> bool:
+    def _notice_set_epoch(self, *, before_it: bool = False) -> bool:
+        """Take over what was set since the last time, in the iteration that begins or before it."""
         num_set = int(self._shared[1])
         if num_set == self._num_set:
             return False
-        self._num_set, self._first_epoch, self._iteration = num_set, int(self._shared[0]), 0
+        self._num_set, self._first_epoch = num_set, int(self._shared[0])
+        self._iteration = -1 if before_it else 0
         return True
 
     def _next_epoch(self, reader: Reader) -> _Epoch:
@@ -422,6 +428,7 @@ class StreamedShards(IterableDataset[Any]):
         if self._running is None:
             if self._state is not None:
                 return self._state
+            self._notice_set_epoch(before_it=True)
             return self._describe_state(self._find_reader(), None, None)
         shard_reader, epoch, reader = self._running
         return self._describe_state(reader, epoch, shard_reader.state())
@@ -479,7 +486,8 @@ class StreamedShards(IterableDataset[Any]):
             if saved.get(name) != value:
                 raise ValueError(
                     f"state_dict: got one made with {name} {saved.get(name)!r}, expected {value!r};"
-                    " load it into a data set and a loader that are made alike"
+                    " load it into a data set and a loader that are made alike, with as many ranks "
+                    "and workers: each reads shards of its own from where it stands"
                 )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -178,11 +178,6 @@ def test_a_loader_without_a_fixed_order_has_no_state(settings, message):
         make_loader(1, **settings).state_dict()
 
 
-def test_an_iterable_dataset_has_no_state():
-    with pytest.raises(ValueError, match="dataset: got an iterable one"):
-        DataLoader(doubles.Counting(3)).state_dict()
-
-
 def test_something_else_is_not_taken_for_a_state():
     with pytest.raises(ValueError, match="give it what state_dict"):
         make_loader(1).load_state_dict({"epoch": 3})
