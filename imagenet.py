@@ -36,11 +36,16 @@ from rich import progress
 from rich.console import Console
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessExitedException, spawn
-from torch.utils.data import DistributedSampler
 from torchvision.transforms import v2
 
 from benchmarking.misc.init_benchmarking import DATASETS, get_dataset
-from concurrent_dataloader import DataLoader, ShardDataset, StreamedShards, open_store
+from concurrent_dataloader import (
+    DataLoader,
+    ElasticDistributedSampler,
+    ShardDataset,
+    StreamedShards,
+    open_store,
+)
 from concurrent_dataloader.errors import LoaderError
 from concurrent_dataloader.labels import LabelSpace
 from concurrent_dataloader.prepare.copy import copy_to_folder
@@ -135,6 +140,7 @@ def add_own_arguments(add: Callable[..., Any]) -> None:
     add("--lr-gamma", type=float, default=0.1, help="... to this share")
     add("--warmup-epochs", type=float, default=0.0)
     add("--label-smoothing", type=float, default=0.0)
+    add("--checkpoint-steps", type=at_least(1), help="also save each so many steps of an epoch")
     add("--output-base-folder", type=Path, default=Path("runs/imagenet"), help="for results")
 
 
@@ -170,6 +176,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Args:
         parser.error(
             f"argument data: got the folder {args.data} for --dataset s3, expected a bucket"
         )
+    if args.checkpoint_steps and (args.loader == "torch" or args.fetch_impl == "vanilla"):
+        parser.error("argument --checkpoint-steps: torch's loader keeps no state, expected ours")
     if args.stream and (args.dataset not in ("webdataset", "tfrecord", "auto") or args.dummy):
         parser.error(f"argument --stream: got --dataset {args.dataset}, expected shards")
     if args.stream and args.dataset_limit is not None:
@@ -344,12 +352,13 @@ def make_loader(args: Args, dataset: Any, place: Place, *, is_train: bool) -> Lo
     elif not is_train:
         # Not a DistributedSampler, which counts images twice to make all shares equal.
         sampler = range(place.rank, len(dataset), place.world_size)
-    elif place.world_size > 1:
-        sampler = DistributedSampler(dataset, place.world_size, place.rank, seed=args.seed)
+    else:
+        # The order of a DistributedSampler; an epoch may go on over other processes.
+        ranks = (place.world_size, place.rank)
+        sampler = ElasticDistributedSampler(dataset, *ranks, seed=args.seed)
     settings: dict[str, Any] = {
         "batch_size": batch_size,
         "num_workers": math.ceil(args.workers / place.num_local),
-        "shuffle": is_train and sampler is None and not is_stream,
         "sampler": sampler,
         "pin_memory": place.device.type == "cuda" if args.pin_memory is None else args.pin_memory,
         "prefetch_factor": args.prefetch_factor,
@@ -453,6 +462,8 @@ class Job:
     """Lines of JSON, of the first process."""
     copy_s: float
     """How long it took to copy the data to this machine."""
+    first_step: int
+    """Of the first epoch: the steps before it were done when the checkpoint was written."""
 
 
 # --- one epoch ------------------------------------------------------------------------------------
@@ -482,6 +493,7 @@ def run_split(
     loader: Loader,
     step: Callable[[int, Batch], tuple[Tensor, Tensor]],
     num_steps_after: int = 0,
+    first_step: int = 0,
 ) -> Result:
     """Take each batch of a split through ``step``, which gives loss and logits; say how it goes."""
     place, num_steps, wait_s, began_s = job.place, len(loader), 0.0, time.perf_counter()
@@ -491,17 +503,18 @@ def run_split(
     # No thread to refresh it: workers are forked while it is drawn.
     bars = progress.Progress(*columns, disable=is_silent, auto_refresh=False)
     with contextlib.nullcontext() if is_silent else bars:
-        bar = bars.add_task(title, total=num_steps, text="")
-        for i, batch in enumerate(iter_batches(loader, job.args, place)):
+        bar = bars.add_task(title, total=num_steps, completed=first_step, text="")
+        for i, batch in enumerate(iter_batches(loader, job.args, place), first_step):
             # Reading the sums waits for the device: the time outside is a wait for data only.
             batch_sums = measure(*step(i, batch), batch.labels)
             sums, wait_s = sums + batch_sums, wait_s + batch.wait_s
             time_s = time.perf_counter() - began_s
             loss, acc1, acc5 = (sums[:3] / sums[3]).tolist()
             images_per_s = place.world_size * sums[3].item() / time_s
-            left_s = (num_steps - 1 - i + num_steps_after) * time_s / (i + 1)
+            num_done = i + 1 - first_step
+            left_s = (num_steps - 1 - i + num_steps_after) * time_s / num_done
             text = (
-                f"Time {time_s / (i + 1):.3f} Data {wait_s / (i + 1):.3f} Loss {loss:.4f} "
+                f"Time {time_s / num_done:.3f} Data {wait_s / num_done:.3f} Loss {loss:.4f} "
                 f"Acc@1 {100 * acc1:.2f} Acc@5 {100 * acc5:.2f} {images_per_s:.0f} images/s "
                 f"ETA {format_time(left_s)}"
             )
@@ -516,7 +529,8 @@ def run_split(
     if place.world_size > 1:
         dist.all_reduce(totals)
     loss_sum, right1, right5, count, wait_sum = totals.tolist()
-    rates = (loss_sum / count, 100 * right1 / count, 100 * right5 / count)
+    num = max(count, 1)  # none: all of the epoch was done before a resume
+    rates = (loss_sum / num, 100 * right1 / num, 100 * right5 / num)
     time_s = time.perf_counter() - began_s
     return Result(*rates, int(count), time_s, wait_sum / place.world_size)
 
@@ -527,16 +541,16 @@ def autocast(job: Job) -> torch.autocast:
     return torch.autocast(job.place.device.type, dtype, enabled=job.args.amp != "off")
 
 
-def train_epoch(job: Job, loader: Loader, epoch: int) -> Result:
-    """Train for one epoch."""
-    args = job.args
+def train_epoch(job: Job, loader: Loader, epoch: int, first_step: int) -> Result:
+    """Train for one epoch, or for the rest of one; then the result is that of the rest."""
+    args, num_steps = job.args, len(loader)
     seed_epoch(args.seed, epoch, job.place)
     set_epoch(loader, epoch)
     job.wrapped.train()
 
     def step(i: int, batch: Batch) -> tuple[Tensor, Tensor]:
         for group in job.optimizer.param_groups:
-            group["lr"] = learning_rate(args, epoch + i / len(loader))
+            group["lr"] = learning_rate(args, epoch + i / num_steps)
         with autocast(job):
             logits = job.wrapped(batch.images)
             loss = nn.functional.cross_entropy(
@@ -546,10 +560,12 @@ def train_epoch(job: Job, loader: Loader, epoch: int) -> Result:
         job.scaler.scale(loss).backward()
         job.scaler.step(job.optimizer)
         job.scaler.update()
+        if args.checkpoint_steps and (i + 1) % args.checkpoint_steps == 0 and i + 1 < num_steps:
+            save_checkpoint(job, epoch, is_best=False, middle=describe_middle(job, loader, i + 1))
         return loss, logits
 
-    num_steps_after = (args.epochs - 1 - epoch) * len(loader)
-    return run_split(job, f"Epoch: [{epoch}]", loader, step, num_steps_after)
+    num_steps_after = (args.epochs - 1 - epoch) * num_steps
+    return run_split(job, f"Epoch: [{epoch}]", loader, step, num_steps_after, first_step)
 
 
 # --- validation -----------------------------------------------------------------------------------
@@ -575,8 +591,37 @@ def validate(job: Job) -> Result:
 # --- checkpoint -----------------------------------------------------------------------------------
 
 
-def save_checkpoint(job: Job, num_epochs_done: int, is_best: bool) -> None:
+def describe_middle(job: Job, loader: Any, num_steps_done: int) -> dict[str, Any]:
+    """Say where an epoch is: the states of all processes' loaders, so each goes on by its own."""
+    states: list[Any] = [loader.state_dict()]
+    if job.place.world_size > 1:
+        mine, states = states[0], states * job.place.world_size
+        dist.all_gather_object(states, mine)
+    return {"step": num_steps_done, "num_steps": len(loader), "loaders": states}
+
+
+def go_on_in_epoch(args: Args, place: Place, loader: Any, middle: dict[str, Any]) -> int:
+    """Let the loader go on in the middle of an epoch; gives the steps that are done.
+
+    Among another number of processes, each begins where the first one was, and the steps done are
+    those of as large a part of the epoch.
+    """
+    if args.loader == "torch" or args.fetch_impl == "vanilla":
+        raise ValueError(
+            f"--resume: {args.resume} is of the middle of an epoch, where torch's loader cannot "
+            "begin; leave out --loader and --fetch-impl"
+        )
+    states = middle["loaders"]
+    loader.load_state_dict(states[place.rank if len(states) == place.world_size else 0])
+    return round(middle["step"] * len(loader) / middle["num_steps"])
+
+
+def save_checkpoint(
+    job: Job, num_epochs_done: int, is_best: bool, middle: dict[str, Any] | None = None
+) -> None:
     """Write what a run needs to go on. Readers find the old file or the new one, whole."""
+    if job.place.rank > 0:
+        return
     state = {
         "epoch": num_epochs_done,
         "arch": job.args.arch,
@@ -586,6 +631,7 @@ def save_checkpoint(job: Job, num_epochs_done: int, is_best: bool) -> None:
         "scaler": job.scaler.state_dict(),
         "seed": job.args.seed,
         "classes": job.classes,
+        "middle": middle,
     }
     path, part = (job.args.output_base_folder / f"checkpoint.{end}" for end in ("pth.tar", "part"))
     torch.save(state, part)
@@ -658,13 +704,16 @@ def set_up(args: Args, place: Place) -> Job:
     if state and not args.evaluate:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state.get("scaler", {}))
+    train_loader = None if train is None else make_loader(args, train, place, is_train=True)
+    val_loader = make_loader(args, val, place, is_train=False)
+    first_step = 0
+    if train_loader is not None and state.get("middle"):
+        first_step = go_on_in_epoch(args, place, train_loader, state["middle"])
+    wrapped, best_acc1 = wrap_model(model, args, place), float(state.get("best_acc1", 0.0))
     log = None
     if place.rank == 0:
         args.output_base_folder.mkdir(parents=True, exist_ok=True)
         log = (args.output_base_folder / "log.jsonl").open("a", buffering=1)
-    train_loader = None if train is None else make_loader(args, train, place, is_train=True)
-    val_loader = make_loader(args, val, place, is_train=False)
-    wrapped, best_acc1 = wrap_model(model, args, place), float(state.get("best_acc1", 0.0))
     return Job(
         args,
         place,
@@ -678,6 +727,7 @@ def set_up(args: Args, place: Place) -> Job:
         best_acc1,
         log,
         copy_s,
+        first_step,
     )
 
 
@@ -713,12 +763,12 @@ def run(local_rank: int, args: Args) -> None:
 
 def run_epoch(job: Job, loader: Loader, epoch: int) -> tuple[int, Result, Result]:
     """Train for one epoch, validate, and save."""
-    trained = train_epoch(job, loader, epoch)
+    is_first = epoch == job.args.start_epoch
+    trained = train_epoch(job, loader, epoch, job.first_step if is_first else 0)
     tested = validate(job)
     is_best = tested.acc1 > job.best_acc1
     job.best_acc1 = max(tested.acc1, job.best_acc1)
-    if job.place.rank == 0:
-        save_checkpoint(job, epoch + 1, is_best)
+    save_checkpoint(job, epoch + 1, is_best)
     write_record(job, "epoch", epoch=epoch, train=trained._asdict(), val=tested._asdict())
     return epoch, trained, tested
 

@@ -26,6 +26,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 import imagenet
+from concurrent_dataloader.errors import SampleDecodeError
 from concurrent_dataloader.labels import Classes
 from concurrent_dataloader.prepare.__main__ import main as pack
 from concurrent_dataloader.testing import ObjectServer
@@ -280,6 +281,81 @@ def test_a_resumed_run_is_the_uninterrupted_one(train: Callable[..., Path]) -> N
     states = [load(output / "checkpoint.pth.tar") for output in (whole, resumed)]
     for name, tensor in states[0]["state_dict"].items():
         assert torch.equal(tensor, states[1]["state_dict"][name]), name
+
+
+@contextlib.contextmanager
+def one_broken(folder: Path, place: int) -> Generator[None]:
+    """Have the image broken that stands at this place of the first epoch's order."""
+    dataset = imagenet.open_split(imagenet.parse_arguments([str(folder), "--no-accel"]), "train")
+    order = list(DistributedSampler(dataset, 1, 0, seed=3))
+    path = folder / "train" / dataset.key(order[place]).removeprefix("train/")
+    whole = path.read_bytes()
+    path.write_bytes(b"broken")
+    try:
+        yield
+    finally:
+        path.write_bytes(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["images", "shards"])
+def test_a_run_that_broke_in_an_epoch_goes_on_there(
+    kind: str, train: Callable[..., Path], images: dict[str, bytes], tmp_path: Path
+) -> None:
+    folder = tmp_path / "images"
+    for key, raw in images.items():
+        (folder / key).parent.mkdir(parents=True, exist_ok=True)
+        (folder / key).write_bytes(raw)
+    data, flags = folder, ["--epochs", "2", "--checkpoint-steps", "2"]
+    if kind == "shards":
+        data, flags = tmp_path / "shards", [*flags, "--stream"]
+        assert pack(["shard", str(folder), str(data), "--splits", "train,val"]) == 0
+    whole = train("whole", *flags, data=data)
+
+    begun = tmp_path / "begun"
+    if kind == "images":
+        with one_broken(folder, 20), pytest.raises(SampleDecodeError):
+            train("begun", *flags, data=data)
+    else:
+        with start("imagenet.py", str(data), *small_job(begun), *flags) as process:
+            assert process.stdout is not None
+            while not process.stdout.readline().startswith("Epoch: [0] [3/"):
+                assert process.poll() is None
+            process.kill()
+    resumed = train("begun", *flags, "--resume", str(begun / "checkpoint.pth.tar"), data=data)
+
+    # A step that was taken twice is there twice: after the checkpoint, and again.
+    assert dict_of(losses_of(resumed)) == dict_of(losses_of(whole))
+    assert [each["epoch"] for each in read_log(resumed, "epoch")] == [0, 1]
+
+
+def dict_of(losses: list[tuple[str, int, float]]) -> dict[tuple[str, int], float]:
+    return {(split, step): loss for split, step, loss in losses}
+
+
+@pytest.mark.slow
+def test_an_epoch_goes_on_with_fewer_processes(
+    train: Callable[..., Path], images: dict[str, bytes], tmp_path: Path
+) -> None:
+    folder, output = tmp_path / "images", tmp_path / "ranks"
+    for key, raw in images.items():
+        (folder / key).parent.mkdir(parents=True, exist_ok=True)
+        (folder / key).write_bytes(raw)
+    flags = ["--epochs", "1", "--checkpoint-steps", "2"]
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    job = [str(folder), *small_job(output), *flags]
+
+    with one_broken(folder, 20), start(*torchrun, "imagenet.py", *job) as ranks:
+        said, _ = ranks.communicate(timeout=100)
+        assert ranks.returncode == 1, said
+    path = str(output / "checkpoint.pth.tar")
+    train("alone", *flags, "--resume", path, data=folder)
+
+    assert load(output / "checkpoint.pth.tar")["middle"]["step"] == 2
+    (epoch,) = read_log(tmp_path / "alone", "epoch")
+    assert epoch["train"]["num_images"] == 3 * NUM_TRAIN - 2 * 8
+    with pytest.raises(SystemExit):
+        imagenet.main([str(folder), *small_job(output), "--resume", path, "--loader", "torch"])
 
 
 @pytest.mark.slow
