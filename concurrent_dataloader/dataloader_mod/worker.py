@@ -407,11 +407,7 @@ def _worker_loop(
     if sockets is not None:
         prepare.append(functools.partial(sockets.use, parent))
     if settings is None:
-        try:
-            settings = read_environment()
-        except ValueError as error:
-            settings = FetchSettings(fetch_impl="vanilla")
-            prepare.append(functools.partial(_raise, error))
+        settings = _read_settings(prepare)
     seen_dataset, torch_queue = user_dataset, data_queue
     seen_queue: Any = WatchedQueue(index_queue, parent)
     fetched: FetchedDataset | None = None
@@ -468,6 +464,14 @@ def _worker_loop(
         if parent.is_gone():
             # Nobody reads the queue any more, and the process would wait for ever to have it empty.
             data_queue.cancel_join_thread()
+
+
+def _read_settings(prepare: list[Callable[[], None]]) -> FetchSettings:
+    try:
+        return read_environment()
+    except ValueError as error:
+        prepare.append(functools.partial(_raise, error))
+        return FetchSettings(fetch_impl="vanilla")
 
 
 def _initialise(
