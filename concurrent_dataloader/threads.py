@@ -6,7 +6,10 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 Work = tuple[Callable[..., None], tuple[Any, ...]]
 
@@ -91,3 +94,43 @@ class DaemonThreads:
                 if thread is not threading.current_thread():  # where the garbage collector may run
                     thread.join(timeout=timeout_s / len(threads))
         return left
+
+
+class FutureThreads:
+    """Daemon threads that run calls and keep what these return or raise."""
+
+    def __init__(self, max_threads: int, name: str) -> None:
+        self._threads = DaemonThreads(max_threads, name)
+
+    def submit(self, call: Callable[..., T], *arguments: Any) -> Future[T]:
+        """Run a call as `DaemonThreads.submit` does.
+
+        Returns:
+            A future, which can be cancelled until the call begins.
+
+        Raises:
+            RuntimeError: The threads were stopped.
+        """
+        future: Future[T] = Future()
+        self._threads.submit(_settle, future, call, *arguments)
+        return future
+
+    def stop(self, timeout_s: float = 0.0) -> None:
+        """End the threads, and cancel the calls that had not begun. May be called twice.
+
+        Args:
+            timeout_s: How long to wait for what is under way; what hangs goes on by itself.
+        """
+        for _, (future, *_arguments) in self._threads.stop(timeout_s):
+            future.cancel()
+
+
+def _settle(future: Future[Any], call: Callable[..., Any], *arguments: Any) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = call(*arguments)
+    except BaseException as error:  # noqa: BLE001 - goes to who waits for the future
+        future.set_exception(error)
+    else:
+        future.set_result(result)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from concurrent_dataloader.threads import DaemonThreads
+from concurrent_dataloader.threads import DaemonThreads, FutureThreads
 
 
 def test_calls_that_follow_each_other_share_one_thread() -> None:
@@ -91,3 +91,53 @@ def test_a_thread_that_waits_holds_nothing_of_its_last_call() -> None:
 
     assert gone() is None
     threads.stop(5)
+
+
+def test_a_future_holds_what_a_call_returns_or_raises() -> None:
+    threads = FutureThreads(2, "t")
+
+    assert threads.submit(divmod, 7, 2).result(timeout=10) == (3, 1)
+    with pytest.raises(ZeroDivisionError):
+        threads.submit(divmod, 7, 0).result(timeout=10)
+    threads.stop(5)
+
+
+def test_a_call_that_was_cancelled_or_not_begun_at_the_end_is_not_made() -> None:
+    threads = FutureThreads(1, "t")
+    begun, go_on = threading.Event(), threading.Event()
+    made: list[str] = []
+    first = threads.submit(wait_between, begun, go_on)
+    cancelled = threads.submit(made.append, "cancelled")
+    assert begun.wait(10)
+    cancelled.cancel()
+    late = threads.submit(made.append, "late")
+
+    threads.stop()
+    go_on.set()
+
+    assert first.result(timeout=20)
+    assert late.cancelled()
+    assert made == []
+
+
+def test_a_thread_that_cannot_be_started_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads = FutureThreads(2, "t")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            threads.submit(divmod, 7, 2)
+
+    assert threads.submit(divmod, 7, 2).result(timeout=10) == (3, 1)
+    threads.stop(5)
+
+
+def wait_between(begun: threading.Event, go_on: threading.Event) -> bool:
+    begun.set()
+    return go_on.wait(10)
+
+
+def refuse(thread: threading.Thread) -> None:
+    del thread
+    raise RuntimeError("can't start new thread")

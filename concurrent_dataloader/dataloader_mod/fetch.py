@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 from concurrent_dataloader.stores import in_flight
-from concurrent_dataloader.threads import DaemonThreads
+from concurrent_dataloader.threads import FutureThreads
 
 _CLOSE_TIMEOUT_S = 1.0
 """How long `Fetcher.close` waits for what is under way; what hangs is left to the process's end."""
@@ -46,29 +46,19 @@ class ThreadedFetcher:
     ) -> None:
         self._fetch = fetch
         self._is_number_fixed = is_number_fixed
-        self._threads = DaemonThreads(num_fetch_workers, "fetch")
+        self._threads = FutureThreads(num_fetch_workers, "fetch")
 
     def submit(self, position: Any) -> Future[Any]:
         """Begin a sample in a free thread, or in a new one while there are fewer than allowed."""
-        future: Future[Any] = Future()
-        self._threads.submit(self._fetch_one, position, future)
-        return future
+        return self._threads.submit(self._fetch_one, position)
 
-    def _fetch_one(self, position: Any, future: Future[Any]) -> None:
-        if not future.set_running_or_notify_cancel():
-            return
+    def _fetch_one(self, position: Any) -> Any:
         in_flight.is_fixed.set(self._is_number_fixed)
-        try:
-            fetched = self._fetch(position)
-        except BaseException as error:  # noqa: BLE001 - goes to the future, so to the worker
-            future.set_exception(error)
-        else:
-            future.set_result(fetched)
+        return self._fetch(position)
 
     def close(self) -> None:
         """Cancel what waits, end the threads."""
-        for _, (_, future) in self._threads.stop(_CLOSE_TIMEOUT_S):
-            future.cancel()
+        self._threads.stop(_CLOSE_TIMEOUT_S)
 
 
 class AsyncioFetcher:

@@ -31,7 +31,7 @@ from concurrent_dataloader.errors import ShardFormatError, StoreError
 from concurrent_dataloader.formats.tar import END_OF_ARCHIVE
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.stores.base import Store
-from concurrent_dataloader.threads import DaemonThreads
+from concurrent_dataloader.threads import FutureThreads
 
 _SKIP_BYTES = 1 << 20
 _KILL_TIMEOUT_S = 5.0
@@ -273,7 +273,7 @@ class ReadAhead:
         self._waiting = collections.deque(sources)
         self._upcoming: collections.deque[Stream] = collections.deque()
         self._active: list[Stream] = []
-        self._threads = DaemonThreads(max_parts + num_open, "shard-reader")
+        self._threads = FutureThreads(max_parts + num_open, "shard-reader")
 
     def open_next(self) -> Stream:
         """Open the next of the sources; at most as many at once as was said."""
@@ -316,14 +316,11 @@ class ReadAhead:
 
     def submit(self, call: Callable[..., Buffer], *arguments: Any) -> Future[Buffer]:
         """Run a call in a thread."""
-        future: Future[Buffer] = Future()
-        self._threads.submit(_settle, future, call, *arguments)
-        return future
+        return self._threads.submit(call, *arguments)
 
     def close(self) -> None:
         """End threads and commands; what is under way ends by itself. May be called twice."""
-        for _, (future, *_arguments) in self._threads.stop():
-            future.cancel()
+        self._threads.stop()
         for stream in [*self._active, *self._upcoming]:
             stream.close()
         self._active, self._upcoming = [], collections.deque()
@@ -332,13 +329,6 @@ class ReadAhead:
     def _open(self) -> Stream:
         source = self._waiting.popleft()
         return PipedStream(self, source) if source.is_command else RangedStream(self, source)
-
-
-def _settle(future: Future[Buffer], call: Callable[..., Buffer], *arguments: Any) -> None:
-    try:
-        future.set_result(call(*arguments))
-    except BaseException as error:  # noqa: BLE001 - goes to who takes the part
-        future.set_exception(error)
 
 
 def _fetch(store: Store, key: str, byte_range: ByteRange | None) -> Buffer:

@@ -23,7 +23,7 @@ from concurrent_dataloader.prepare.shard_set import Place, key_of
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.shard_index import NO_LABEL, SampleCrcs, ShardIndex, ShardIndexBuilder
 from concurrent_dataloader.stores import Store
-from concurrent_dataloader.threads import DaemonThreads
+from concurrent_dataloader.threads import FutureThreads
 
 READ_BYTES = 2 << 20
 """Samples that lie side by side are read in pieces of this size, or of one sample."""
@@ -155,15 +155,9 @@ def plan_reads(index: ShardIndex, positions: Positions) -> Iterator[PlannedRead]
 def _read_in_order(
     read: Callable[[PlannedRead], Piece], planned: Iterable[PlannedRead]
 ) -> Generator[Piece]:
-    threads = DaemonThreads(_AHEAD_READS, "read-ahead")
+    threads = FutureThreads(_AHEAD_READS, "read-ahead")
     waiting: collections.deque[tuple[Future[Piece], int]] = collections.deque()
     ahead_bytes = 0
-
-    def fulfil(future: Future[Piece], each: PlannedRead) -> None:
-        try:
-            future.set_result(read(each))
-        except BaseException as error:  # noqa: BLE001 - goes to whoever waits for the piece
-            future.set_exception(error)
 
     try:
         for each in planned:
@@ -172,9 +166,7 @@ def _read_in_order(
                 first, first_size = waiting.popleft()
                 yield first.result()
                 ahead_bytes -= first_size
-            future: Future[Piece] = Future()
-            threads.submit(fulfil, future, each)
-            waiting.append((future, size))
+            waiting.append((threads.submit(read, each), size))
             ahead_bytes += size
         while waiting:
             yield waiting.popleft()[0].result()

@@ -29,7 +29,7 @@ from concurrent_dataloader.formats.lmdb_record import (
 from concurrent_dataloader.formats.lmdb_writer import COMMIT_BYTES, DEFAULT_MAP_BYTES, LmdbWriter
 from concurrent_dataloader.prepare.plan import shuffle_positions
 from concurrent_dataloader.prepare.source import Source
-from concurrent_dataloader.threads import DaemonThreads
+from concurrent_dataloader.threads import FutureThreads
 
 DEFAULT_CONCURRENCY = 8
 """Samples of the source that are read at once."""
@@ -185,19 +185,10 @@ def _read_plan(writer: LmdbWriter) -> str | None:
 def _read_in_order(source: Source, positions: Sequence[int], concurrency: int) -> Iterator[Buffer]:
     """Read samples, several at once; yield them in order."""
     pending: collections.deque[concurrent.futures.Future[Buffer]] = collections.deque()
-    threads = DaemonThreads(concurrency, "lmdb")
-
-    def read(position: int, future: concurrent.futures.Future[Buffer]) -> None:
-        try:
-            future.set_result(source.read(position))
-        except BaseException as error:  # noqa: BLE001 - goes to the caller, by the future
-            future.set_exception(error)
-
+    threads = FutureThreads(concurrency, "lmdb")
     try:
         for position in positions:
-            future: concurrent.futures.Future[Buffer] = concurrent.futures.Future()
-            threads.submit(read, position, future)
-            pending.append(future)
+            pending.append(threads.submit(source.read, position))
             if len(pending) >= 2 * concurrency:
                 yield pending.popleft().result()
         while pending:

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing_extensions import Buffer
 
 from concurrent_dataloader.prepare.source import Source
-from concurrent_dataloader.threads import DaemonThreads
+from concurrent_dataloader.threads import FutureThreads
 
 _AHEAD_BYTES = 64 << 20
 # Handing a sample over between threads costs some 0.05 ms, and a read from a disk's cache less than
@@ -31,7 +31,7 @@ class Reader:
         """
         self._source = source
         self._num_readers = num_readers
-        self._threads: DaemonThreads | None = None
+        self._threads: FutureThreads | None = None
         self._durations_s: collections.deque[float] = collections.deque(maxlen=_NUM_TIMED_READS)
         self._mean_bytes = 0.0
 
@@ -46,7 +46,7 @@ class Reader:
             yield self._read_timed(positions[done])
             done += 1
             if self._is_slow():
-                self._threads = DaemonThreads(self._num_readers, "shard-reader")
+                self._threads = FutureThreads(self._num_readers, "shard-reader")
         if self._threads is not None:
             yield from self._read_ahead(self._threads, positions[done:])
 
@@ -64,7 +64,7 @@ class Reader:
             and durations_s[_NUM_TIMED_READS // 2] > _SLOW_READ_S
         )
 
-    def _read_ahead(self, threads: DaemonThreads, positions: Sequence[int]) -> Iterator[Buffer]:
+    def _read_ahead(self, threads: FutureThreads, positions: Sequence[int]) -> Iterator[Buffer]:
         waiting: collections.deque[tuple[Future[Buffer], float]] = collections.deque()
         ahead_bytes = 0.0
         begun = 0
@@ -74,8 +74,7 @@ class Reader:
                     size = self._expected_bytes(positions[begun])
                     if waiting and ahead_bytes + size > _AHEAD_BYTES:
                         break
-                    future: Future[Buffer] = Future()
-                    threads.submit(self._read_into, future, positions[begun])
+                    future = threads.submit(self._source.read, positions[begun])
                     waiting.append((future, size))
                     ahead_bytes += size
                     begun += 1
@@ -91,14 +90,6 @@ class Reader:
     def _expected_bytes(self, position: int) -> float:
         size = self._source.size_bytes(position)
         return self._mean_bytes if size is None else size
-
-    def _read_into(self, future: Future[Buffer], position: int) -> None:
-        if not future.set_running_or_notify_cancel():
-            return
-        try:
-            future.set_result(self._source.read(position))
-        except BaseException as error:  # noqa: BLE001 - goes to the one who waits for the sample
-            future.set_exception(error)
 
     def close(self) -> None:
         """End the threads; may be called twice."""
