@@ -49,7 +49,7 @@ from concurrent_dataloader.dataloader_mod.resume import write_generators
 from concurrent_dataloader.dataloader_mod.settings import FetchSettings, read_environment
 from concurrent_dataloader.dataloader_mod.stages import Stages, find_stages
 from concurrent_dataloader.datasets.contract import SampleLocation
-from concurrent_dataloader.stores.resilience import log_counts
+from concurrent_dataloader.stores._flow import log_counts
 
 _NUM_BATCHES_HELD = 2
 """Batches that a training loop holds: the one it works on, and the one before it meanwhile."""

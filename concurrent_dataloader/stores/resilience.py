@@ -16,12 +16,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import math
-import os
 import random
 import threading
 import time
-import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from functools import partial
 from typing import Any, TypeVar
@@ -38,7 +35,8 @@ from concurrent_dataloader.errors import (
 )
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.stores import in_flight
-from concurrent_dataloader.stores._races import AwaitedRace, BlockingRace, RaceThreads
+from concurrent_dataloader.stores._flow import SILENCE_TOLD_AFTER_S, Flow, RequestCounts
+from concurrent_dataloader.stores._races import AwaitedRace, BlockingRace
 from concurrent_dataloader.stores.base import (
     ObjectInfo,
     PerProcess,
@@ -50,7 +48,6 @@ from concurrent_dataloader.stores.hedging import HedgePlan, HedgePolicy
 from concurrent_dataloader.stores.in_flight import Gate, InFlightPolicy, Outcome
 from concurrent_dataloader.stores.retries import (
     DEFAULT_MAX_ATTEMPTS,
-    RetryBudget,
     RetryPolicy,
     draw_wait_s,
 )
@@ -63,148 +60,9 @@ _MAX_THROTTLED_WAIT_S = 1.0
 """A store that refuses what is too much still answers the rest: the limit on requests in flight
 slows down, and one sample must not hold up those after it."""
 
-_SILENCE_TOLD_AFTER_S = 5.0
-
 _RENEWAL_S = 1.2
 """In which new credentials are noticed: files are looked at once a second, obstore asks again after
 a tenth. A request that came in between is made once more then."""
-
-
-@dataclasses.dataclass(kw_only=True, slots=True)
-class RequestCounts:
-    """What one process has asked a store for."""
-
-    num_requests: int = 0
-    """All that were made for reading, repeated ones included."""
-
-    num_retries: int = 0
-    num_throttled: int = 0
-    """Requests that the store refused for being too many (429, 503)."""
-
-    num_hedges: int = 0
-    num_hedges_won: int = 0
-
-    def describe(self) -> str:
-        """Say it in words."""
-        return (
-            f"{self.num_requests:,} requests, {self.num_retries:,} of them retries, "
-            f"{self.num_throttled:,} refused as too many, {self.num_hedges:,} hedges "
-            f"({self.num_hedges_won:,} of use)"
-        )
-
-
-class _Flow:
-    """What one process knows of a store; shared by its threads and loops."""
-
-    def __init__(
-        self,
-        name: str,
-        hedge: HedgePolicy | None,
-        limits: InFlightPolicy | None,
-        clock: Callable[[], float],
-    ) -> None:
-        now_s = clock()
-        self.name = name
-        self.pid = os.getpid()
-        self.clock = clock
-        self.gate = None if limits is None else Gate(limits, now_s)
-        self.threads = RaceThreads()
-        # Guarded by `_lock`.
-        self._lock = threading.Lock()
-        self._budget = RetryBudget(now_s)
-        self._hedges = None if hedge is None else HedgePlan(hedge)
-        self._max_hedges = 0 if hedge is None else hedge.max_hedges
-        self._answered_s = -math.inf
-        self._silence_told = False
-        self.counts = RequestCounts()
-        _flows.add(self)
-
-    @property
-    def hedges(self) -> bool:
-        """Whether requests that are late are made again."""
-        return self._hedges is not None
-
-    @property
-    def max_hedges(self) -> int:
-        """How often one request is made again, at most."""
-        return self._max_hedges
-
-    def begin(self) -> None:
-        """Count a request that is made."""
-        with self._lock:
-            self.counts.num_requests += 1
-            if self._hedges is not None:
-                self._hedges.begin()
-
-    def end(self, size_class: int, begun_s: float, now_s: float, outcome: Outcome) -> None:
-        """Take in how a request ended."""
-        with self._lock:
-            if outcome == "answered":
-                self._answered_s, self._silence_told = now_s, False
-                self._budget.succeed()
-                if self._hedges is not None:
-                    self._hedges.end(size_class, now_s - begun_s)
-            elif outcome == "throttled":
-                self.counts.num_throttled += 1
-
-    def late_after_s(self, size_class: int) -> float | None:
-        """Give the age at which a request is late; None while too few have been seen."""
-        with self._lock:
-            return None if self._hedges is None else self._hedges.late_after_s(size_class)
-
-    def try_hedge(self) -> bool:
-        """Take the right to make one request again, and count it."""
-        with self._lock:
-            if self._hedges is None or not self._hedges.try_take():
-                return False
-            self.counts.num_hedges += 1
-            self.counts.num_requests += 1
-            return True
-
-    def win_by_hedge(self) -> None:
-        """Count a request whose first answer was that of a hedge."""
-        with self._lock:
-            self.counts.num_hedges_won += 1
-
-    def has_answered_since(self, since_s: float) -> bool:
-        """Whether the store gave anybody of this process an answer since then."""
-        with self._lock:
-            return self._answered_s >= since_s
-
-    def take_retry(self, now_s: float, max_wait_s: float) -> float:
-        """Count a retry; gives the seconds until the budget has one more."""
-        with self._lock:
-            self.counts.num_retries += 1
-            wait_s = self._budget.take(now_s, max_wait_s)
-            # While it never answered, attempts are counted, which is bound enough.
-            return wait_s if self._answered_s > -math.inf else 0.0
-
-    def is_silence_to_tell(self, now_s: float) -> bool:
-        """Whether the store has been silent for so long that a person should know; once."""
-        with self._lock:
-            is_long = now_s - self._answered_s > _SILENCE_TOLD_AFTER_S
-            is_to_tell = is_long and self._answered_s > -math.inf and not self._silence_told
-            self._silence_told = self._silence_told or is_to_tell
-            return is_to_tell
-
-    def close(self) -> None:
-        """End the threads; a request that hangs in one goes on by itself."""
-        self.threads.stop()
-
-
-# Those of a parent are left out by their process's number.
-_flows: weakref.WeakSet[_Flow] = weakref.WeakSet()
-
-
-def log_counts(who: str) -> None:
-    """Log what this process has asked each store for, if it has asked any.
-
-    Args:
-        who: The process, for a person.
-    """
-    for flow in list(_flows):
-        if flow.pid == os.getpid() and flow.counts.num_requests:
-            log.info("%s, %s: %s", who, flow.name, flow.counts.describe())
 
 
 @dataclasses.dataclass(slots=True)
@@ -274,9 +132,7 @@ class ResilientStore(ValueObject):
         self._sleep_async = sleep_async
         # A forked child that inherited the parent's generator would wait as its brothers do.
         self._rng = PerProcess(random.Random if rng is None else lambda: rng, _forget)
-        self._flow = PerProcess(
-            partial(_Flow, store.describe(""), hedge, limits, clock), _Flow.close
-        )
+        self._flow = PerProcess(partial(Flow, store.describe(""), hedge, limits, clock), Flow.close)
         self._run_awaited: Callable[[Coroutine[Any, Any, Buffer]], Buffer] | None = getattr(
             store, "run_awaited", None
         )
@@ -336,7 +192,7 @@ class ResilientStore(ValueObject):
 
     # -- a place among those under way
 
-    def _enter(self, flow: _Flow, request: _Request) -> _Place:
+    def _enter(self, flow: Flow, request: _Request) -> _Place:
         gate = None if in_flight.is_fixed.get() else flow.gate
         if gate is not None:
             woken = threading.Lock()
@@ -348,7 +204,7 @@ class ResilientStore(ValueObject):
                 raise self._crowded_error(request)
         return _Place(flow, gate, request, self._clock())
 
-    async def _enter_async(self, flow: _Flow, request: _Request) -> _Place:
+    async def _enter_async(self, flow: Flow, request: _Request) -> _Place:
         gate = None if in_flight.is_fixed.get() else flow.gate
         if gate is not None:
             loop = asyncio.get_running_loop()
@@ -383,7 +239,7 @@ class ResilientStore(ValueObject):
 
     # -- one attempt
 
-    def _attempt(self, flow: _Flow, request: _Request, place: _Place) -> Buffer:
+    def _attempt(self, flow: Flow, request: _Request, place: _Place) -> Buffer:
         call = partial(self._store.get, request.key, request.byte_range)
         place.begin()
         is_direct = threading.current_thread() is threading.main_thread()
@@ -399,7 +255,7 @@ class ResilientStore(ValueObject):
         place.succeed()
         return body
 
-    async def _attempt_async(self, flow: _Flow, request: _Request, place: _Place) -> Buffer:
+    async def _attempt_async(self, flow: Flow, request: _Request, place: _Place) -> Buffer:
         call = partial(self._store.get_async, request.key, request.byte_range)
         place.begin()
         left_s = self._left_s(request)
@@ -440,7 +296,7 @@ class ResilientStore(ValueObject):
     # -- between attempts
 
     def _plan_retry_s(
-        self, flow: _Flow, request: _Request, error: StoreError, attempt_begun_s: float
+        self, flow: Flow, request: _Request, error: StoreError, attempt_begun_s: float
     ) -> float:
         """Say how long to wait before the next attempt, or raise if there is to be none."""
         now_s = self._clock()
@@ -475,13 +331,13 @@ class ResilientStore(ValueObject):
                 "%s; nothing was answered for %g s, and each request is repeated until %g s have "
                 "passed",
                 error,
-                _SILENCE_TOLD_AFTER_S,
+                SILENCE_TOLD_AFTER_S,
                 self._deadline_s,
             )
         return wait_s
 
     def _counts_as_attempt(
-        self, flow: _Flow, error: StoreUnavailableError, attempt_begun_s: float
+        self, flow: Flow, error: StoreUnavailableError, attempt_begun_s: float
     ) -> bool:
         """Whether a failure says something of the object, or of an endpoint that is none."""
         if self._policy.max_attempts is not None or isinstance(error, BodyMismatchError):
@@ -495,7 +351,7 @@ class ResilientStore(ValueObject):
 class _Place:
     """A place among the requests under way, for one attempt."""
 
-    def __init__(self, flow: _Flow, gate: Gate | None, request: _Request, begun_s: float) -> None:
+    def __init__(self, flow: Flow, gate: Gate | None, request: _Request, begun_s: float) -> None:
         self._flow = flow
         self._gate = gate
         self._request = request

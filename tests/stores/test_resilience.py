@@ -31,8 +31,9 @@ from concurrent_dataloader.stores import (
     RetryPolicy,
     in_flight,
 )
+from concurrent_dataloader.stores._flow import log_counts
 from concurrent_dataloader.stores._memory import MemoryStore
-from concurrent_dataloader.stores.resilience import ResilientWritableStore, log_counts
+from concurrent_dataloader.stores.resilience import ResilientWritableStore
 from concurrent_dataloader.stores.retries import draw_wait_s
 
 T = TypeVar("T")
