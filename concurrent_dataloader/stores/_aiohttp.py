@@ -12,7 +12,6 @@ from typing_extensions import Buffer, override
 from concurrent_dataloader.errors import (
     BodyMismatchError,
     StoreError,
-    StoreUnavailableError,
 )
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.stores._answers import (
@@ -112,7 +111,7 @@ class AiohttpStore(AwaitingStore):
             f"{self.describe(key)}: got more than {_MAX_REDIRECTS} redirects, expected the object"
         )
 
-    def _translate(self, error: Exception, key: str) -> StoreUnavailableError:
+    def _translate(self, error: Exception, key: str) -> StoreError:
         where, endpoint = self.describe(key), self._address.endpoint_url
         if isinstance(error, TimeoutError):
             return timeout_error(self._address, key, self._options)

@@ -216,10 +216,8 @@ def short_body_error(
     )
 
 
-def broken_connection(
-    address: Address, key: str, reason: str, details: str = ""
-) -> StoreUnavailableError:
-    """Say that no connection could be made, or that it ended.
+def broken_connection(address: Address, key: str, reason: str, details: str = "") -> StoreError:
+    """Say that no connection could be made, or that it ended; only a refused certificate is final.
 
     Args:
         address: Of the store.
@@ -229,7 +227,7 @@ def broken_connection(
     """
     where, endpoint = address.describe(key), address.endpoint_url
     if _CERTIFICATE.search(details or reason):
-        return StoreUnavailableError(
+        return StoreError(
             f"{where}: the certificate of {endpoint} is not trusted ({reason}), expected one for "
             "this host by a known authority; check the endpoint, or name the authority's "
             "certificates by ca_file or AWS_CA_BUNDLE"

@@ -21,7 +21,6 @@ from typing_extensions import Buffer, override
 from concurrent_dataloader.errors import (
     BodyMismatchError,
     StoreError,
-    StoreUnavailableError,
 )
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.stores._answers import (
@@ -142,7 +141,7 @@ class HttpStore(BlockingStore):
             connections.put_back(origin, connection)
         return response.status, response.headers, body
 
-    def _translate(self, error: Exception, key: str) -> StoreUnavailableError:
+    def _translate(self, error: Exception, key: str) -> StoreError:
         where, endpoint = self.describe(key), self._address.endpoint_url
         if isinstance(error, TimeoutError):
             return timeout_error(self._address, key, self._options)
