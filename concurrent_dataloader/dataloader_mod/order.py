@@ -10,6 +10,7 @@ state is read after each answer, and the one that belongs to the last batch take
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -149,13 +150,16 @@ class Order:
             state: Where it is to go on, and where its beginning is written.
             resumes: Whether to go on there.
         """
-        self._loader = loader
+        # Not the loader itself, which may hold the iterator that holds this: in a ring they would
+        # stay until the garbage collector comes, and the workers with them.
+        self._loader = weakref.ref(loader)
         self._state = state
         self._resumes = resumes
         is_at_begin = not resumes or state.num_taken == 0
         self._may_be_over = state.sampler is not None and is_at_begin
         self._generators = find_generators(loader)
-        self._sampler: Any = loader._index_sampler
+        self._index_sampler = loader._index_sampler
+        self._sampler: Any = self._index_sampler
         self._plain_batches: BatchSampler | None = None
         if type(self._sampler) is BatchSampler:
             self._plain_batches = self._sampler
@@ -191,13 +195,15 @@ class Order:
         if self._resumes:
             self.put_back()
             return
+        loader: Any = self._loader()
+        assert loader is not None, "it is the loader that begins an epoch"
         self._state.restart(
             begin=read_generators(),
             generators=[generator.get_state() for generator in self._generators],
             sampler=self.read(),
-            batch_size=self._loader.batch_size,
-            place=find_place(self._loader),
-            dataset=describe_unread(self._loader.dataset),
+            batch_size=loader.batch_size,
+            place=find_place(loader),
+            dataset=describe_unread(loader.dataset),
             **fields,
         )
 
@@ -256,7 +262,7 @@ class Order:
         nothing = object()
         first = next(iterator, nothing)
         if first is nothing:
-            return self._watch(iter(self._loader._index_sampler), None)
+            return self._watch(iter(self._index_sampler), None)
         return itertools.chain([first], iterator)
 
     def read(self) -> bytes | None:
