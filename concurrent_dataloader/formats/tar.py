@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar, cast
 
@@ -29,6 +30,7 @@ _ZEROS = bytes(BLOCK_BYTES)
 # Extended headers hold names; one that is longer is damage, and would be read into memory.
 _MAX_EXTENDED_BYTES = 1 << 20
 _SKIP_BYTES = 1 << 20
+_RECORD_BYTES = 20 * BLOCK_BYTES  # what others write at once, and fill with zeros
 # Contents up to this size are written together with the headers around them.
 _SMALL_BYTES = 4096
 _PAX = (b"x", b"X", b"g")
@@ -392,6 +394,7 @@ def _read_headers(source: _Source) -> Iterator[Member]:
         begin = source.offset
         block = source.read_some(BLOCK_BYTES)
         if block == _ZEROS:
+            _check_tail(source, begin)
             return
         if len(block) < BLOCK_BYTES:
             raise source.damage(
@@ -414,6 +417,37 @@ def _read_headers(source: _Source) -> Iterator[Member]:
             yield member
         elif info.type not in tarfile.SUPPORTED_TYPES:  # of those only regular files have content
             source.skip_to(member.stop)
+
+
+def _check_tail(source: _Source, end: int) -> None:
+    """Look whether the zeros at ``end`` end the archive, or stand where members were.
+
+    Source:
+        POSIX.1-2017, pax, "ustar Interchange Format": an archive ends with two blocks of zeros;
+        what follows them in the last record may be anything. GNU tar and Python fill records of 20
+        blocks with zeros.
+    """
+    _refuse_bytes(source, end, source.read_some(BLOCK_BYTES))  # some writers leave out the second
+    source.read_some(-source.offset % _RECORD_BYTES)
+    while piece := source.read_some(_SKIP_BYTES):
+        _refuse_bytes(source, end, piece)
+    max_bytes = _RECORD_BYTES + len(END_OF_ARCHIVE)
+    if source.offset - end > max_bytes:
+        warnings.warn(
+            f"{source.where}: the tar ends at offset {end} with {source.offset - end} bytes of "
+            f"zeros, expected {max_bytes} at most; unless it was written in large records, "
+            "samples were there: compare its checksum, or fetch it anew",
+            stacklevel=2,
+        )
+
+
+def _refuse_bytes(source: _Source, end: int, piece: bytes) -> None:
+    rest = piece.lstrip(b"\0")
+    if rest:
+        raise source.damage(
+            f"zeros at offset {end}, as at the end of a tar, and other bytes from offset "
+            f"{source.offset - len(rest)} on, expected none behind the end"
+        )
 
 
 def _parse_header(source: _Source, block: bytes) -> tarfile.TarInfo:

@@ -248,6 +248,49 @@ def test_an_empty_file_is_no_tar_and_an_empty_tar_has_no_sample() -> None:
     assert list(read_samples(io.BytesIO(write([])), "t")) == []
 
 
+@pytest.mark.parametrize("open_raw", [io.BytesIO, Stream], ids=["seekable", "stream"])
+@pytest.mark.parametrize("num_blocks", [1, 2, 45])
+def test_zeros_in_place_of_members_are_an_error(open_raw: type, num_blocks: int) -> None:
+    raw = bytearray(python_tar({f"{number}.jpg": b"x" * 3000 for number in range(20)}))
+    raw[3584 : 3584 + num_blocks * 512] = bytes(num_blocks * 512)
+    # Two blocks of zeros end a tar, and its last record may hold anything behind them.
+    place = {1: 4096, 2: 10240, 45: 3584 + 45 * 512}[num_blocks]
+
+    with pytest.raises(ShardFormatError, match=f"t: zeros at offset 3584, .* from offset {place}"):
+        list(read_samples(open_raw(bytes(raw)), "t"))
+    with pytest.raises(ShardFormatError, match="zeros at offset 3584"):
+        list(read_members(open_raw(bytes(raw)), "t"))
+
+
+def test_a_tar_that_is_zeros_from_its_middle_on_is_warned_of() -> None:
+    raw = python_tar({f"{number}.jpg": b"x" * 3000 for number in range(20)})
+    raw = raw[:7168] + bytes(len(raw) - 7168)
+
+    with pytest.warns(UserWarning, match=f"^t: the tar ends at offset 7168 with {len(raw) - 7168}"):
+        assert len(list(read_samples(io.BytesIO(raw), "t"))) == 2
+
+
+@pytest.mark.parametrize("size", range(500, 10_500, 512))
+def test_records_that_are_filled_up_are_no_damage(size: int) -> None:
+    raw = python_tar({"a.jpg": b"x" * size})
+    assert len(raw) % 10240 == 0
+    at = 512 + -(-size // 512) * 512 + 1024
+    undefined = raw[:at] + b"?" * (len(raw) - at)  # as POSIX allows
+
+    assert len(list(read_samples(io.BytesIO(raw), "t"))) == 1
+    assert len(list(read_samples(io.BytesIO(undefined), "t"))) == 1
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="there is no tar")
+@pytest.mark.parametrize("factor", [1, 20])
+def test_tars_of_gnu_tar_end_without_a_warning(factor: int, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"x" * 9000)
+    subprocess.run(["tar", "-b", str(factor), "-cf", "a.tar", "a.jpg"], cwd=tmp_path, check=True)
+
+    with (tmp_path / "a.tar").open("rb") as file:
+        assert len(list(read_samples(file, "t"))) == 1
+
+
 @pytest.mark.parametrize("name", ["/etc/passwd", "../x.jpg", "a/../../x.jpg", "a\0b"])
 def test_names_that_lead_out_of_a_folder_are_refused(name: str) -> None:
     with pytest.raises(ShardFormatError, match="unsafe"):
