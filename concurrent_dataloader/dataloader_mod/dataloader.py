@@ -106,8 +106,11 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             size; where none is good, the error is raised. The other samples are torch's, but for
             random numbers that a failed transform had drawn. What anything else raises is never
             passed over: the collate function, the sampler, ``worker_init_fn``, the loader, its
-            ``timeout``. Needs a map-style dataset, as all but the default.
-        error_budget: How many samples of an epoch may be passed over; None: `ErrorBudget()`.
+            ``timeout``. Of iterable datasets, only `StreamedShards` and others that are a
+            `SkippingStream` go on, with ``"skip"``: after a sample, or with the next shard; later
+            samples move up.
+        error_budget: How many samples of an epoch may be passed over; None: `ErrorBudget()`. The
+            rest of a shard counts by its samples, or as one where no index tells them.
         quarantine_file: The main process adds a line of JSON for each sample that is passed over,
             once its batch is handed out; ``concurrent-dataloader validate --from`` reads it. None:
             no file.

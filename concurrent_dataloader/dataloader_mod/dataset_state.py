@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch.utils.data import IterableDataset
 
 from concurrent_dataloader.dataloader_mod import torch_internals
+from concurrent_dataloader.dataloader_mod.error_policy import FailureLog
 from concurrent_dataloader.dataloader_mod.resume import (
     GeneratorWatch,
     StatesAfter,
@@ -63,9 +64,21 @@ class MapSource:
 class StreamSource(IterableDataset[Any]):
     """An iterable dataset, as torch's loop is to see it: it may begin in the middle."""
 
-    def __init__(self, dataset: Any, saved: bytes | None) -> None:
+    def __init__(
+        self, dataset: Any, saved: bytes | None, failures: FailureLog | None = None
+    ) -> None:
+        """Stand before a dataset.
+
+        Args:
+            dataset: The user's; a `SkippingStream` if ``failures`` is given.
+            saved: Where it goes on; None: it begins.
+            failures: Told of what is passed over; None: nothing is.
+        """
         self._dataset = dataset
         self._saved = saved
+        self._failures = failures
+        if failures is not None:
+            failures.num_given = 0
         self._iterator: Any = None
         self._is_over = False
         # The iterator, or what it raised, from `begin` until torch's loop asks for it.
@@ -85,17 +98,22 @@ class StreamSource(IterableDataset[Any]):
         saved, self._saved = thaw(self._saved), None
         self._is_over = False
         if saved is None:
-            return iter(self._dataset)
+            return self._open()
         if saved["dataset"] is not None:
             self._dataset.load_state_dict(saved["dataset"])
         if saved["is_over"]:
             # The dataset is beyond this epoch already: asked for an iterator, it began the next.
             self._is_over = True
             return iter(())
-        iterator = iter(self._dataset)
+        iterator = self._open()
         if saved["iterator"] is not None:
             iterator.load_state_dict(saved["iterator"])
         return iterator
+
+    def _open(self) -> Any:
+        if self._failures is None:
+            return iter(self._dataset)
+        return self._dataset.iter_skipping(self._failures.add_loss)
 
     def __iter__(self) -> Iterator[Any]:
         if self._begun is None:
@@ -107,10 +125,13 @@ class StreamSource(IterableDataset[Any]):
 
     def __next__(self) -> Any:
         try:
-            return next(self._iterator)
+            sample = next(self._iterator)
         except StopIteration:
             self._is_over = True
             raise
+        if self._failures is not None:
+            self._failures.count_given()
+        return sample
 
     def __repr__(self) -> str:
         return repr(self._dataset)
@@ -158,11 +179,17 @@ class WorkerWatch:
 
 
 def make_watch(
-    dataset: Any, settings: FetchSettings, worker_id: int, *, is_stream: bool
+    dataset: Any,
+    settings: FetchSettings,
+    worker_id: int,
+    *,
+    is_stream: bool,
+    failures: FailureLog | None,
 ) -> WorkerWatch | None:
     """Make what tells of a worker, from where its dataset was saved; None if nobody wants it."""
     if not settings.sends_states or torch_internals.is_data_pipe(dataset):
         return None
     saved = settings.datasets.get(worker_id, settings.dataset)
-    source = StreamSource(dataset, saved) if is_stream else MapSource(dataset, saved)
-    return WorkerWatch(worker_id, source)
+    if is_stream:
+        return WorkerWatch(worker_id, StreamSource(dataset, saved, failures))
+    return WorkerWatch(worker_id, MapSource(dataset, saved))

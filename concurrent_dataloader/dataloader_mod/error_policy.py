@@ -4,6 +4,8 @@
 FetchedDataset -error-> FailureLog -settled samples-> collate -> ReportingQueue -> main process
                             |                                        ^
                             +---- what failed, before its batch -----+
+                            |
+StreamSource --------loss---+    of an iterable dataset that goes on by itself
 ```
 
 An error of a sample is what its fetch, decode or transform raises. What the collate function, the
@@ -15,6 +17,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import copy
+import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +28,7 @@ from concurrent_dataloader.dataloader_mod.failures import (
     SampleFailure,
     make_failure,
 )
-from concurrent_dataloader.datasets.contract import SampleLocation
+from concurrent_dataloader.datasets.contract import Loss, SampleLocation
 from concurrent_dataloader.errors import (
     CredentialsError,
     DeadlineError,
@@ -94,6 +98,9 @@ class FailureLog:
         self._replaces = on_error == "replace"
         self._failures: list[SampleFailure] = []
         self._last_error: Exception | None = None
+        self.num_given: int | None = None
+        """Samples of the batch that a stream gave; None: it is none."""
+        self._begun_s = time.monotonic()
 
     def add(
         self, error: Exception, position: Any, location: SampleLocation | None, begun_s: float
@@ -101,6 +108,18 @@ class FailureLog:
         """Record the error of a sample."""
         self._failures.append(make_failure(error, position, location, begun_s))
         self._last_error = error
+
+    def add_loss(self, loss: Loss) -> None:
+        """Record what a stream goes on without; raise what it must not go on after."""
+        if not is_of_sample(loss.error):
+            raise loss.error
+        self._failures.append(
+            make_failure(loss.error, loss.position, loss.location, self._begun_s, loss.num_samples)
+        )
+
+    def count_given(self) -> None:
+        """Count a sample that a stream gave."""
+        self.num_given = (self.num_given or 0) + 1
 
     def settle(self, samples: list[Any]) -> list[Any]:
         """Leave out what failed, or put a copy of the next good sample of the batch in its place.
@@ -136,10 +155,15 @@ class FailureLog:
                 settled.append(sample)
         return settled[::-1]
 
-    def take(self) -> list[SampleFailure]:
-        """Give what was recorded since the last call."""
+    def take(self, number: int) -> FailedSamples | None:
+        """Give what was recorded since the last call; None if that is nothing."""
         taken, self._failures = self._failures, []
-        return taken
+        num_given = self.num_given
+        if num_given is not None:
+            self.num_given, self._begun_s = 0, time.monotonic()
+        elif not taken:
+            return None
+        return FailedSamples(number, taken, num_given)
 
 
 class ReportingQueue:
@@ -152,13 +176,28 @@ class ReportingQueue:
     def put(self, item: tuple[Any, Any]) -> None:
         """Send ``(number, batch)``; a signal passes as it is."""
         if isinstance(item[0], int):
-            failures = self._failures.take()
-            if failures:
-                self._target.put((FailedSamples(item[0], failures), None))
+            failed = self._failures.take(item[0])
+            if failed is not None:
+                self._target.put((failed, None))
         self._target.put(item)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._target, name)
+
+
+def make_failure_log(on_error: OnError) -> FailureLog | None:
+    """Make what records failures; None where their errors are raised."""
+    return None if on_error == "raise" else FailureLog(on_error)
+
+
+def report_through(
+    failures: FailureLog | None, data_queue: Any, collate_fn: Any
+) -> tuple[Any, Any]:
+    """Make the data queue and the collate function of a worker that records failures, or not."""
+    if failures is None:
+        return data_queue, collate_fn
+    collate_fn = functools.partial(collate_what_is_left, collate_fn)
+    return ReportingQueue(data_queue, failures), collate_fn
 
 
 def collate_what_is_left(collate_fn: Callable[[Any], Any], samples: Any) -> Any:

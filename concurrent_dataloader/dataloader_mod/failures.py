@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import orjson
 
-from concurrent_dataloader.datasets.contract import SampleLocation
+from concurrent_dataloader.datasets.contract import SampleLocation, SkippingStream
 from concurrent_dataloader.errors import ErrorBudgetError, StoreUnavailableError
 
 OnError = Literal["raise", "skip", "replace"]
@@ -60,8 +60,9 @@ class ErrorBudget:
 class SampleFailure(NamedTuple):
     """A sample that could not be had."""
 
-    position: int | str
-    """As the sampler gave it; its repr where it is no number."""
+    position: int | str | None
+    """As the sampler gave it; its repr where it is no number. Of a stream that in its index; None
+    without one."""
 
     location: SampleLocation | None
     """None where the dataset does not say."""
@@ -79,10 +80,23 @@ class SampleFailure(NamedTuple):
     time: str
     """Of that moment, ISO 8601, UTC."""
 
+    num_samples: int | None = 1
+    """Samples that are lost with it, as of a shard; None where that is not known."""
+
+    @property
+    def num_counted(self) -> int:
+        """Samples that count as failed: one where it is not known how many."""
+        return 1 if self.num_samples is None else self.num_samples
+
     def describe(self) -> str:
         """Name it for a person, in a line."""
-        where = f" ({self.location.describe()})" if self.location is not None else ""
-        return f"position {self.position}{where}: {self.error_type}: {self.error}"
+        where = "" if self.location is None else self.location.describe()
+        if self.position is not None:
+            where = f"position {self.position} ({where})" if where else f"position {self.position}"
+        if self.num_samples != 1:
+            count = "some" if self.num_samples is None else self.num_samples
+            where = f"{count} samples from {where}"
+        return f"{where}: {self.error_type}: {self.error}"
 
     def to_line(self, epoch: int) -> bytes:
         """Give its line of the quarantine file, JSON, as ``validate --from`` reads it."""
@@ -99,6 +113,7 @@ class SampleFailure(NamedTuple):
             "elapsed_s": round(self.elapsed_s, 3),
             "time": self.time,
             "position": self.position,
+            "num_samples": self.num_samples,
             "epoch": epoch,
         }
         return orjson.dumps(content, option=orjson.OPT_APPEND_NEWLINE)
@@ -107,9 +122,19 @@ class SampleFailure(NamedTuple):
 class FailedSamples:
     """Sent on the data queue in place of a number: what failed of a batch, before the batch."""
 
-    def __init__(self, number: int, failures: list[SampleFailure]) -> None:
+    def __init__(
+        self, number: int, failures: list[SampleFailure], num_given: int | None = None
+    ) -> None:
+        """Tell of a batch.
+
+        Args:
+            number: Of the batch.
+            failures: What failed of it.
+            num_given: Samples that a stream gave for it; None: as many as positions, less those.
+        """
         self.number = number
         self.failures = failures
+        self.num_given = num_given
 
 
 class ErrorReport(NamedTuple):
@@ -125,11 +150,15 @@ class ErrorReport(NamedTuple):
 
 
 def make_failure(
-    error: Exception, position: Any, location: SampleLocation | None, begun_s: float
+    error: Exception,
+    position: Any,
+    location: SampleLocation | None,
+    begun_s: float,
+    num_samples: int | None = 1,
 ) -> SampleFailure:
     """Record an error of a sample; ``begun_s`` is by ``time.monotonic``."""
     try:
-        number: int | str = operator.index(position)
+        number: int | str | None = None if position is None else operator.index(position)
     except TypeError:
         number = clean_text(repr(position))
     return SampleFailure(
@@ -140,6 +169,7 @@ def make_failure(
         _find_attempts(error),
         time.monotonic() - begun_s,
         datetime.now(UTC).isoformat(timespec="milliseconds"),
+        num_samples,
     )
 
 
@@ -180,14 +210,26 @@ def check_policy(loader: Any, *, is_concurrent: bool) -> None:
                     "over no sample; expected on_error='skip' or 'replace' with it"
                 )
     elif not is_concurrent:
-        raise ValueError(
-            f"on_error: got {on_error!r} for an iterable dataset or fetch_impl='vanilla', expected "
-            "a dataset with positions and fetch_impl='threaded' or 'asyncio'"
-        )
+        _check_stream_policy(loader)
     elif on_error == "replace" and loader.batch_sampler is None:
         raise ValueError(
             "on_error: got 'replace' without batches (batch_size=None), whose other samples could "
             "take a sample's place; expected 'skip'"
+        )
+
+
+def _check_stream_policy(loader: Any) -> None:
+    is_stream = isinstance(loader.dataset, SkippingStream) and loader.fetch_impl != "vanilla"
+    if not is_stream:
+        raise ValueError(
+            f"on_error: got {loader.on_error!r} for an iterable dataset or fetch_impl='vanilla', "
+            "expected a dataset with positions, or StreamedShards, and fetch_impl='threaded' or "
+            "'asyncio'"
+        )
+    if loader.on_error == "replace":
+        raise ValueError(
+            "on_error: got 'replace' for a stream, expected 'skip', under which samples that come "
+            "next fill its batches already; how many a lost shard held need not be known"
         )
 
 
@@ -230,6 +272,8 @@ class EpochFailures:
     def hold(self, message: FailedSamples) -> None:
         """Keep what failed of a batch until the batch is taken."""
         self._held[message.number] = message.failures
+        if message.num_given is not None:
+            self.ask(message.number, message.num_given + count_failed(message.failures))
 
     def ask(self, number: int, num_samples: int) -> None:
         """Remember how many samples a batch is of."""
@@ -261,7 +305,7 @@ class EpochFailures:
             return
         if not self._num_failed:
             log.warning("on_error=%r: %s", self._on_error, failures[0].describe())
-        self._num_failed += len(failures)
+        self._num_failed += count_failed(failures)
         self._types.update(failure.error_type for failure in failures)
         self._first.extend(failures[: _MAX_KEPT - len(self._first)])
         self._last = failures[-1]
@@ -292,12 +336,23 @@ class EpochFailures:
         )
 
     def end(self) -> None:
-        """Say at the end of an epoch what failed, if anything did."""
+        """Say at the end of an epoch what failed, if anything did.
+
+        What failed after the last batch of a worker counts too: torch never hands out the batch
+        which an iterable dataset has no sample for.
+
+        Raises:
+            ErrorBudgetError: That was too much.
+            OSError: The file cannot be written.
+        """
+        for number in sorted(self._held):
+            self.take(number, may_raise=False)
+        self.check()
         if not self._num_failed:
             return
         done = "left out" if self._on_error == "skip" else "replaced by others"
         named = "; ".join(failure.describe() for failure in self._first[:_NUM_NAMED])
-        rest = self._num_failed - min(_NUM_NAMED, len(self._first))
+        rest = self._types.total() - min(_NUM_NAMED, len(self._first))
         log.warning(
             "epoch %d: %d of %d samples failed and were %s (%s): %s%s%s",
             self.epoch,
@@ -313,6 +368,11 @@ class EpochFailures:
     def report(self) -> ErrorReport:
         """Say how many were asked for and failed so far."""
         return ErrorReport(self.epoch, self._num_asked, self._num_failed, tuple(self._first))
+
+
+def count_failed(failures: Sequence[SampleFailure]) -> int:
+    """Count the samples that failed."""
+    return sum(failure.num_counted for failure in failures)
 
 
 def count_samples(positions: Any, *, is_batch: bool) -> int:

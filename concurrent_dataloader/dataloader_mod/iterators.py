@@ -12,7 +12,11 @@ import torch
 
 from concurrent_dataloader.dataloader_mod import order, torch_internals
 from concurrent_dataloader.dataloader_mod.dataset_state import MapSource, Source, StreamSource
-from concurrent_dataloader.dataloader_mod.error_policy import LeftOut, collate_what_is_left
+from concurrent_dataloader.dataloader_mod.error_policy import (
+    LeftOut,
+    collate_what_is_left,
+    make_failure_log,
+)
 from concurrent_dataloader.dataloader_mod.failures import (
     FailedSamples,
     count_samples,
@@ -184,10 +188,10 @@ class WorkersIter(torch_internals.MultiProcessingIter):
                 pass  # nothing is left of this batch
             return data
         except StopIteration:
-            if self._failures is not None:
-                self._failures.end()
             self._is_finished = not self._persistent_workers
             self._state.restart()
+            if self._failures is not None:
+                self._failures.end()
             raise
 
 
@@ -269,17 +273,36 @@ class MainStreamIter(PlainMainProcessIter):
     ) -> None:
         self._state = state
         order.Order(loader, state, resumes).begin()
-        self._source = StreamSource(loader.dataset, state.datasets.get(0) if resumes else None)
+        self._failures = loader._failures
+        self._log = make_failure_log(settings.on_error)
+        saved = state.datasets.get(0) if resumes else None
+        self._source = StreamSource(loader.dataset, saved, self._log)
         super().__init__(_StreamView(loader, self._source))
 
     def _next_data(self) -> Any:
         try:
-            data = super()._next_data()
+            data = self._make_batch()
         except StopIteration:
             self._state.restart()
+            if self._failures is not None:
+                self._failures.end()
             raise
         self._state.num_taken += 1
         _keep_dataset(self._state, self._source)
+        return data
+
+    def _make_batch(self) -> Any:
+        if self._failures is None or self._log is None:
+            return super()._next_data()
+        try:
+            data = super()._next_data()
+        finally:
+            number = self._state.num_taken
+            failed = self._log.take(number)
+            if failed is not None:
+                self._failures.hold(failed)
+            self._failures.take(number, may_raise=False)
+        self._failures.check()
         return data
 
 
@@ -299,7 +322,8 @@ class MainProcessIter(PlainMainProcessIter):
         self._ahead: list[tuple[Batch, bytes | None]] = []
         self._failures = loader._failures
         self._num_asked = 0
-        self._fetched = FetchedDataset(self._dataset, settings, self._auto_collation)
+        failures = make_failure_log(settings.on_error)
+        self._fetched = FetchedDataset(self._dataset, settings, self._auto_collation, failures)
         if self._failures is not None:
             self._collate_fn = functools.partial(collate_what_is_left, self._collate_fn)
         self._dataset_fetcher = torch_internals.DatasetKind.create_fetcher(
@@ -342,7 +366,8 @@ class MainProcessIter(PlainMainProcessIter):
                 self._failures.end()
                 raise
             finally:
-                self._failures.record(self._num_asked, self._fetched.failures.take())
+                failed = self._fetched.failures.take(self._state.num_taken)
+                self._failures.record(self._num_asked, () if failed is None else failed.failures)
                 self._num_asked = 0
             self._failures.check()
         return data

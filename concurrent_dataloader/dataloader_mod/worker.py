@@ -31,11 +31,11 @@ from concurrent_dataloader.dataloader_mod.error_policy import (
     FAILED,
     FailureLog,
     LeftOut,
-    ReportingQueue,
-    collate_what_is_left,
     explain,
     is_of_sample,
     make_deadline_error,
+    make_failure_log,
+    report_through,
 )
 from concurrent_dataloader.dataloader_mod.fetch import AsyncioFetcher, Fetcher, ThreadedFetcher
 from concurrent_dataloader.dataloader_mod.orphan import (
@@ -92,13 +92,14 @@ class FetchedDataset:
         dataset: Any,
         settings: FetchSettings,
         auto_collation: bool,
+        failures: FailureLog | None = None,
         is_over: Callable[[], bool] = lambda: False,
     ) -> None:
         self._dataset = dataset
         self._settings = settings
         self._auto_collation = auto_collation
         self._is_over = is_over
-        self.failures = None if settings.on_error == "raise" else FailureLog(settings.on_error)
+        self.failures = failures
         self.refill: Callable[[], None] = lambda: None
         """Called before each wait: there may be more to begin."""
 
@@ -418,19 +419,21 @@ def _worker_loop(
             settings.prefetch_factor + _MAX_BATCHES_HELD,
         )
         is_map = dataset_kind == torch_internals.DatasetKind.Map
-        watch = make_watch(user_dataset, settings, worker_id, is_stream=not is_map)
+        failures = make_failure_log(settings.on_error)
+        watch = make_watch(
+            user_dataset, settings, worker_id, is_stream=not is_map, failures=failures
+        )
         if collate_fn is torch_internals.default_collate:
             collate_fn = collate_into(pool)
+        data_queue, collate_fn = report_through(failures, data_queue, collate_fn)
         if is_map:
             fetched = FetchedDataset(
                 user_dataset,
                 settings,
                 auto_collation,
+                failures,
                 lambda: parent.is_gone() or done_event.is_set(),
             )
-            if fetched.failures is not None:
-                data_queue = ReportingQueue(data_queue, fetched.failures)
-                collate_fn = functools.partial(collate_what_is_left, collate_fn)
             seen_queue = Lookahead(seen_queue, fetched, settings, done_event.is_set)
             fetched.refill = seen_queue.refill
             seen_dataset = fetched

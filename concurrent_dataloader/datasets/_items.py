@@ -70,6 +70,8 @@ class ItemMaker:
         if not self._fields or not all(field.alternatives for field in self._fields):
             raise ValueError(f"fields: got {fields!r}, expected at least one name in each")
         self._decoders = dict(decoders)
+        self.decodes_images = decode in ("pillow", "torchvision") and not decoders
+        """Whether image fields are read as images are stored, and all else as its name says."""
         self._decoder = FieldDecoder(decode, raw_size)
         self._label_base = label_base
         self.transform = transform

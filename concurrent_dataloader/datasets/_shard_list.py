@@ -92,6 +92,7 @@ def find_shards(
         return FoundShards(shards, None, None)
     _refuse_missing(shard_index, shards, texts)
     shards.checks = SampleChecks.of(shard_index)
+    shards.extents = shard_index.extents
     return FoundShards(shards, _match_index(shard_index, shards), shard_index.labels)
 
 

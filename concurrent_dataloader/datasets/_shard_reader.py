@@ -10,11 +10,14 @@ The order depends on the segments, the settings and the seed, never on how fast 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import orjson
+from numpy.typing import NDArray
 from typing_extensions import Buffer
 
 from concurrent_dataloader.datasets._sample_checks import SampleChecks
@@ -28,6 +31,7 @@ from concurrent_dataloader.datasets._shard_streams import (
     skip,
 )
 from concurrent_dataloader.datasets._split import Segment
+from concurrent_dataloader.datasets.contract import BytesKind, Loss, SampleLocation
 from concurrent_dataloader.errors import LoaderError, ShardFormatError
 from concurrent_dataloader.formats.tar import Sample, parse_sample, read_samples
 from concurrent_dataloader.ranges import ByteRange, cover, merge_near
@@ -102,6 +106,8 @@ class ShardList:
         self.are_commands = are_commands
         self.repeated = repeated
         self.checks = checks
+        self.extents: NDArray[np.int64] | None = None
+        """Start and stop of each sample of the index, (N, 2); None without one."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -121,6 +127,23 @@ class ShardList:
     def is_records(self, shard: int) -> bool:
         """Whether a shard is a TFRecord file."""
         return find_kind(self.keys[shard]) == "tfrecord" and not self.are_commands
+
+    def locate(
+        self, shard: int, byte_range: ByteRange | None, sample: str = "", *, is_checked: bool = True
+    ) -> SampleLocation:
+        """Say where something lies, for reports.
+
+        Args:
+            shard: Its number.
+            byte_range: Of the unpacked shard; None: all of it, or not known.
+            sample: Its key, of a single one.
+            is_checked: Whether it is to look as an image is stored; else it is any bytes.
+        """
+        if not self.has_ranges:
+            byte_range = None
+        kind: BytesKind = "tfrecord" if self.is_records(shard) else "tar"
+        key = self.describe(shard) if self.are_commands else self.keys[shard]
+        return SampleLocation(key, byte_range, sample, kind if is_checked else "bytes")
 
     def bytes_of(self, segment: Segment, offset: int | None) -> ShardBytes:
         """Say what to read for a segment; ``offset``: where its next sample begins."""
@@ -199,12 +222,14 @@ class _Slot:
         segment: Segment,
         shards: ShardList,
         ahead: ReadAhead,
+        report: Callable[[Loss], None] | None,
         offset: int | None = None,
         num_read: int = 0,
     ) -> None:
         self.number = number
         self.offset = offset
         self.num_read = num_read
+        self._report = report
         self._shards = shards
         self._segment = segment
         self._ahead = ahead
@@ -213,24 +238,69 @@ class _Slot:
         self._last_key: str | None = None
 
     def read(self) -> RawSample | None:
-        """Read the next sample; None at the end."""
-        try:
-            sample = next(self._samples, None)
-            self._check_count(is_over=sample is None)
-            first = self._segment.first
-            place = None if first is None else first + self.num_read
-            if sample is not None:
-                sample = self._shards.checked(self._segment.shard, place, sample)
-        except LoaderError as error:
-            raise self._explain(error) from error
-        if sample is None:
-            if self._stream is not None:
-                self._ahead.drop(self._stream)
-            return None
-        self.offset = sample.extent.stop
-        self.num_read += 1
-        self._last_key = sample.key
-        return RawSample(self.number, place, sample)
+        """Read the next sample that can be had; None at the end.
+
+        Raises:
+            LoaderError: One cannot be had, and nobody wants a report instead.
+        """
+        while True:
+            place = None if self._segment.first is None else self._segment.first + self.num_read
+            try:
+                sample = next(self._samples, None)
+                self._check_count(is_over=sample is None)
+                if sample is not None and self._report is not None:
+                    self._check_place(place, sample)
+            except LoaderError as error:
+                self._lose(error, place, None)
+                sample = None
+            if sample is None:
+                if self._stream is not None:
+                    self._ahead.drop(self._stream)
+                return None
+            checked = None
+            try:
+                checked = self._shards.checked(self._segment.shard, place, sample)
+            except LoaderError as error:
+                self._lose(error, place, sample)
+            self.offset = sample.extent.stop
+            self.num_read += 1
+            self._last_key = sample.key
+            if checked is not None:
+                return RawSample(self.number, place, checked)
+
+    def _lose(self, error: LoaderError, place: int | None, sample: Sample | None) -> None:
+        """Report the loss of a sample, or of the rest where None; raise if nobody wants that."""
+        explained = self._explain(error)
+        if self._report is None:
+            raise explained from error
+        explained.__cause__ = error
+        shard = self._segment.shard
+        if sample is not None:
+            where, num_lost = self._shards.locate(shard, sample.extent, sample.key), 1
+        else:
+            expected = self._segment.num_samples
+            num_lost = None if expected is None else max(1, expected - self.num_read)
+            where = self._shards.locate(shard, self._find_rest())
+        self._report(Loss(explained, where, place, num_lost))
+
+    def _find_rest(self) -> ByteRange | None:
+        """Give what was not delivered of the segment; None: all of it, or it is not known where."""
+        start, stop = self._segment.byte_range or (0, self._shards.sizes[self._segment.shard])
+        start = start if self.offset is None else self.offset
+        return None if stop is None or stop <= start else ByteRange(start, stop)
+
+    def _check_place(self, place: int | None, sample: Sample) -> None:
+        """Refuse a sample that is not where the index has it: the next would get its label."""
+        extents = self._shards.extents
+        if place is None or extents is None:
+            return
+        expected = ByteRange(*extents[place].tolist())
+        if sample.extent != expected:
+            raise ShardFormatError(
+                f"{self._shards.describe(self._segment.shard)}: got sample {sample.key!r} in "
+                f"{sample.extent}, expected one in {expected}, as the index says; the shard is "
+                "damaged, fetch or write it anew"
+            )
 
     def _check_count(self, *, is_over: bool) -> None:
         expected = self._segment.num_samples
@@ -263,6 +333,7 @@ class ShardReader:
         buffer_size: int,
         seed: str,
         state: Mapping[str, Any] | None = None,
+        report: Callable[[Loss], None] | None = None,
     ) -> None:
         """Begin to read.
 
@@ -274,6 +345,8 @@ class ShardReader:
                 segments are read one after the other.
             seed: Seeds the draws.
             state: What `state` gave of a reader that was made alike: go on there.
+            report: Told of a sample that cannot be had, and of the rest of a segment that cannot,
+                which is then passed over; None: their errors are raised.
         """
         self._shards = shards
         self._segments = segments
@@ -287,6 +360,10 @@ class ShardReader:
         self._cursor = 0
         self._next_segment = 0
         self.num_delivered = 0
+        self.has_lost = False
+        """Whether anything was passed over."""
+        self._report = None if report is None else functools.partial(self._note, report)
+        self._is_replaying = False
         opened: Sequence[Sequence[Any]] = []
         if state is not None and shards.has_ranges:
             opened, self._next_segment = state["slots"], state["next_segment"]
@@ -369,8 +446,24 @@ class ShardReader:
             return False
         number = self._next_segment
         self._next_segment += 1
-        self._slots.insert(place, _Slot(number, self._segments[number], self._shards, self._ahead))
+        self._slots.insert(place, self._make_slot(number))
         return True
+
+    def _make_slot(self, number: int, offset: int | None = None, num_read: int = 0) -> _Slot:
+        return _Slot(
+            number,
+            self._segments[number],
+            self._shards,
+            self._ahead,
+            self._report,
+            offset,
+            num_read,
+        )
+
+    def _note(self, report: Callable[[Loss], None], loss: Loss) -> None:
+        if not self._is_replaying:  # else it was reported when it was first read
+            report(loss)
+        self.has_lost = True
 
     def close(self) -> None:
         """End what runs. May be called twice."""
@@ -391,18 +484,18 @@ class ShardReader:
             "buffer": [[raw.segment, raw.place, *raw.sample.extent] for raw in self._buffer],
             "target": self._target,
             "rng": [version, list(words), gauss],
+            "has_lost": self.has_lost,
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         if not self._shards.has_ranges:  # what was delivered is read again, and not decoded
+            self._is_replaying = True
             for _ in range(state["num_delivered"]):
                 next(self)
+            self._is_replaying = False
             return
-        for number, offset, num_read in state["slots"]:
-            slot = _Slot(
-                number, self._segments[number], self._shards, self._ahead, offset, num_read
-            )
-            self._slots.append(slot)
+        self.has_lost = state.get("has_lost", False)
+        self._slots = [self._make_slot(*opened) for opened in state["slots"]]
         self._cursor = state["cursor"]
         self._target = state["target"]
         self.num_delivered = state["num_delivered"]
@@ -411,7 +504,10 @@ class ShardReader:
         self._buffer = self._fetch_again(state["buffer"])
 
     def _fetch_again(self, places: Sequence[Sequence[Any]]) -> list[RawSample]:
-        """Fetch the samples that lay in the buffer, near ones by one request, in their order."""
+        """Fetch the samples that lay in the buffer, near ones by one request, in their order.
+
+        One that cannot be had any more is passed over, if it may be.
+        """
         shards = self._shards
         if shards.repeated is not None:
             sample = shards.repeated
@@ -436,13 +532,18 @@ class ShardReader:
         ]
         found: dict[int, RawSample] = {}
         for (shard, members, (begin, _)), future in zip(requests, futures, strict=True):
-            view = memoryview(future.result()).cast("B")
             for at in members:
                 number, place, start, stop = places[at]
-                sample = shards.parse(shard, view[start - begin : stop - begin])
-                sample = sample._replace(extent=ByteRange(start, stop))
-                found[at] = RawSample(number, place, shards.checked(shard, place, sample))
-        return [found[at] for at in range(len(places))]
+                extent = ByteRange(start, stop)
+                try:
+                    view = memoryview(future.result()).cast("B")[start - begin : stop - begin]
+                    sample = shards.parse(shard, view)._replace(extent=extent)
+                    found[at] = RawSample(number, place, shards.checked(shard, place, sample))
+                except LoaderError as error:
+                    if self._report is None:
+                        raise
+                    self._report(Loss(error, shards.locate(shard, extent), place, 1))
+        return [found[at] for at in range(len(places)) if at in found]
 
 
 def _iter_record_samples(file: Any, where: str, offset: int) -> Iterator[Sample]:

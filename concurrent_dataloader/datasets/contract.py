@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import abc
 import asyncio
-from collections.abc import Sequence
-from typing import Generic, Literal, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from torch.utils.data import Dataset
 from typing_extensions import Buffer
@@ -39,6 +39,33 @@ class SampleLocation(NamedTuple):
         """Name it for a person."""
         place = "" if self.byte_range is None else f" [{self.byte_range[0]}, {self.byte_range[1]})"
         return f"{self.key}{place}{f' {self.sample!r}' if self.sample else ''}"
+
+
+class Loss(NamedTuple):
+    """What a stream could not give, and goes on without: a sample, or the rest of a shard."""
+
+    error: Exception
+    location: SampleLocation
+
+    position: int | None
+    """Of the first of the samples in the index; None without one."""
+
+    num_samples: int | None
+    """None where that is not known."""
+
+
+@runtime_checkable
+class SkippingStream(Protocol):
+    """An iterable dataset that can go on after what it cannot read."""
+
+    def iter_skipping(self, report: Callable[[Loss], None]) -> Iterator[Any]:
+        """Begin an epoch as ``__iter__`` does, and tell what is passed over.
+
+        Args:
+            report: Called in the iterating thread, before the next sample that comes; raises what
+                must not be passed over, which then ends the iteration.
+        """
+        ...
 
 
 class StagedDataset(Dataset[S], abc.ABC, Generic[D, S]):

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from concurrent_dataloader.datasets._items import DEFAULT_FIELDS, Fields, ItemMaker
 from concurrent_dataloader.datasets._shard_list import find_shards
-from concurrent_dataloader.datasets._shard_reader import ReadSettings, ShardReader
+from concurrent_dataloader.datasets._shard_reader import RawSample, ReadSettings, ShardReader
 from concurrent_dataloader.datasets._split import (
     Reader,
     Segment,
@@ -29,6 +29,7 @@ from concurrent_dataloader.datasets._split import (
     plan_whole_shards,
     rank_span,
 )
+from concurrent_dataloader.datasets.contract import Loss
 from concurrent_dataloader.datasets.indexed import Decode
 from concurrent_dataloader.errors import ShardFormatError
 from concurrent_dataloader.shard_index import NO_LABEL, ShardIndex
@@ -272,6 +273,19 @@ class StreamedShards(IterableDataset[Any]):
         Raises:
             ValueError: The ranks cannot be given what was promised.
         """
+        return self._begin(None)
+
+    def iter_skipping(self, report: Callable[[Loss], None]) -> Iterator[Any]:
+        """Begin as ``__iter__`` does, but pass over what cannot be had; `SkippingStream`.
+
+        A sample that does not decode, or whose checksum is wrong, is passed over alone. Where a
+        shard cannot be opened or read on, or its bytes are no samples any more, what came before is
+        delivered, and the rest is passed over as one: of the shard, or of the part of it that this
+        worker reads in one piece, where an index tells parts.
+        """
+        return self._begin(report)
+
+    def _begin(self, report: Callable[[Loss], None] | None) -> Iterator[Any]:
         self._find_rank()
         reader = self._find_reader()
         state = None
@@ -289,11 +303,14 @@ class StreamedShards(IterableDataset[Any]):
             buffer_size=self._buffer_size,
             seed=f"samples {self._seed} {epoch.local} {reader.rank} {reader.worker}",
             state=state,
+            report=report,
         )
         self._running = (shard_reader, epoch, reader)
-        return self._generate(shard_reader)
+        return self._generate(shard_reader, report)
 
-    def _generate(self, shard_reader: ShardReader) -> Iterator[Any]:
+    def _generate(
+        self, shard_reader: ShardReader, report: Callable[[Loss], None] | None
+    ) -> Iterator[Any]:
         is_over = False
         try:
             for raw in shard_reader:
@@ -303,14 +320,28 @@ class StreamedShards(IterableDataset[Any]):
                     self._count_skipped()
                     continue
                 shard = shard_reader.shard_of(raw)
-                yield self._items.read(sample, label, self._shards.describe(shard))
-            self._check_length(shard_reader)
+                try:
+                    item = self._items.read(sample, label, self._shards.describe(shard))
+                except Exception as error:
+                    if report is None:
+                        raise
+                    report(self._describe_loss(error, shard, raw))
+                    continue
+                yield item
+            if not shard_reader.has_lost:
+                self._check_length(shard_reader)
             is_over = True
         finally:
             if self._running is not None and self._running[0] is shard_reader:
                 self._state = None if is_over else self.state_dict()
                 self._running = None
             shard_reader.close()
+
+    def _describe_loss(self, error: Exception, shard: int, raw: RawSample) -> Loss:
+        sample = raw.sample
+        is_checked = self._items.decodes_images
+        where = self._shards.locate(shard, sample.extent, sample.key, is_checked=is_checked)
+        return Loss(error, where, raw.place, 1)
 
     def _label_at(self, place: int | None) -> int | None:
         if self._labels is None or place is None:

@@ -25,7 +25,8 @@ from concurrent_dataloader.labels import Classes
 from concurrent_dataloader.prepare.checksums import Finding
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.shard_names import find_kind
-from concurrent_dataloader.stores.base import Store
+from concurrent_dataloader.stores import RangedFile
+from concurrent_dataloader.stores.base import SizedStore, Store
 
 SampleKind = Literal["tar", "tfrecord", "object", "payload", "lmdb", "bytes"]
 """What a byte range holds: a tar sample with its headers, a framed record, a whole file, an image
@@ -33,6 +34,7 @@ file inside of something; a record of a database, which ``sample`` gives the num
 which nothing is known but that they can be read. A loader's quarantine file has the same words."""
 
 _MAX_ERROR_CHARACTERS = 500
+_READ_BYTES = 8 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +68,11 @@ class BadSample(NamedTuple):
 
     kind: SampleKind
     error: str
+
+    @property
+    def is_rest(self) -> bool:
+        """Whether it is no sample, but what follows in a shard where one could not be read."""
+        return not self.sample and self.byte_range is not None and self.kind in ("tar", "tfrecord")
 
     def to_finding(self) -> Finding:
         """Say so in a line."""
@@ -218,12 +225,36 @@ def read_report(raw: Buffer, where: str) -> list[BadSample]:
     return list(samples.values())
 
 
+def _check_rest(store: SizedStore, sample: BadSample, rules: Rules) -> None:
+    """Look at the samples from where a shard could not be read on, to its end as it is now.
+
+    Raises:
+        LoaderError: One cannot be used.
+    """
+    assert sample.byte_range is not None, "the caller looked at is_rest"
+    start, where = sample.byte_range.start, sample.key
+    with io.BufferedReader(RangedFile(store, where), _READ_BYTES) as file:
+        file.seek(start)
+        if sample.kind == "tar":
+            for found in read_samples(file, where, offset=start):
+                check_sample(parse_tar_fields(found.fields, found.key, where), rules)
+            return
+        for record in open_tfrecord().iter_records(file, where, start=start):
+            first, stop = record.byte_range
+            file.seek(first)
+            check_sample(parse_record(file.read(stop - first), rules, where, first), rules)
+
+
 def check_again(store: Store, sample: BadSample, rules: Rules) -> BadSample | None:
     """Look at a sample of a report again; None if nothing is wrong with it any more."""
-    if sample.byte_range is not None and find_kind(sample.key) == "compressed tar":
+    is_part = sample.byte_range is not None or sample.kind == "tar"
+    if is_part and find_kind(sample.key) == "compressed tar":
         error = "a compressed tar has no byte ranges; look at all of it again with --deep"
         return sample._replace(error=error)
     try:
+        if sample.is_rest and isinstance(store, SizedStore):
+            _check_rest(store, sample, rules)
+            return None
         raw = store.get(sample.key, sample.byte_range)
         start = 0 if sample.byte_range is None else sample.byte_range.start
         if sample.kind == "tar":

@@ -389,6 +389,7 @@ def test_each_failure_is_a_line_of_the_file_once_its_batch_is_taken(
         "error": "s3://bucket/key: no such object",
         "attempts": None,
         "position": 3,
+        "num_samples": 1,
         "epoch": 0,
     }
 
