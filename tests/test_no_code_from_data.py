@@ -48,6 +48,10 @@ DANGEROUS = {
 ALLOWED = {
     # A batch of our own worker, as all that comes through torch's queue.
     ("concurrent_dataloader/dataloader_mod/recycle.py", "pickle.loads"): 1,
+    # A copy of a state, pickled by this loader in this process or in a worker of it.
+    ("concurrent_dataloader/dataloader_mod/resume.py", "pickle.loads"): 1,
+    # What a process that packs is told by the one that started it, and an error it sends back.
+    ("concurrent_dataloader/prepare/pool.py", "pickle.loads"): 2,
 }
 """How often each may stand where; whatever else is used has to be harmless by its arguments."""
 

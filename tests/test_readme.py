@@ -126,7 +126,7 @@ def test_a_command_of_the_readme_exists_with_its_flags(line: str) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_files_that_a_document_names_are_there(document: Path) -> None:
     named = set(re.findall(r"`([\w./-]+\.(?:py|md|ipynb|yaml|json|toml))`", document.read_text()))
-    made = {"s3.json", "train.json", "classes.json", "runs/results.md"}
+    made = {"metadata.json", "s3.json", "train.json", "classes.json", "runs/results.md"}
 
     missing = {
         name

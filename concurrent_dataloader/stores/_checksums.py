@@ -47,20 +47,13 @@ Source: AWS, "Checking object integrity in Amazon S3"."""
 class Checksums:
     """Compares whole bodies with what the store says of them; of one store in one process.
 
-    An ETag of 32 hexadecimal digits is the MD5 of the object, but not where objects are encrypted
-    with a customer's key (SSE-KMS, SSE-C), and one cannot see that from the ETag. So a store is
-    believed once an ETag was the MD5. One whose first `_NUM_DOUBTED` objects all have ETags of
-    another kind, each read twice with the same bytes, is compared by length only from then on.
+    An ETag of 32 hexadecimal digits is the MD5 of the object, but where objects are encrypted with
+    a customer's key (SSE-KMS, SSE-C) it is not. That is not to be guessed from bodies that do not
+    fit: a store that answers with other objects looks the same. Only the store's own word counts.
     """
-
-    _NUM_DOUBTED = 3
 
     def __init__(self, verify: Verify) -> None:
         self._is_off = verify == "length"
-        # Touched by many threads; each operation is atomic, and a lost update costs one more read.
-        self._is_believed = False
-        self._doubted: dict[str, str] = {}
-        self._num_doubted = 0
 
     def check(
         self,
@@ -91,38 +84,56 @@ class Checksums:
                 if got != sent:
                     raise _mismatch(address, key, body, name, got, sent)
                 return
-        encryption = header("x-amz-server-side-encryption") or ""
-        is_own_key = header("x-amz-server-side-encryption-customer-algorithm") is not None
-        if not encryption.startswith(_NOT_MD5_ENCRYPTION) and not is_own_key:
+        if not has_own_key(header):
             self.check_etag(address, key, etag, body)
 
-    def check_etag(self, address: Address, key: str, etag: str | None, body: Buffer) -> None:
-        """Compare a whole object with its ETag, where that is an MD5; as `check`."""
+    def check_etag(
+        self,
+        address: Address,
+        key: str,
+        etag: str | None,
+        body: Buffer,
+        ask_header: Callable[[], Callable[[str], str | None]] | None = None,
+    ) -> None:
+        """Compare a whole object with its ETag, where that is an MD5; as `check`.
+
+        Args:
+            address: The place that answered.
+            key: The object.
+            etag: Of the answer.
+            body: What came.
+            ask_header: Asks the store for the object's headers, where those of the answer are not
+                known. Called when the two differ; a store that encrypts with a customer's key is
+                compared by length only from then on.
+        """
         match = None if self._is_off or etag is None else _MD5.fullmatch(etag)
         if match is None:
             return
         got = hashlib.md5(body, usedforsecurity=False).hexdigest()
         if got == match[1]:
-            self._is_believed = True
-        elif self._is_believed or not self._doubts(address, key, got):
-            raise _mismatch(address, key, body, "ETag", got, match[1])
-
-    def _doubts(self, address: Address, key: str, got: str) -> bool:
-        """Whether it is the ETag that is to be doubted, not the body."""
-        if self._doubted.get(key) != got:
-            self._doubted[key] = got
-            return False
-        del self._doubted[key]
-        self._num_doubted += 1
-        if self._num_doubted == self._NUM_DOUBTED:
+            return
+        if ask_header is not None and has_own_key(ask_header()):
             self._is_off = True
             log.warning(
-                "%s: the ETags of %s are no MD5s of the objects; bodies are compared by their "
-                "length only from now on",
+                "%s: %s encrypts objects with a customer's key, so their ETags are no MD5s; bodies "
+                "are compared by their length only",
                 address.describe(key),
                 address.endpoint_url,
             )
-        return True
+            return
+        raise _mismatch(address, key, body, "ETag", got, match[1])
+
+
+def has_own_key(header: Callable[[str], str | None]) -> bool:
+    """Whether an object is encrypted with a customer's key, by the headers of an answer.
+
+    Source: AWS, "Checking object integrity in Amazon S3", on ETags.
+    """
+    encryption = header("x-amz-server-side-encryption") or ""
+    return (
+        encryption.startswith(_NOT_MD5_ENCRYPTION)
+        or header("x-amz-server-side-encryption-customer-algorithm") is not None
+    )
 
 
 def _mismatch(

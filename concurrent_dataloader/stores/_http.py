@@ -13,6 +13,7 @@ import select
 import socket
 import ssl
 import time
+from collections.abc import Callable
 from functools import partial
 from urllib.parse import urljoin, urlsplit
 
@@ -101,6 +102,13 @@ class HttpStore(BlockingStore):
                 "expected the object's size"
             )
         return ObjectInfo(key, int(size))
+
+    def ask_header(self, key: str) -> Callable[[str], str | None]:
+        """Ask for an object's headers; gives a look-up by their usual names."""
+        status, headers, _ = self._request("HEAD", key, None)
+        if status != 200:
+            raise error_for_status(self._address, key, status)
+        return headers.get
 
     def _request(
         self, method: str, key: str, byte_range: ByteRange | None

@@ -137,7 +137,8 @@ class ObstoreStore(BlockingStore):
             etag = result.meta["e_tag"]
             if got_bytes == 0:
                 check_whole_body(self._address, key, 0, None, etag)
-            self._checksums.check_etag(self._address, key, etag, body)
+            ask = partial(self._plain.ask_header, key)
+            self._checksums.check_etag(self._address, key, etag, body, ask)
         elif got_bytes != byte_range.stop - byte_range.start:
             size_bytes = result.meta["size"]
             if size_bytes < byte_range.stop:

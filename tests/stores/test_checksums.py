@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import functools
 import hashlib
-import logging
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
@@ -40,27 +41,43 @@ def test_an_etag_of_another_kind_says_nothing(etag: str | None) -> None:
     check(Checksums("checksum"), "key", b"body", etag)
 
 
-def test_a_store_whose_etags_are_no_md5s_is_read_after_a_second_look(
+def test_a_store_that_always_answers_with_other_objects_is_never_believed() -> None:
+    checksums = Checksums("checksum")
+
+    for _ in range(3):
+        for key in ("a", "b", "c", "d", "e"):
+            with pytest.raises(BodyMismatchError):
+                check(checksums, key, b"the same other body", NOT_AN_MD5)
+
+
+def test_a_store_that_says_it_has_a_customers_key_is_compared_by_length_from_then_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     checksums = Checksums("checksum")
+    asked: list[str] = []
 
-    with caplog.at_level(logging.WARNING):
-        for key in ("a", "b", "c"):
-            with pytest.raises(BodyMismatchError):
-                check(checksums, key, b"body", NOT_AN_MD5)
-            check(checksums, key, b"body", NOT_AN_MD5)
-        check(checksums, "d", b"body", NOT_AN_MD5)
+    def ask(key: str) -> Any:
+        asked.append(key)
+        return {"x-amz-server-side-encryption": "aws:kms"}.get
 
-    assert caplog.text.count("are no MD5s of the objects") == 1
+    for key in ("a", "b"):
+        checksums.check_etag(ADDRESS, key, NOT_AN_MD5, b"body", functools.partial(ask, key))
+
+    assert asked == ["a"]
+    assert "encrypts objects with a customer's key" in caplog.text
 
 
-def test_a_second_look_that_differs_is_no_confirmation() -> None:
+def test_a_store_that_says_no_such_thing_has_sent_a_wrong_body() -> None:
     checksums = Checksums("checksum")
 
-    for body in (b"one", b"two", b"three", b"four"):
-        with pytest.raises(BodyMismatchError):
-            check(checksums, "key", body, NOT_AN_MD5)
+    with pytest.raises(BodyMismatchError, match="ETag"):
+        checksums.check_etag(
+            ADDRESS,
+            "key",
+            NOT_AN_MD5,
+            b"body",
+            lambda: {"x-amz-server-side-encryption": "AES256"}.get,
+        )
 
 
 @pytest.mark.parametrize(

@@ -257,7 +257,7 @@ def test_https_is_trusted_by_its_certificate_only(
 
     assert read(trusting, "large", "blocking") == OBJECTS["large"]
     assert read(trusting, "large", "awaited") == OBJECTS["large"]
-    with pytest.raises(StoreUnavailableError, match="certificate"):
+    with pytest.raises(StoreError, match="certificate"):
         read(doubting, "ten", "blocking")
 
 
