@@ -17,13 +17,17 @@ Work = tuple[Callable[..., None], tuple[Any, ...]]
 class DaemonThreads:
     """Runs calls in at most ``max_threads`` threads, first come first served.
 
-    Leaner than `concurrent.futures.ThreadPoolExecutor`, which adds a future and two semaphores to
-    each call, and whose threads keep a process from exiting as long as one hangs in a client.
+    A thread that has nothing to do for `IDLE_S` seconds ends. Leaner than
+    `concurrent.futures.ThreadPoolExecutor`, which adds a future and two semaphores to each call,
+    and whose threads keep a process from exiting as long as one hangs in a client.
     """
+
+    IDLE_S = 4.0
 
     def __init__(self, max_threads: int, name: str) -> None:
         self._max_threads = max_threads
         self._name = name
+        self._num_started = 0
         self._waiting: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         # Guarded by `_lock`: threads, and calls that were submitted and have not ended.
         self._threads: list[threading.Thread] = []
@@ -44,7 +48,7 @@ class DaemonThreads:
             num_threads = len(self._threads)
             if num_threads < min(self._num_outstanding, self._max_threads):
                 thread = threading.Thread(
-                    target=self._run, name=f"{self._name}-{num_threads}", daemon=True
+                    target=self._run, name=f"{self._name}-{self._num_started}", daemon=True
                 )
                 try:
                     thread.start()
@@ -54,6 +58,7 @@ class DaemonThreads:
                         raise
                 else:
                     self._threads.append(thread)
+                    self._num_started += 1
         self._waiting.put((call, arguments))
         self._check_open()
 
@@ -63,7 +68,12 @@ class DaemonThreads:
 
     def _run(self) -> None:
         while True:
-            work = self._waiting.get()
+            try:
+                work = self._waiting.get(timeout=self.IDLE_S)
+            except queue.Empty:
+                if self._may_end():
+                    return
+                continue
             if work is None:
                 self._waiting.put(None)  # for the next thread
                 return
@@ -72,6 +82,15 @@ class DaemonThreads:
             del work, call, arguments  # or they would be held until the next call comes
             with self._lock:
                 self._num_outstanding -= 1
+
+    def _may_end(self) -> bool:
+        """Take the calling thread off the list, unless a call counts on it."""
+        with self._lock:
+            # A call that has been counted may not be in the queue yet.
+            if len(self._threads) <= self._num_outstanding:
+                return False
+            self._threads.remove(threading.current_thread())
+            return True
 
     def stop(self, timeout_s: float = 0.0) -> list[Work]:
         """End the threads, and give back the calls that had not begun. May be called twice.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 from typing import Any
 
@@ -141,3 +142,38 @@ def wait_between(begun: threading.Event, go_on: threading.Event) -> bool:
 def refuse(thread: threading.Thread) -> None:
     del thread
     raise RuntimeError("can't start new thread")
+
+
+class Impatient(DaemonThreads):
+    IDLE_S = 0.02
+
+
+def test_threads_with_nothing_to_do_end_and_come_again() -> None:
+    threads = Impatient(4, "impatient")
+    before = threading.active_count()
+    done = threading.Semaphore(0)
+
+    for _ in range(3):
+        for _ in range(20):
+            threads.submit(done.release)
+        for _ in range(20):
+            assert done.acquire(timeout=20)
+        until_s = time.monotonic() + 20
+        while threading.active_count() > before:
+            assert time.monotonic() < until_s
+
+    threads.stop()
+
+
+def test_no_call_is_lost_to_threads_that_end() -> None:
+    threads = Impatient(3, "impatient")
+    done = threading.Semaphore(0)
+
+    for number in range(300):
+        threads.submit(done.release)
+        if number % 3 == 0:
+            threading.Event().wait(0.02)  # as long as the threads wait
+
+    for _ in range(300):
+        assert done.acquire(timeout=20)
+    threads.stop()
