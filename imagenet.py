@@ -147,11 +147,13 @@ def add_own_arguments(add: Callable[..., Any]) -> None:
 def check_error_policy(parser: argparse.ArgumentParser, args: Args) -> None:
     """Exit with status 2 if bad images are to be passed over by what cannot do it."""
     passes_over = args.on_error != "raise"
-    if passes_over and (args.stream or args.loader == "torch" or args.fetch_impl == "vanilla"):
+    if passes_over and (args.loader == "torch" or args.fetch_impl == "vanilla"):
         parser.error(
-            f"argument --on-error: got {args.on_error}, expected no --stream, no --loader torch, "
-            "no --fetch-impl vanilla with it"
+            f"argument --on-error: got {args.on_error}, expected no --loader torch, no --fetch-impl"
+            " vanilla with it"
         )
+    if args.on_error == "replace" and args.stream:
+        parser.error("argument --on-error: got replace, expected skip with --stream")
     if args.quarantine is not None and not passes_over:
         parser.error("argument --quarantine: expected --on-error skip or replace with it")
 

@@ -677,6 +677,27 @@ def test_bad_images_are_passed_over_and_written_down(
     assert epoch["val"]["num_images"] == 3 * NUM_VAL - 1
 
 
+def test_a_stream_goes_on_after_an_image_that_is_damaged(
+    train: Callable[..., Path], image_folder: Path, tmp_path: Path
+) -> None:
+    data, quarantine = tmp_path / "packed", tmp_path / "quarantine.jsonl"
+    assert pack(["shard", str(image_folder), str(data), "--splits", "train,val"]) == 0
+    (shard,) = data.glob("train-*.tar")
+    raw = bytearray(shard.read_bytes())
+    start = raw.index(b"\xff\xd8\xff")  # the first image
+    raw[start : start + 100] = bytes(100)
+    shard.write_bytes(raw)
+
+    flags = ["--epochs", "1", "--stream", "--on-error", "skip", "--quarantine", str(quarantine)]
+    output = train("run", *flags, data=data)
+
+    (line,) = map(json.loads, quarantine.read_text().splitlines())
+    assert (line["key"], line["num_samples"]) == (shard.name, 1)
+    assert line["range"][0] < start < line["range"][1]
+    (epoch,) = read_log(output, "epoch")
+    assert epoch["train"]["num_images"] == 3 * NUM_TRAIN - 1
+
+
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
@@ -687,8 +708,11 @@ def test_bad_images_are_passed_over_and_written_down(
         ("--fetch-impl async", "--fetch-impl: invalid choice: 'async'"),
         ("--loader dali", "--loader: invalid choice: 'dali'"),
         ("--quarantine x.jsonl", "argument --quarantine: expected --on-error skip or replace"),
-        ("--on-error skip --loader torch", "got skip, expected no --stream, no --loader torch"),
-        ("--on-error replace --stream", "argument --on-error: got replace, expected no --stream"),
+        (
+            "--on-error skip --loader torch",
+            "argument --on-error: got skip, expected no --loader torch",
+        ),
+        ("--on-error replace --stream", "argument --on-error: got replace, expected skip with"),
         ("--resume gone.pth.tar", "argument --resume: gone.pth.tar: no such file"),
         ("", "nowhere: nothing there, expected shards of tar or TFRecord"),
         ("--index-file gone.json", "nowhere: no such folder"),
