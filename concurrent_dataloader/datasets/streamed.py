@@ -76,8 +76,8 @@ class StreamedShards(IterableDataset[Any]):
     **Lengths.** ``len(dataset)`` is the number of samples of this rank. ``len(loader)`` is the
     number of its batches, if there is one worker at most or ``batch_size`` is told, with and
     without ``drop_last``; only the last batch may be smaller. Where ``on_error="skip"`` passes over
-    samples, there may be fewer, and the last batch of each worker may be smaller. Where the number is not known (no
-    index and no ``length``, or samples may be skipped), ``len`` raises TypeError.
+    samples, there may be fewer, and the last batch of each worker may be smaller. Where the number
+    is not known (no index and no ``length``, or samples may be skipped), ``len`` raises TypeError.
 
     **Resuming.** `state_dict` and `load_state_dict`, as the `DataLoader` of this package and
     ``torchdata``'s ``StatefulDataLoader`` call them in workers. Bytes of samples that were
