@@ -262,6 +262,17 @@ def test_a_stream_of_which_nothing_can_be_read_has_no_batch(bare: Path) -> None:
         assert (report.epoch, report.num_asked, report.num_failed) == (epoch, 3, 3)
 
 
+def test_what_an_epoch_lost_that_was_left_is_not_counted_in_the_next(folder: Path) -> None:
+    loader = make(folder, 2, persistent_workers=True, prefetch_factor=8)
+    (folder / NAMES[1]).unlink()
+    next(iter(loader))  # the workers have read all by the time that they begin anew
+
+    assert len(labels_of(loader)) == len(ALL) - COUNTS[1]
+
+    report = loader.error_report()
+    assert (report.epoch, report.num_asked, report.num_failed) == (1, len(ALL), COUNTS[1])
+
+
 # -- single samples
 
 
@@ -495,7 +506,12 @@ def test_a_command_is_named_without_its_arguments() -> None:
 def test_a_length_that_was_told_is_not_compared_where_shards_were_lost(bare: Path) -> None:
     cut_short(bare)
 
-    assert len(labels_of(make(bare, 0, length=len(ALL)))) == 15
+    loader = make(bare, 0, length=len(ALL))
+    assert len(labels_of(itertools.islice(loader, 7))) == 14  # the last of another shard
+    resumed = make(bare, 0, length=len(ALL))
+    resumed.load_state_dict(loader.state_dict())
+
+    assert labels_of(resumed) == [ALL[-1]]
 
 
 # -- an epoch that goes on elsewhere
