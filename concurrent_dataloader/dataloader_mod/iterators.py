@@ -24,6 +24,7 @@ from concurrent_dataloader.dataloader_mod.failures import (
 from concurrent_dataloader.dataloader_mod.orphan import (
     SocketFolder,
     describe_deaths,
+    remove_shared_memory,
     watch_senders,
 )
 from concurrent_dataloader.dataloader_mod.recycle import forget_worker
@@ -41,6 +42,7 @@ from concurrent_dataloader.dataloader_mod.worker import (
     FetchedDataset,
     _worker_loop,
 )
+from concurrent_dataloader.errors import DeadlineError
 
 if TYPE_CHECKING:
     from concurrent_dataloader.dataloader_mod.dataloader import DataLoader
@@ -111,18 +113,34 @@ class WorkersIter(torch_internals.MultiProcessingIter):
             deaths = describe_deaths(self._workers)
             if deaths:
                 error.add_note(deaths)
+                remove_shared_memory(self._workers)
             raise
 
     def _get_data(self) -> Any:
-        received = super()._get_data()
+        received = self._receive()
         while isinstance(sent := received[0], StatesAfter | FailedSamples):
             if isinstance(sent, StatesAfter):
                 self._states.receive(sent)
             elif self._failures is not None:
                 self._failures.hold(sent)
-            received = super()._get_data()
+            received = self._receive()
         self._received_task = received[0]
         return received
+
+    def _receive(self) -> Any:
+        try:
+            return super()._get_data()
+        except RuntimeError as error:
+            if self._timeout <= 0 or "timed out" not in str(error):
+                raise
+            worker_id, *_ = self._task_info.get(self._rcvd_idx, (None,))
+            pid = "" if worker_id is None else f" (pid {self._workers[worker_id].pid})"
+            raise DeadlineError(
+                f"worker {worker_id}{pid}: no batch in {self._timeout:.4g} s (timeout is "
+                f"{self._settings.timeout_s:.4g} s) and no word of what it "
+                "waits for, expected one or the other; it is stopped, or stuck in the data "
+                "set's own code; look at it with py-spy, or allow a longer timeout"
+            ) from error
 
     def _process_data(self, data: Any, *worker: Any) -> Any:
         # In order, torch has just counted this task; out of order it is the one received last.

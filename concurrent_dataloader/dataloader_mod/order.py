@@ -52,6 +52,12 @@ def find_place(loader: Any) -> tuple[int, int]:
     return 0, 1
 
 
+def count_samples(loader: Any) -> int | None:
+    """Give the length of a map-style dataset; None if it has none, or is iterable."""
+    is_map = loader._dataset_kind == torch_internals.DatasetKind.Map
+    return len(loader.dataset) if is_map and hasattr(loader.dataset, "__len__") else None
+
+
 def _find_distributed(loader: Any) -> DistributedSampler[Any] | None:
     for each in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
         if isinstance(each, DistributedSampler):
@@ -104,6 +110,12 @@ def take_over(loader: Any, state: EpochState) -> None:
     if state.begin is None:
         order.put_back()
         return
+    num_samples = count_samples(loader)
+    if None not in (num_samples, state.num_samples) and num_samples != state.num_samples:
+        raise ValueError(
+            f"dataset: got one of {num_samples} samples, expected {state.num_samples} as in the "
+            "state; its order would be another"
+        )
     if loader.batch_size != state.batch_size:
         raise ValueError(
             f"batch_size: got {loader.batch_size}, expected {state.batch_size} as in the state; "
@@ -202,6 +214,7 @@ class Order:
             generators=[generator.get_state() for generator in self._generators],
             sampler=self.read(),
             batch_size=loader.batch_size,
+            num_samples=count_samples(loader),
             place=find_place(loader),
             dataset=describe_unread(loader.dataset),
             **fields,
@@ -218,6 +231,13 @@ class Order:
             self._state.first = read_generators()
         elif self._resumes:
             write_generators(self._state.first)
+        if self._state.first_generators is None:
+            self._state.first_generators = [each.get_state() for each in self._generators]
+        elif self._resumes:
+            for generator, before in zip(
+                self._generators, self._state.first_generators, strict=True
+            ):
+                generator.set_state(before)
         states = thaw(self._state.sampler) if self._resumes else None
         iterator = self._watch(iterator, None if states is None else states["iterator"])
         if self._resumes and states is None and self._is_map:

@@ -14,6 +14,7 @@ multiprocessing kills those that are left; hence a folder that the parent remove
 from __future__ import annotations
 
 import contextlib
+import glob
 import multiprocessing
 import multiprocessing.util
 import os
@@ -151,3 +152,16 @@ def describe_deaths(workers: Sequence[Any]) -> str:
         elif status is not None:
             deaths.append(f"worker {number} (pid {worker.pid}) exited with status {status}")
     return ", ".join(deaths)
+
+
+def remove_shared_memory(workers: Sequence[Any]) -> None:
+    """Remove the names of shared memory that workers had when a signal killed them.
+
+    torch makes a segment, and takes its name away at once; a worker that is killed in between
+    leaves the name, and with it the memory. Whoever has such a segment open keeps it.
+    """
+    for worker in workers:
+        if worker.exitcode is not None and worker.exitcode < 0:
+            for path in glob.glob(f"/dev/shm/torch_{worker.pid}_*"):
+                with contextlib.suppress(OSError):
+                    os.unlink(path)

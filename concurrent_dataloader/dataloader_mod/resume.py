@@ -108,7 +108,14 @@ class EpochState:
     """The same before it was first asked, where it is asked later: without workers."""
 
     generators: list[torch.Tensor] = dataclasses.field(default_factory=list[torch.Tensor])
-    """States of `find_generators` at the beginning."""
+    """States of `find_generators` when `begin` was read."""
+
+    first_generators: list[torch.Tensor] | None = None
+    """The same before the sampler was first asked. In between, torch draws a seed from one of
+    them, at another time with workers than without."""
+
+    num_samples: int | None = None
+    """Length of a map-style dataset."""
 
     base_seed: int | None = None
     """torch's, from which workers are seeded."""
@@ -157,11 +164,16 @@ class EpochState:
         Raises:
             ValueError: It is nothing of the kind.
         """
+        if not isinstance(state, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]: a caller's
+            raise TypeError(
+                f"load_state_dict: got {type(state).__name__}, expected what state_dict() gave"
+            )
         if state.get("version") != VERSION or set(state) != {*_FIELDS, "version"}:
             raise ValueError(
                 f"load_state_dict: got version {state.get('version')!r} with {sorted(state)}, "
                 f"expected version {VERSION} with {sorted(_FIELDS)}; give it what state_dict() gave"
             )
+        _check_fields(state)
         made = cls()
         made.restart(**{name: state[name] for name in _FIELDS})
         made.workers, made.place = dict(made.workers), (state["place"][0], state["place"][1])
@@ -177,6 +189,32 @@ class EpochState:
         fresh = EpochState()
         for name in _FIELDS:
             setattr(self, name, fields.get(name, getattr(fresh, name)))
+
+
+def _check_fields(state: Mapping[str, Any]) -> None:
+    """Refuse what `EpochState.to_dict` cannot have written, where that is easily seen."""
+    for name in ("num_taken", "num_workers", "next_worker"):
+        value = state[name]
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(
+                f"load_state_dict: {name}: got {value!r}, expected a whole number from 0; give it "
+                "what state_dict() gave"
+            )
+    kinds: dict[str, tuple[type, ...]] = {
+        "begin": (Mapping, type(None)),
+        "first": (Mapping, type(None)),
+        "base_seed": (int, type(None)),
+        "place": (tuple, list),
+        "workers": (Mapping,),
+        "datasets": (Mapping,),
+        "generators": (list, tuple),
+    }
+    for name, kind in kinds.items():
+        if not isinstance(state[name], kind):
+            raise ValueError(
+                f"load_state_dict: {name}: got {type(state[name]).__name__}, expected "
+                f"{' or '.join(each.__name__ for each in kind)}; give it what state_dict() gave"
+            )
 
 
 _FIELDS = tuple(each.name for each in dataclasses.fields(EpochState))

@@ -181,3 +181,79 @@ def test_a_loader_without_a_fixed_order_has_no_state(settings, message):
 def test_something_else_is_not_taken_for_a_state():
     with pytest.raises(ValueError, match="give it what state_dict"):
         make_loader(1).load_state_dict({"epoch": 3})
+
+
+class Eager:
+    """A batch sampler that draws its order when it is made an iterator, from a generator."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(11)
+
+    def __iter__(self):
+        order = torch.randperm(NUM_SAMPLES, generator=self.generator).tolist()
+        return iter([order[start : start + 4] for start in range(0, NUM_SAMPLES, 4)])
+
+    def __len__(self):
+        return -(-NUM_SAMPLES // 4)
+
+
+def make_plain(num_workers, sampler):
+    torch.manual_seed(1)
+    if sampler == "eager":
+        return DataLoader(
+            doubles.PlainSquares(NUM_SAMPLES), batch_sampler=Eager(), num_workers=num_workers
+        )
+    return DataLoader(
+        doubles.PlainSquares(NUM_SAMPLES), 4, num_workers=num_workers, **SAMPLERS[sampler]()
+    )
+
+
+@pytest.mark.parametrize("sampler", [*SAMPLERS, "eager"])
+@pytest.mark.parametrize("numbers", [(0, 2, 0), (2, 0, 2), (0, 1, 2), (2, 0, 0)])
+def test_the_order_stays_with_and_without_workers(sampler, numbers):
+    first = list(make_plain(numbers[0], sampler))
+    again = make_plain(numbers[0], sampler)
+
+    got, state, _ = take(again, 2)
+    for num_workers in numbers[1:]:
+        loader = make_plain(num_workers, sampler)
+        loader.load_state_dict(state)
+        more, state, _ = take(loader, 1)
+        got += more
+    last = make_plain(numbers[-1], sampler)
+    last.load_state_dict(state)
+
+    assert is_same([*got, *last], first)
+
+
+def test_a_state_of_another_dataset_is_refused():
+    _, state, _ = take(make_loader(1), 2)
+    other = DataLoader(doubles.StagedSquares(NUM_SAMPLES - 1), 4, shuffle=True, num_workers=2)
+
+    with pytest.raises(ValueError, match="dataset: got one of 37 samples, expected 38"):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_taken", -1),
+        ("num_taken", "3"),
+        ("num_workers", "junk"),
+        ("next_worker", -1),
+        ("place", "junk"),
+        ("base_seed", "junk"),
+        ("begin", "junk"),
+    ],
+)
+def test_a_state_that_was_changed_is_refused(field, value):
+    loader = make_loader(1)
+    _, state, _ = take(loader, 2)
+
+    with pytest.raises(ValueError, match=f"load_state_dict: {field}: got"):
+        loader.load_state_dict({**state, field: value})
+
+
+def test_no_state_at_all_is_refused():
+    with pytest.raises(TypeError, match="load_state_dict: got NoneType"):
+        make_loader(1).load_state_dict(None)  # pyright: ignore[reportArgumentType]: wrong
