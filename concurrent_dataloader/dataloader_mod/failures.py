@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
+import numbers
 import operator
 import os
 import re
@@ -45,8 +46,13 @@ class ErrorBudget:
     has asked for fewer; 1.0: as many as ``count`` allows."""
 
     def __post_init__(self) -> None:
-        if self.count is not None and (isinstance(self.count, bool) or self.count < 0):
-            raise ValueError(f"count: got {self.count!r}, expected None, or 0 or more")
+        if self.count is not None:
+            if isinstance(self.count, bool) or not isinstance(self.count, numbers.Integral):
+                raise TypeError(f"count: got {self.count!r}, expected None or a whole number")
+            if self.count < 0:
+                raise ValueError(f"count: got {self.count!r}, expected None, or 0 or more")
+        if isinstance(self.share, bool) or not isinstance(self.share, numbers.Real):
+            raise TypeError(f"share: got {self.share!r}, expected a number from 0 to 1")
         if not 0 <= self.share <= 1:
             raise ValueError(f"share: got {self.share!r}, expected 0 to 1")
 

@@ -13,6 +13,14 @@ from typing import Any, Literal, get_args
 from urllib.parse import unquote, urlsplit
 
 from concurrent_dataloader.errors import MissingDependencyError
+from concurrent_dataloader.stores._arguments import (
+    check_cache_folder,
+    check_duration,
+    check_instance,
+    check_no_file,
+    check_scheme,
+    check_whole,
+)
 from concurrent_dataloader.stores.address import (
     ClientOptions,
     HttpAddress,
@@ -139,13 +147,30 @@ def open_store(
 
     Raises:
         ValueError: An argument cannot be used, or does not go with the URL.
+        TypeError: An argument is of another type.
         CredentialsError: The credentials file cannot be used.
         MissingDependencyError: The client's package is not installed.
     """
     if client not in _ADAPTERS:
         names = ", ".join(map(repr, get_args(Client)))
         raise ValueError(f"client: got {client!r}, expected one of {names}")
-    text = os.fspath(url)
+    _check_settings(
+        {
+            "deadline_s": deadline_s,
+            "connect_timeout_s": connect_timeout_s,
+            "stall_timeout_s": stall_timeout_s,
+        },
+        max_connections,
+        region,
+    )
+    check_instance("retry", retry, RetryPolicy, "its defaults")
+    check_instance("hedge", hedge, HedgePolicy, "no request made again")
+    check_instance("in_flight", in_flight, InFlightPolicy, "its defaults")
+    if cache is not None:
+        if not isinstance(cache, DiskCache):
+            check_cache_folder("cache", cache)
+        check_no_file("cache", cache.folder if isinstance(cache, DiskCache) else cache)
+    text = _check_url(url)
     scheme = urlsplit(text).scheme if "://" in text else ""
     if scheme in ("", "file"):
         from concurrent_dataloader.stores._local import LocalStore
@@ -219,6 +244,21 @@ def _import_adapter(client: str) -> Any:
         raise MissingDependencyError(
             f"client {client!r}: {error}; install it with `pip install {client}`"
         ) from error
+
+
+def _check_settings(durations_s: Mapping[str, object], num: object, region: object) -> None:
+    for name, value_s in durations_s.items():
+        check_duration(name, value_s)
+    check_whole("max_connections", num)
+    check_instance("region", region, str, "that of the settings")
+
+
+def _check_url(url: object) -> str:
+    text = os.fspath(url) if isinstance(url, (str, os.PathLike)) else url
+    if not isinstance(text, str):
+        raise TypeError(f"url: got {url!r}, expected a URL or the path of a folder")
+    check_scheme(text)
+    return text
 
 
 def _local_path(text: str) -> str:

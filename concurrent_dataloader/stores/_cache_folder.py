@@ -31,6 +31,11 @@ from typing import NamedTuple
 from typing_extensions import Buffer
 
 from concurrent_dataloader.errors import StoreError
+from concurrent_dataloader.stores._arguments import (
+    check_cache_folder,
+    check_number,
+    check_whole,
+)
 from concurrent_dataloader.stores._cache_entry import (
     HEADER_BYTES,
     EntryName,
@@ -77,6 +82,11 @@ class DiskCache:
     """For the download of the same object by another process; then it is fetched here too."""
 
     def __post_init__(self) -> None:
+        check_cache_folder("folder", self.folder)
+        check_whole("limit_bytes", self.limit_bytes, "a whole number of bytes, such as 5 * 10**9")
+        if self.max_age_s is not None:
+            check_number("max_age_s", self.max_age_s, "a number of seconds, or None")
+        check_number("max_wait_s", self.max_wait_s, "a number of seconds")
         object.__setattr__(self, "folder", os.path.abspath(os.path.expanduser(self.folder)))
         if self.limit_bytes < 1:
             raise ValueError(f"limit_bytes: got {self.limit_bytes} bytes, expected 1 or more")

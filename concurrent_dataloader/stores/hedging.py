@@ -6,6 +6,8 @@ import collections
 import dataclasses
 import math
 
+from concurrent_dataloader.stores._arguments import check_number, check_whole
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class HedgePolicy:
@@ -31,6 +33,9 @@ class HedgePolicy:
     """How often one request is made again, at most: the second one may stall too."""
 
     def __post_init__(self) -> None:
+        for name in ("percentile", "factor", "max_extra_share"):
+            check_number(name, getattr(self, name))
+        check_whole("max_hedges", self.max_hedges)
         if not 0 < self.percentile < 1:
             raise ValueError(f"percentile: got {self.percentile}, expected between 0 and 1")
         if not self.factor >= 1:

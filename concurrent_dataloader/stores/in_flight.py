@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable
 from typing import Literal
 
+from concurrent_dataloader.stores._arguments import check_whole
+
 Outcome = Literal["answered", "throttled", "failed"]
 """How a request ended: with its object or a final refusal; refused for being one too many (429,
 503); otherwise."""
@@ -30,6 +32,8 @@ class InFlightPolicy:
     maximum: int = 256
 
     def __post_init__(self) -> None:
+        for name in ("minimum", "start", "maximum"):
+            check_whole(name, getattr(self, name))
         if not 1 <= self.minimum <= self.start <= self.maximum:
             raise ValueError(
                 f"minimum, start, maximum: got {self.minimum}, {self.start}, {self.maximum}, "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import random
 
+from concurrent_dataloader.stores._arguments import check_number, check_whole
+
 DEFAULT_MAX_ATTEMPTS = 6
 """Attempts that count, if the policy says no number. With the default waits a request is given up
 after 3.1 s at most."""
@@ -27,6 +29,10 @@ class RetryPolicy:
     """Upper bound of any wait."""
 
     def __post_init__(self) -> None:
+        if self.max_attempts is not None:
+            check_whole("max_attempts", self.max_attempts, "None or a whole number")
+        check_number("first_wait_s", self.first_wait_s, "a number of seconds")
+        check_number("max_wait_s", self.max_wait_s, "a number of seconds")
         if self.max_attempts is not None and self.max_attempts < 1:
             raise ValueError(f"max_attempts: got {self.max_attempts}, expected 1 or more")
         if not 0 <= self.first_wait_s <= self.max_wait_s:

@@ -533,6 +533,12 @@ def test_a_budget_that_is_none_is_an_error(given: Any) -> None:
         ErrorBudget(**given)
 
 
+@pytest.mark.parametrize("given", [{"count": 1.5}, {"count": True}, {"share": "x"}])
+def test_a_budget_names_its_field_of_another_type(given: Any) -> None:
+    with pytest.raises(TypeError, match=f"{next(iter(given))}: got"):
+        ErrorBudget(**given)
+
+
 # -- an epoch that goes on elsewhere
 
 

@@ -3,14 +3,19 @@ from __future__ import annotations
 import pathlib
 import subprocess
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.stores import (
     Credentials,
+    DiskCache,
+    HedgePolicy,
+    InFlightPolicy,
     ResilientStore,
+    RetryPolicy,
     Store,
     WritableStore,
     open_store,
@@ -63,6 +68,71 @@ def test_a_number_that_makes_no_sense_is_an_error(name: str, value: float) -> No
     settings: dict[str, Any] = {name: value, "region": "us-east-1"}
     with pytest.raises(ValueError, match="expected"):
         open_store("s3://bucket", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"hedge": False}, TypeError, "hedge: got False, expected a HedgePolicy, or None"),
+        ({"hedge": 1.5}, TypeError, "hedge: got 1.5"),
+        ({"in_flight": 0}, TypeError, "in_flight: got 0, expected an InFlightPolicy, or None"),
+        ({"retry": 3}, TypeError, "retry: got 3, expected a RetryPolicy"),
+        ({"region": 5}, TypeError, "region: got 5"),
+        ({"max_connections": 1.5}, TypeError, "max_connections: got 1.5, expected a whole"),
+        ({"deadline_s": "5"}, TypeError, "deadline_s: got '5', expected a number of seconds"),
+        ({"deadline_s": 0}, ValueError, "^deadline_s: got 0 s, expected more than 0 s"),
+        ({"connect_timeout_s": None}, TypeError, "connect_timeout_s: got None"),
+        ({"stall_timeout_s": float("nan")}, ValueError, "stall_timeout_s: got nan s"),
+        ({"cache": ""}, ValueError, "cache: got '', expected the path of a folder"),
+        ({"cache": 5}, TypeError, "cache: got 5, expected the path of a folder"),
+        ({"cache": "s3://bucket"}, ValueError, r"cache: got a URL \(s3:/...\)"),
+        ({"cache": __file__}, ValueError, "cache: .*which is a file, expected a folder"),
+    ],
+)
+def test_a_setting_of_another_type_is_an_error_that_names_it(
+    settings: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        open_store("http://host/folder", **settings)
+
+
+@pytest.mark.parametrize(
+    ("url", "meant"),
+    [
+        ("s3:/photos", "s3://photos"),
+        (pathlib.Path("s3://photos/train"), "s3://photos/train"),
+        ("file:/data", "file:///data"),
+        ("http:/user:password@host", "http://..."),
+    ],
+)
+def test_a_url_that_lost_a_slash_is_not_taken_for_a_folder(url: Any, meant: str) -> None:
+    with pytest.raises(ValueError, match=f"did you mean '{meant}'") as raised:
+        open_store(url)
+
+    assert "password" not in str(raised.value)
+
+
+def test_what_is_no_url_is_an_error_that_says_so() -> None:
+    with pytest.raises(TypeError, match="url: got 5, expected a URL or the path of a folder"):
+        open_store(5)  # pyright: ignore[reportArgumentType]: the point of the test
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: HedgePolicy(max_hedges=cast(int, 1.5)), "max_hedges: got 1.5"),
+        (lambda: HedgePolicy(factor=cast(float, "2")), "factor: got '2'"),
+        (lambda: RetryPolicy(max_attempts=cast(int, 2.5)), "max_attempts: got 2.5"),
+        (lambda: RetryPolicy(max_wait_s=cast(float, None)), "max_wait_s: got None"),
+        (lambda: InFlightPolicy(start=cast(int, "64")), "start: got '64'"),
+        (lambda: DiskCache("f", cast(int, "5GB")), "limit_bytes: got '5GB', expected a whole"),
+        (lambda: DiskCache("f", max_age_s=cast(float, "x")), "max_age_s: got 'x'"),
+        (lambda: DiskCache("f", max_wait_s=cast(float, None)), "max_wait_s: got None"),
+    ],
+)
+def test_a_policy_names_its_field_of_another_type(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make()
 
 
 def test_aws_is_asked_by_https_with_the_bucket_as_host(monkeypatch: pytest.MonkeyPatch) -> None:
