@@ -76,6 +76,11 @@ class Flow:
         return self._hedges is not None
 
     @property
+    def watches(self) -> bool:
+        """Whether blocking reads are to be watched, so that late ones are made again."""
+        return self._hedges is not None and self._hedges.is_awake
+
+    @property
     def max_hedges(self) -> int:
         """How often one request is made again, at most."""
         return self._max_hedges

@@ -74,6 +74,36 @@ class LatencyWindow:
         return self._value_s
 
 
+class Vigilance:
+    """Tells whether a store has late answers at all, so that blocking reads are worth watching.
+
+    To watch one costs a hand-over between threads, which next to decoding is as much as the request
+    itself (benchmarking: ``store_get cpu``). So all are watched at first, and as long as two of
+    the last thousand were late.
+    """
+
+    NUM_AT_FIRST = 400
+    NUM_REMEMBERED = 1000
+
+    def __init__(self) -> None:
+        self._num_ended = 0
+        self._late_ones: collections.deque[int] = collections.deque(maxlen=2)
+
+    def end(self, is_late: bool) -> None:
+        """Take in one request."""
+        self._num_ended += 1
+        if is_late:
+            self._late_ones.append(self._num_ended)
+
+    @property
+    def is_awake(self) -> bool:
+        """Whether reads are to be watched."""
+        if self._num_ended < self.NUM_AT_FIRST:
+            return True
+        is_known = len(self._late_ones) == 2
+        return is_known and self._num_ended - self._late_ones[0] < self.NUM_REMEMBERED
+
+
 class HedgePlan:
     """Decides, for one process and store, when requests are late and whether one may be repeated.
 
@@ -87,6 +117,7 @@ class HedgePlan:
     def __init__(self, policy: HedgePolicy) -> None:
         self._policy = policy
         self._windows: dict[int, LatencyWindow] = {}
+        self._vigilance = Vigilance()
         self._tokens = 0.0
 
     @classmethod
@@ -105,7 +136,14 @@ class HedgePlan:
         window = self._windows.get(size_class)
         if window is None:
             window = self._windows[size_class] = LatencyWindow(self._policy.percentile)
+        late_after_s = self.late_after_s(size_class)
+        self._vigilance.end(late_after_s is not None and latency_s > late_after_s)
         window.add(latency_s)
+
+    @property
+    def is_awake(self) -> bool:
+        """Whether blocking reads are to be watched: the store has late answers, or is new."""
+        return self._vigilance.is_awake
 
     def late_after_s(self, size_class: int) -> float | None:
         """Give the age at which a request is late; None while too few have been seen."""

@@ -84,9 +84,10 @@ class _Request:
 class ResilientStore(ValueObject):
     """Repeats what may be repeated, within a deadline for the request with all its attempts.
 
-    Awaited reads are cut at the deadline, blocking ones too. Those that a process makes in its main
-    thread, though, are made in that thread: no attempt is begun after the deadline, one that is
-    under way ends by `ClientOptions.total_timeout_s`, and none is hedged. So a parent that forks
+    Awaited reads are cut at the deadline. Blocking ones are, and are hedged, while they are made in
+    threads of this store's own: retries, and first attempts while answers are late now and then
+    (`Vigilance`). Other first attempts are made in the caller's thread and end by
+    `ClientOptions.total_timeout_s`; in a process's main thread all are, so that a parent that forks
     later has no threads of ours.
     """
 
@@ -243,7 +244,7 @@ class ResilientStore(ValueObject):
         call = partial(self._store.get, request.key, request.byte_range)
         place.begin()
         is_direct = threading.current_thread() is threading.main_thread()
-        if is_direct or not (flow.hedges or request.num_attempts > 1):
+        if is_direct or not (flow.watches or request.num_attempts > 1):
             body = call()
         else:
             try:

@@ -115,3 +115,45 @@ def test_nothing_is_late_before_enough_was_seen() -> None:
 def test_a_policy_checks_itself(settings: dict[str, float], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         HedgePolicy(**settings)  # pyright: ignore[reportArgumentType]: from a table
+
+
+def test_a_store_that_is_never_late_is_no_longer_watched() -> None:
+    plan = HedgePlan(HedgePolicy())
+
+    for _ in range(399):
+        plan.end(0, 0.03)
+        assert plan.is_awake
+    plan.end(0, 0.03)
+
+    assert not plan.is_awake
+
+
+def test_one_late_answer_is_chance_and_two_are_watched_for_a_thousand() -> None:
+    plan = HedgePlan(HedgePolicy())
+    for _ in range(600):
+        plan.end(0, 0.03)
+
+    plan.end(0, 2.0)
+    assert not plan.is_awake
+    for _ in range(300):
+        plan.end(0, 0.03)
+    plan.end(0, 2.0)
+    assert plan.is_awake
+    for _ in range(600):
+        plan.end(0, 0.03)
+    assert plan.is_awake
+    for _ in range(400):
+        plan.end(0, 0.03)
+    assert not plan.is_awake
+
+
+def test_with_one_stall_in_a_hundred_it_stays_awake() -> None:
+    rng = random.Random(4)
+    plan = HedgePlan(HedgePolicy())
+    num_asleep = 0
+
+    for _ in range(20_000):
+        plan.end(0, 2.0 if rng.random() < 0.01 else 0.03 * math.exp(rng.gauss(0, 0.3)))
+        num_asleep += not plan.is_awake
+
+    assert num_asleep < 200
