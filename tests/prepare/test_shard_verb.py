@@ -146,6 +146,36 @@ def test_a_target_that_is_there_is_refused_and_replaced_on_demand(
     assert Metadata.load(target / "metadata.json").splits["train"].seed == 1
 
 
+@pytest.mark.parametrize(
+    ("below", "flags", "message"),
+    [
+        (".", [], "which is the source too"),
+        ("../pets", ["--suffix", ""], "which is the source too"),
+        ("shards", ["--suffix", ""], "lies in the source"),
+        ("shards", ["--suffix", ".JPEG,.TAR"], "lies in the source"),
+        ("cat/shards", ["--suffix", "", "--splits", "cat"], "lies in the source"),
+    ],
+)
+def test_a_target_whose_shards_would_be_samples_is_refused_before_anything_is_written(
+    below: str, flags: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(folder)
+
+    assert shard(folder, folder / below, *flags) == 1
+
+    assert message in capsys.readouterr().err
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("flags", [[], ["--suffix", "", "--splits", "cat"]])
+def test_a_target_in_the_source_that_is_no_part_of_it_is_written(
+    flags: list[str], folder: Path
+) -> None:
+    assert shard(folder, folder / "shards", *flags, "--label-rule", "none") == 0
+
+    assert list((folder / "shards").glob("*.tar"))
+
+
 def test_an_empty_source_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
 

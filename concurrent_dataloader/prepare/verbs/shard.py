@@ -28,7 +28,11 @@ from concurrent_dataloader.prepare.steps import (
 )
 from concurrent_dataloader.prepare.survey import check_splits, survey_source
 from concurrent_dataloader.prepare.target import ShardTarget
-from concurrent_dataloader.prepare.verbs._common import add_store_options, store_opener
+from concurrent_dataloader.prepare.verbs._common import (
+    add_store_options,
+    store_opener,
+    store_settings,
+)
 from concurrent_dataloader.prepare.verbs._config import (
     BOOL,
     INT,
@@ -48,6 +52,7 @@ from concurrent_dataloader.prepare.verbs._source import (
     parse_list,
 )
 from concurrent_dataloader.shard_index import ShardKind
+from concurrent_dataloader.stores import open_store
 
 DESCRIPTION = (
     "Pack the samples of SOURCE into shards in TARGET, shuffled as a whole by a seed, with an index"
@@ -280,6 +285,7 @@ def run(options: argparse.Namespace) -> None:
     if os.getcwd() not in sys.path:  # where users have their module; an installed command lacks it
         sys.path.append(os.getcwd())
     settings = {split: _settings(options, split) for split in options.splits or _DEFAULT_SPLITS}
+    _refuse_target_in_source(options, settings)
     finished = {} if options.overwrite else _find_finished(options, settings)
     with contextlib.ExitStack() as stack:
         sources: dict[str, SampleTable] = {}
@@ -297,6 +303,40 @@ def run(options: argparse.Namespace) -> None:
                 print(f"{options.target}: {split}: there already")
             else:
                 _write(options, sources[split], settings[split])
+
+
+def _refuse_target_in_source(
+    options: argparse.Namespace, settings: dict[str, ShardSettings]
+) -> None:
+    """Raise before anything is written if the shards would be samples of the source.
+
+    Raises:
+        ValueError: They would; a second run would pack them, or take the source for shards.
+    """
+    source, target = (_describe_place(options, text) for text in (options.source, options.target))
+    if source == target:
+        raise ValueError(
+            f"target: got {options.target!r}, which is the source too; choose another folder or "
+            "prefix"
+        )
+    suffixes = options.suffix
+    suffixes = parse_list(suffixes) if isinstance(suffixes, str) else suffixes
+    for split, wanted in settings.items():
+        part = f"{source}/{split}" if options.splits else source
+        name = wanted.names.names(1)[0].lower()
+        is_taken = not suffixes or name.endswith(tuple(suffix.lower() for suffix in suffixes))
+        if f"{target}/".startswith(f"{part}/") and is_taken:
+            raise ValueError(
+                f"target: got {options.target!r}, which lies in the source {options.source!r}, so "
+                f"that its shards would be samples by --suffix {','.join(suffixes)!r}; choose a "
+                "folder or prefix outside of it"
+            )
+
+
+def _describe_place(options: argparse.Namespace, text: str) -> str:
+    with contextlib.closing(open_store(text, **store_settings(options))) as store:
+        place = store.describe("")
+    return place.rstrip("/") if "://" in place else str(Path(place).resolve())
 
 
 def _find_finished(
