@@ -158,6 +158,34 @@ def check_error_policy(parser: argparse.ArgumentParser, args: Args) -> None:
         parser.error("argument --quarantine: expected --on-error skip or replace with it")
 
 
+def check_places(parser: argparse.ArgumentParser, args: Args) -> None:
+    """Exit with status 2 if a file cannot be read, or could not be written hours later."""
+    if args.resume is not None and args.resume.is_dir():
+        parser.error(
+            f"argument --resume: {args.resume}: is a folder, expected a checkpoint in it, such as "
+            f"{args.resume / 'checkpoint.pth.tar'}"
+        )
+    if args.resume is not None and not args.resume.is_file():
+        parser.error(f"argument --resume: {args.resume}: no such file")
+    path: Path | None = args.quarantine
+    if path is not None:
+        place = path if path.exists() else path.parent
+        if path.is_dir() or not (path.parent.is_dir() and os.access(place, os.W_OK)):
+            parser.error(
+                f"argument --quarantine: {path}: cannot be written, expected a file in a folder "
+                "that is there and writable"
+            )
+    folder: Path | None = args.cache_dir
+    if folder is not None:
+        folder = folder.expanduser().absolute()
+        there = next(each for each in (folder, *folder.parents) if each.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+            parser.error(
+                f"argument --cache-dir: {args.cache_dir}: {there} is no folder that can be written,"
+                " expected a folder of this machine"
+            )
+
+
 def parse_arguments(argv: Sequence[str] | None = None) -> Args:
     """Read the command line; exits with status 2 where it is wrong."""
     parser = argparse.ArgumentParser(
@@ -169,8 +197,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Args:
     args = parser.parse_args(argv)
     if args.arch not in torchvision.models.list_models(torchvision.models):
         parser.error(f"argument -a/--arch: got {args.arch!r}, expected a model of torchvision")
-    if args.resume is not None and not args.resume.is_file():
-        parser.error(f"argument --resume: {args.resume}: no such file")
+    check_places(parser, args)
     is_url = "://" in args.data
     if args.dataset in ("scratch", "folder", "lmdb") and is_url:
         parser.error(f"argument --dataset: got {args.dataset} for {args.data}, expected a folder")
@@ -466,6 +493,8 @@ class Job:
     """How long it took to copy the data to this machine."""
     first_step: int
     """Of the first epoch: the steps before it were done when the checkpoint was written."""
+    first_sums: Tensor
+    """What those steps came to, as `run_split` sums it up."""
 
 
 # --- one epoch ------------------------------------------------------------------------------------
@@ -482,6 +511,10 @@ class Result(NamedTuple):
     wait_s: float
 
 
+NO_SUMS = torch.zeros(7, dtype=torch.float64)
+"""Of a process in an epoch: the four sums of `measure`, seconds of waiting and in all, steps."""
+
+
 def measure(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     """Sum up a batch: (4,) float64 of loss, right at first, right among five, and images."""
     right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
@@ -496,10 +529,16 @@ def run_split(
     step: Callable[[int, Batch], tuple[Tensor, Tensor]],
     num_steps_after: int = 0,
     first_step: int = 0,
+    first_sums: Tensor = NO_SUMS,
+    after_step: Callable[[int, Tensor], None] = lambda i, sums: None,
 ) -> Result:
-    """Take each batch of a split through ``step``, which gives loss and logits; say how it goes."""
-    place, num_steps, wait_s, began_s = job.place, len(loader), 0.0, time.perf_counter()
-    sums = torch.zeros(4, dtype=torch.float64)
+    """Take each batch of a split through ``step``, which gives loss and logits; say how it goes.
+
+    ``after_step`` is told the sums so far, which ``first_sums`` takes when an epoch goes on.
+    """
+    place, num_steps = job.place, len(loader)
+    sums, (wait_s, time_before_s, num_before) = first_sums[:4], first_sums[4:].tolist()
+    began_s = time.perf_counter() - time_before_s
     columns = ("{task.description}", progress.BarColumn(), "{task.completed} {task.fields[text]}")
     is_silent = place.rank > 0 or not Console().is_terminal
     # No thread to refresh it: workers are forked while it is drawn.
@@ -513,7 +552,7 @@ def run_split(
             time_s = time.perf_counter() - began_s
             loss, acc1, acc5 = (sums[:3] / sums[3]).tolist()
             images_per_s = place.world_size * sums[3].item() / time_s
-            num_done = i + 1 - first_step
+            num_done = i + 1 - first_step + num_before
             left_s = (num_steps - 1 - i + num_steps_after) * time_s / num_done
             text = (
                 f"Time {time_s / num_done:.3f} Data {wait_s / num_done:.3f} Loss {loss:.4f} "
@@ -527,6 +566,7 @@ def run_split(
                 write_record(job, "step", **record, time_s=time_s, wait_s=wait_s)
                 if bars.disable:
                     print(f"{title} [{i + 1}/{num_steps}] {text}", flush=True)
+            after_step(i, torch.cat([sums, sums.new_tensor([wait_s, time_s, num_done])]))
     totals = torch.cat([sums, sums.new_tensor([wait_s])]).to(place.device)
     if place.world_size > 1:
         dist.all_reduce(totals)
@@ -534,7 +574,7 @@ def run_split(
     num = max(count, 1)  # none: all of the epoch was done before a resume
     rates = (loss_sum / num, 100 * right1 / num, 100 * right5 / num)
     time_s = time.perf_counter() - began_s
-    return Result(*rates, int(count), time_s, wait_sum / place.world_size)
+    return Result(*rates, round(count), time_s, wait_sum / place.world_size)
 
 
 def autocast(job: Job) -> torch.autocast:
@@ -544,7 +584,7 @@ def autocast(job: Job) -> torch.autocast:
 
 
 def train_epoch(job: Job, loader: Loader, epoch: int, first_step: int) -> Result:
-    """Train for one epoch, or for the rest of one; then the result is that of the rest."""
+    """Train for one epoch, or for the rest of one; the result is that of the whole."""
     args, num_steps = job.args, len(loader)
     seed_epoch(args.seed, epoch, job.place)
     set_epoch(loader, epoch)
@@ -562,12 +602,17 @@ def train_epoch(job: Job, loader: Loader, epoch: int, first_step: int) -> Result
         job.scaler.scale(loss).backward()
         job.scaler.step(job.optimizer)
         job.scaler.update()
-        if args.checkpoint_steps and (i + 1) % args.checkpoint_steps == 0 and i + 1 < num_steps:
-            save_checkpoint(job, epoch, is_best=False, middle=describe_middle(job, loader, i + 1))
         return loss, logits
 
+    def save(i: int, sums: Tensor) -> None:
+        if args.checkpoint_steps and (i + 1) % args.checkpoint_steps == 0 and i + 1 < num_steps:
+            middle = describe_middle(job, loader, i + 1, sums)
+            save_checkpoint(job, epoch, is_best=False, middle=middle)
+
     num_steps_after = (args.epochs - 1 - epoch) * num_steps
-    return run_split(job, f"Epoch: [{epoch}]", loader, step, num_steps_after, first_step)
+    first_sums = job.first_sums if first_step else NO_SUMS
+    title = f"Epoch: [{epoch}]"
+    return run_split(job, title, loader, step, num_steps_after, first_step, first_sums, save)
 
 
 # --- validation -----------------------------------------------------------------------------------
@@ -593,20 +638,24 @@ def validate(job: Job) -> Result:
 # --- checkpoint -----------------------------------------------------------------------------------
 
 
-def describe_middle(job: Job, loader: Any, num_steps_done: int) -> dict[str, Any]:
-    """Say where an epoch is: the states of all processes' loaders, so each goes on by its own."""
-    states: list[Any] = [loader.state_dict()]
+def describe_middle(job: Job, loader: Any, num_steps_done: int, sums: Tensor) -> dict[str, Any]:
+    """Say where an epoch is: loader and sums of all processes, so each goes on by its own."""
+    states: list[Any] = [(loader.state_dict(), sums.tolist())]
     if job.place.world_size > 1:
         mine, states = states[0], states * job.place.world_size
         dist.all_gather_object(states, mine)
-    return {"step": num_steps_done, "num_steps": len(loader), "loaders": states}
+    loaders, all_sums = map(list, zip(*states, strict=True))
+    place = {"step": num_steps_done, "num_steps": len(loader)}
+    return {**place, "loaders": loaders, "sums": all_sums}
 
 
-def go_on_in_epoch(args: Args, place: Place, loader: Any, middle: dict[str, Any]) -> int:
-    """Let the loader go on in the middle of an epoch; gives the steps that are done.
+def go_on_in_epoch(
+    args: Args, place: Place, loader: Any, middle: dict[str, Any]
+) -> tuple[int, Tensor]:
+    """Let the loader go on in the middle of an epoch; gives the steps that are done, and the sums.
 
     Among another number of processes, each begins where the first one was, and the steps done are
-    those of as large a part of the epoch.
+    those of as large a part of the epoch; each has an equal part of the sums.
     """
     if args.loader == "torch" or args.fetch_impl == "vanilla":
         raise ValueError(
@@ -615,7 +664,14 @@ def go_on_in_epoch(args: Args, place: Place, loader: Any, middle: dict[str, Any]
         )
     states = middle["loaders"]
     loader.load_state_dict(states[place.rank if len(states) == place.world_size else 0])
-    return round(middle["step"] * len(loader) / middle["num_steps"])
+    num_done = round(middle["step"] * len(loader) / middle["num_steps"])
+    if "sums" not in middle:  # of a checkpoint that was written before these were in it
+        return num_done, NO_SUMS
+    sums = torch.tensor(middle["sums"], dtype=torch.float64)
+    if len(states) == place.world_size:
+        return num_done, sums[place.rank]
+    measured, times = sums[:, :4].sum(0) / place.world_size, sums[:, 4:6].mean(0)
+    return num_done, torch.cat([measured, times, sums.new_tensor([num_done])])
 
 
 def save_checkpoint(
@@ -708,9 +764,9 @@ def set_up(args: Args, place: Place) -> Job:
         scaler.load_state_dict(state.get("scaler", {}))
     train_loader = None if train is None else make_loader(args, train, place, is_train=True)
     val_loader = make_loader(args, val, place, is_train=False)
-    first_step = 0
+    first_step, first_sums = 0, NO_SUMS
     if train_loader is not None and state.get("middle"):
-        first_step = go_on_in_epoch(args, place, train_loader, state["middle"])
+        first_step, first_sums = go_on_in_epoch(args, place, train_loader, state["middle"])
     wrapped, best_acc1 = wrap_model(model, args, place), float(state.get("best_acc1", 0.0))
     log = None
     if place.rank == 0:
@@ -730,6 +786,7 @@ def set_up(args: Args, place: Place) -> Job:
         log,
         copy_s,
         first_step,
+        first_sums,
     )
 
 

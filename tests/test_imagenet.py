@@ -327,6 +327,13 @@ def test_a_run_that_broke_in_an_epoch_goes_on_there(
     # A step that was taken twice is there twice: after the checkpoint, and again.
     assert dict_of(losses_of(resumed)) == dict_of(losses_of(whole))
     assert [each["epoch"] for each in read_log(resumed, "epoch")] == [0, 1]
+    assert averages_of(resumed) == averages_of(whole)
+
+
+def averages_of(output: Path) -> list[tuple[float, ...]]:
+    """Loss, accuracies and images of each epoch's training."""
+    names = ("loss", "acc1", "acc5", "num_images")
+    return [tuple(each["train"][name] for name in names) for each in read_log(output, "epoch")]
 
 
 def dict_of(losses: list[tuple[str, int, float]]) -> dict[tuple[str, int], float]:
@@ -353,7 +360,7 @@ def test_an_epoch_goes_on_with_fewer_processes(
 
     assert load(output / "checkpoint.pth.tar")["middle"]["step"] == 2
     (epoch,) = read_log(tmp_path / "alone", "epoch")
-    assert epoch["train"]["num_images"] == 3 * NUM_TRAIN - 2 * 8
+    assert epoch["train"]["num_images"] == 3 * NUM_TRAIN
     with pytest.raises(SystemExit):
         imagenet.main([str(folder), *small_job(output), "--resume", path, "--loader", "torch"])
 
@@ -713,6 +720,11 @@ def test_a_stream_goes_on_after_an_image_that_is_damaged(
             "argument --on-error: got skip, expected no --loader torch",
         ),
         ("--on-error replace --stream", "argument --on-error: got replace, expected skip with"),
+        ("--resume .", "argument --resume: .: is a folder, expected a checkpoint in it, such as"),
+        ("--on-error skip --quarantine gone/x.jsonl", "--quarantine: gone/x.jsonl: cannot be writ"),
+        ("--on-error skip --quarantine .", "argument --quarantine: .: cannot be written, expected"),
+        ("--cache-dir imagenet.py", "--cache-dir: imagenet.py: "),
+        ("--cache-dir imagenet.py/a", "imagenet.py is no folder that can be written, expected"),
         ("--resume gone.pth.tar", "argument --resume: gone.pth.tar: no such file"),
         ("", "nowhere: nothing there, expected shards of tar or TFRecord"),
         ("--index-file gone.json", "nowhere: no such folder"),
