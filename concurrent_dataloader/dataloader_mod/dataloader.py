@@ -18,6 +18,7 @@ from concurrent_dataloader.dataloader_mod.failures import (
     ErrorReport,
     OnError,
     check_policy,
+    check_timeout,
 )
 from concurrent_dataloader.dataloader_mod.iterators import (
     MainProcessIter,
@@ -118,7 +119,8 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
     Raises:
         ValueError: As torch's; ``fetch_impl`` or ``on_error`` is unknown, or does not go with the
             others; a count is below its minimum.
-        TypeError: A count is not a whole number, or a budget no `ErrorBudget`.
+        TypeError: A count is not a whole number, ``timeout`` no number, a budget no `ErrorBudget`,
+            or ``quarantine_file`` no path.
     """
 
     def __init__(
@@ -153,6 +155,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             check_count(num_fetch_workers, 1, "num_fetch_workers", MAX_NUM_FETCH_WORKERS)
         if batch_pool is not None:
             check_count(batch_pool, 0, "batch_pool")
+        check_timeout(timeout)
         self.num_fetch_workers = num_fetch_workers
         self.batch_pool = batch_pool
         self.on_error: OnError = on_error

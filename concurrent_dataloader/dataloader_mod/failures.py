@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
+import math
 import numbers
 import operator
 import os
@@ -15,6 +16,7 @@ import re
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from io import FileIO
 from typing import Any, Literal, NamedTuple, get_args
 
 import orjson
@@ -32,6 +34,9 @@ _MAX_KEPT = 1000
 
 _NUM_NAMED = 3
 _MIN_SHARE_OF = 1000
+
+_MAX_TIMEOUT_S = 1e6
+"""A waiting thread counts in 2**31 milliseconds at least on any system: 24 days."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,6 +208,9 @@ def check_policy(loader: Any, *, is_concurrent: bool) -> None:
         loader: Has ``on_error``, ``error_budget``, ``quarantine_file``, and torch's attributes.
         is_concurrent: Whether samples are fetched one by one, by position, in our way.
     """
+    path = loader.quarantine_file
+    if path is not None and not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"quarantine_file: got {path!r}, expected the path of a file, or None")
     on_error = loader.on_error
     if on_error not in get_args(OnError):
         raise ValueError(f"on_error: got {on_error!r}, expected 'raise', 'skip' or 'replace'")
@@ -236,6 +244,17 @@ def _check_stream_policy(loader: Any) -> None:
         raise ValueError(
             "on_error: got 'replace' for a stream, expected 'skip', under which samples that come "
             "next fill its batches already; how many a lost shard held need not be known"
+        )
+
+
+def check_timeout(timeout_s: object) -> None:
+    """Raise TypeError or ValueError where a wait could not be told to end; torch refuses less."""
+    if not isinstance(timeout_s, numbers.Real):
+        raise TypeError(f"timeout: got {timeout_s!r}, expected a number of seconds, 0 for no end")
+    seconds = float(timeout_s)
+    if math.isnan(seconds) or seconds > _MAX_TIMEOUT_S:
+        raise ValueError(
+            f"timeout: got {timeout_s} s, expected 0 s, for no end, to {_MAX_TIMEOUT_S:.0f} s"
         )
 
 
@@ -322,11 +341,23 @@ class EpochFailures:
             return
         # Opened each time: nothing to close, and each line is on its way to the disk when its
         # batch is handed out. Several processes may write to one file.
-        with open(self._path, "ab", buffering=0) as file:
+        with self._open(self._path) as file:
             for failure in failures:
                 line = memoryview(failure.to_line(self.epoch))
                 while line:
                     line = line[file.write(line) :]
+
+    def _open(self, path: str | os.PathLike[str]) -> FileIO:
+        try:
+            return open(path, "ab", buffering=0)
+        except OSError as error:
+            # With errno it stays the subclass that it is, such as FileNotFoundError.
+            raise OSError(
+                error.errno,
+                f"quarantine_file: cannot be written ({error.strerror}), expected a file in a "
+                "folder that is there and writable; make the folder, or name another file",
+                os.fspath(path),
+            ) from error
 
     def check(self) -> None:
         """Raise ErrorBudgetError if more samples failed than may."""

@@ -399,7 +399,9 @@ def test_a_file_that_cannot_be_written_is_an_error_before_the_first_batch(tmp_pa
         FailingAt(26, "fetch"), 4, on_error="skip", quarantine_file=tmp_path / "no" / "bad.jsonl"
     )
 
-    with pytest.raises(FileNotFoundError, match=r"bad\.jsonl"):
+    with pytest.raises(
+        FileNotFoundError, match=r"quarantine_file: .*make the folder, .*bad\.jsonl"
+    ):
         iter(loader)
 
 
@@ -511,6 +513,10 @@ def test_an_error_that_no_sample_is_to_blame_for_is_raised(error: Any, num_worke
         ({"on_error": "skip", "error_budget": 5}, TypeError, "error_budget: got 5, expected an E"),
         ({"error_budget": ErrorBudget()}, ValueError, "expected on_error='skip' or 'replace'"),
         ({"quarantine_file": "x"}, ValueError, "quarantine_file: got 'x' with on_error='raise'"),
+        ({"quarantine_file": 5}, TypeError, "quarantine_file: got 5, expected the path of a file"),
+        ({"timeout": float("nan")}, ValueError, "timeout: got nan s, expected 0 s"),
+        ({"timeout": 1e12}, ValueError, "timeout: got 1000000000000.0 s, expected 0 s"),
+        ({"timeout": "5"}, TypeError, "timeout: got '5', expected a number of seconds"),
         ({"on_error": "skip", "fetch_impl": "vanilla"}, ValueError, "or fetch_impl='vanilla'"),
         ({"on_error": "replace", "batch_size": None}, ValueError, "'replace' without batches"),
     ],
