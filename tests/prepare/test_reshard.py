@@ -460,3 +460,23 @@ def test_the_command_fails_with_a_reason(
     with pytest.raises(SystemExit, match="2"):
         main(["reshard", str(source), str(tmp_path / "new"), "--slice", "5"])
     assert "expected A:B such as 0:1000" in capsys.readouterr().err
+
+
+def test_a_size_may_have_a_unit(source: Path, tmp_path: Path) -> None:
+    sizes = {"kilo": "20kB", "plain": "2e4"}
+
+    for name, size in sizes.items():
+        assert main(["reshard", str(source), str(tmp_path / name), "--maxsize", size]) == 0
+
+    names = [sorted(path.name for path in (tmp_path / name).glob("*.tar")) for name in sizes]
+    assert names[0] == names[1]
+    assert all(path.stat().st_size <= 20_000 for path in (tmp_path / "kilo").glob("*.tar"))
+
+
+def test_no_size_is_not_taken_for_the_default(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["reshard", str(source), str(tmp_path / "new"), "--maxsize", "none"])
+
+    assert "leave it out and give --shards or --maxcount" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from concurrent_dataloader.prepare.reshard import ReshardSettings, SplitAt, resh
 from concurrent_dataloader.prepare.shard_set import OpenRoot
 from concurrent_dataloader.prepare.verbs._bar import show_progress
 from concurrent_dataloader.prepare.verbs._common import add_store_options, store_opener
+from concurrent_dataloader.prepare.verbs._config import parse_size
 from concurrent_dataloader.prepare.verbs.distribute import splits_there
 
 DESCRIPTION = (
@@ -42,9 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--maxcount", type=int, metavar="N", help="samples of a shard, at most")
     parser.add_argument(
         "--maxsize",
-        type=float,
-        metavar="BYTES",
-        help="size of a shard, at most, such as 1e9 (default: 3e8, if nothing else is given)",
+        type=parse_limit,
+        metavar="SIZE",
+        help="bytes of a shard, at most, as 3e9, 300MB or 1GiB (default: 3e8, if nothing else is"
+        " given)",
     )
     parser.add_argument(
         "--shards", type=int, metavar="N", help="number of shards, which differ by a sample at most"
@@ -71,6 +73,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="remove what the target holds of the split first (default: refuse)",
     )
     add_store_options(parser)
+
+
+def parse_limit(text: str) -> int:
+    """Read a size as ``shard`` does; ``none`` is refused, since it would mean the default here."""
+    size = parse_size(text)
+    if size is None:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected a size such as 3e9, 300MB or 1GiB; for shards of any size "
+            "leave it out and give --shards or --maxcount"
+        )
+    return size
 
 
 def parse_slice(text: str) -> tuple[int, int | None]:
@@ -113,7 +126,7 @@ def _reshard(
     settings = ReshardSettings(
         split=split,
         max_count=options.maxcount,
-        max_bytes=None if options.maxsize is None else int(options.maxsize),
+        max_bytes=options.maxsize,
         num_shards=options.shards,
         start=start,
         stop=stop,
