@@ -232,7 +232,9 @@ def count_open_files_and_threads() -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("is_persistent", [True, False], ids=["persistent", "fresh"])
-@pytest.mark.parametrize("fetch_impl", FETCH_IMPLS)
+@pytest.mark.parametrize(
+    "fetch_impl", ["threaded", pytest.param("asyncio", marks=pytest.mark.grid)]
+)
 @pytest.mark.slow
 def test_open_files_and_threads_stay_flat_over_epochs_with_faults(
     object_server: ObjectServer, fetch_impl: Any, is_persistent: bool

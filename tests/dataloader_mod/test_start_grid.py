@@ -87,7 +87,10 @@ def cells() -> list[Any]:
         for method, is_persistent in itertools.product(METHODS, (False, True)):
             if method == "spawn" and is_persistent != (number % 4 in (1, 2)):
                 continue
-            marks = () if method == "fork" else (pytest.mark.slow,)
+            # Each takes seconds; those of two clients, of which one is the default, stand for all.
+            stands_for_others = client in ("obstore", "http") and has_read
+            slow = pytest.mark.slow if stands_for_others else pytest.mark.grid
+            marks = () if method == "fork" else (slow,)
             found.append(pytest.param(method, has_read, client, is_persistent, marks=marks))
     return found
 
