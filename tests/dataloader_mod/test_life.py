@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import fcntl
 import json
 import os
@@ -65,6 +66,8 @@ class Deadly(doubles.StagedSquares):
 
     def apply_transform(self, decoded: int) -> Any:
         if decoded == 9:
+            # pytest's handlers write down all threads while these run, which may crash by itself.
+            faulthandler.disable()
             # By another process: torch's workers take a SIGTERM of their parent for its good-bye.
             subprocess.run(["kill", f"-{self.signal_number}", str(os.getpid())], check=True)
             signal.pause()
