@@ -416,7 +416,8 @@ def _walk(root: Path) -> Iterator[str]:
         folder, prefix, above = pending.pop()
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.is_file():
+                # A link to nothing is named, as by ImageFolder, so that reading it is an error.
+                if entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
                     yield prefix + entry.name
                 elif entry.is_dir():
                     status = entry.stat()

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -495,6 +496,16 @@ class TestFolder:
         keys = list(Index.from_folder(root).keys())
 
         assert keys == ["also linked/class/1.jpg", "linked/class/1.jpg"]
+
+    def test_a_link_to_nothing_is_a_sample_as_for_image_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "class").mkdir()
+        (tmp_path / "class" / "1.jpg").touch()
+        (tmp_path / "class" / "2.jpg").symlink_to(tmp_path / "gone.jpg")
+        folder = torchvision.datasets.ImageFolder(tmp_path)
+
+        keys = list(Index.from_folder(tmp_path).keys())
+
+        assert keys == [str(Path(path).relative_to(tmp_path)) for path, _ in folder.samples]
 
     def test_a_missing_folder_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):

@@ -90,10 +90,13 @@ def write_shards(
 
     Raises:
         FileExistsError: The target holds this split already.
-        ValueError: The source is empty, or two samples would get the same key.
+        ValueError: The source is empty, two samples would get the same key, or ``num_readers`` is
+            less than 1.
         LoaderError: A sample cannot be read or prepared.
         OSError: The target cannot be written.
     """
+    if num_readers < 1:
+        raise ValueError(f"num_readers: got {num_readers}, expected 1 or more")
     settings = ShardSettings() if settings is None else settings
     place = ShardTarget(
         target,

@@ -116,7 +116,8 @@ class LocalStore(BlockingStore):
         """List the files; links are followed, but not in circles.
 
         The order is that of the keys as a store has it, whatever the file system's is: a folder's
-        name counts with its slash.
+        name counts with its slash. A link to nothing is listed, with 0 bytes, so that who reads
+        or checks the file is told; leaving it out would make a data set smaller in silence.
         """
         folder, _, _ = prefix.rpartition("/")
         begin = self._path(folder) if folder else self.root
@@ -151,6 +152,8 @@ class LocalStore(BlockingStore):
                     yield from self._walk(entry.path, key, above | {identity}, prefix, after)
             elif entry.is_file() and not name.startswith(_UNFINISHED):
                 yield ObjectInfo(key, entry.stat().st_size)
+            elif _is_dangling(entry):
+                yield ObjectInfo(key, 0)
 
     def put(self, key: str, body: Buffer) -> None:
         """Write a file under another name, then rename it; folders are made."""
@@ -196,3 +199,7 @@ class LocalStore(BlockingStore):
         if isinstance(error, PermissionError):
             return AccessDeniedError(f"{where}: permission denied, expected a right to it")
         return StoreError(f"{where}: {error}")
+
+
+def _is_dangling(entry: os.DirEntry[str]) -> bool:
+    return entry.is_symlink() and not os.path.exists(entry.path)

@@ -79,6 +79,17 @@ def test_a21_a_folder_becomes_shards_with_a_line_for_each(
     ]
 
 
+def test_a_link_to_nothing_is_an_error_not_a_smaller_set(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "cat" / "99.JPEG").symlink_to(tmp_path / "gone.JPEG")
+
+    assert shard(folder, tmp_path / "out") == 1
+
+    assert "cat/99.JPEG: no such file" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "metadata.json").exists()
+
+
 def test_a_tar_gives_the_same_shards_as_the_folder(folder: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "pets.tar", "w") as tar:
         for path in sorted(folder.rglob("*.JPEG"), reverse=True):
@@ -302,6 +313,8 @@ def test_a02_sizes_are_numbers_with_or_without_units(
         ["--payload", "gif"],
         ["--shuffle=maybe"],
         ["--seed", "x"],
+        ["--splits", ""],
+        ["--splits", ","],
     ],
 )
 def test_wrong_arguments_exit_with_2_before_work_starts(
@@ -311,6 +324,15 @@ def test_wrong_arguments_exit_with_2_before_work_starts(
         shard(folder, tmp_path / "out", *wrong)
 
     assert ended.value.code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_readers_are_refused_by_the_name_that_was_given(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert shard(folder, tmp_path / "out", "--readers", "0") != 0
+
+    assert "--readers: got 0, expected 1 or more" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -102,6 +102,18 @@ def test_links_are_followed_but_not_in_circles(tmp_path: pathlib.Path) -> None:
     assert keys == ["link/file", "real/file"]
 
 
+def test_a_link_to_nothing_is_listed_and_named_when_it_is_read(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    store = LocalStore(tmp_path)
+
+    listed = [(info.key, info.size_bytes) for info in store.list()]
+
+    assert listed == [("file", 1), ("link", 0)]
+    with pytest.raises(KeyNotFoundError, match="link"):
+        store.get("link")
+
+
 def test_a_fifo_is_no_object(tmp_path: pathlib.Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     assert stat.S_ISFIFO((tmp_path / "fifo").stat().st_mode)

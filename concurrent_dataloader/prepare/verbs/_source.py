@@ -26,6 +26,20 @@ def parse_list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def parse_splits(text: str) -> tuple[str, ...]:
+    """Read the names of splits, of which there must be one; a variable of a script may be empty.
+
+    Raises:
+        ArgumentTypeError: There is none.
+    """
+    splits = parse_list(text)
+    if not splits:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected the name of a split, or several parted by commas: train,val"
+        )
+    return splits
+
+
 SOURCE_KINDS: dict[str, Kind] = {
     "root": TEXT,
     "suffix": list_of(parse_list),

@@ -34,7 +34,7 @@ from concurrent_dataloader.prepare.verbs._source import (
     SOURCE_KINDS,
     add_source_options,
     open_samples,
-    parse_list,
+    parse_splits,
 )
 
 DESCRIPTION = (
@@ -45,12 +45,12 @@ DESCRIPTION = (
     " again; a database has its name only when it is complete."
 )
 
-CALLED_IN_MESSAGES = {"map_bytes": "map_size", "split": "splits"}
+CALLED_IN_MESSAGES = {"concurrency": "readers", "map_bytes": "map_size", "split": "splits"}
 
 _SPLIT = "{split}"
 
 KINDS: dict[str, Kind] = {
-    "splits": list_of(parse_list),
+    "splits": list_of(parse_splits),
     "name": TEXT,
     "order": one_of(*get_args(Order)),
     "seed": INT,
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--splits",
         "--split",
-        type=parse_list,
+        type=parse_splits,
         default=("train",),
         metavar="LIST",
         help="split to write, or several, parted by commas, as train,val: each from its part of"

@@ -50,6 +50,7 @@ from concurrent_dataloader.prepare.verbs._source import (
     add_source_options,
     open_samples,
     parse_list,
+    parse_splits,
 )
 from concurrent_dataloader.shard_index import ShardKind
 from concurrent_dataloader.stores import open_store
@@ -63,7 +64,7 @@ DESCRIPTION = (
     " run that was stopped goes on when the command is given again."
 )
 
-CALLED_IN_MESSAGES = {"field": "data_type", "split": "splits"}
+CALLED_IN_MESSAGES = {"field": "data_type", "num_readers": "readers", "split": "splits"}
 
 _DEFAULT_SPLITS = ("train",)
 
@@ -76,7 +77,7 @@ def _steps(text: str) -> tuple[Step, ...]:
 
 
 KINDS: dict[str, Kind] = {
-    "splits": list_of(parse_list),
+    "splits": list_of(parse_splits),
     "format": one_of(*get_args(ShardKind)),
     "pattern": TEXT,
     "maxcount": INT,
@@ -115,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--splits",
         "--split",
-        type=parse_list,
+        type=parse_splits,
         metavar="LIST",
         help="split to write, or several, parted by commas, as train,val: each from its part of"
         " SOURCE (default: train, from all of SOURCE)",
