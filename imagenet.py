@@ -876,6 +876,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ProcessExitedException as error:
         return error.exit_code
     except KeyboardInterrupt:
+        path = args.output_base_folder / "checkpoint.pth.tar"
+        ahead = f"go on with --resume {path}" if path.exists() else "no checkpoint was written yet"
+        print(f"stopped by Ctrl-C; {ahead}", file=sys.stderr)
         return 130
     return 0
 

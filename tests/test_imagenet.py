@@ -537,9 +537,11 @@ def test_ctrl_c_ends_it_with_status_130(image_folder: Path, tmp_path: Path) -> N
         assert process.stdout is not None
         assert process.stdout.readline().startswith("Epoch: [0]")
         process.send_signal(signal.SIGINT)
-        process.stdout.read()
+        said = process.stdout.read()
 
     assert process.returncode == 130
+    assert "stopped by Ctrl-C; " in said
+    assert "Traceback" not in said
 
 
 # Parts

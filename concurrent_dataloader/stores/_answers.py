@@ -27,6 +27,8 @@ MD5_OF_NOTHING = "d41d8cd98f00b204e9800998ecf8427e"
 
 _MD5 = re.compile(r"[0-9a-f]{32}")
 _CERTIFICATE = re.compile(r"certificate|SSL validation failed", re.IGNORECASE)
+# OpenSSL's words, and those of rustls, for an answer that is no TLS.
+_NO_TLS = re.compile(r"WRONG_VERSION_NUMBER|InvalidContentType|record layer failure", re.IGNORECASE)
 _CODE = re.compile(r"<Code>([^<]{1,200})</Code>")
 _MESSAGE = re.compile(r"<Message>([^<]{1,400})</Message>")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
@@ -226,6 +228,12 @@ def broken_connection(address: Address, key: str, reason: str, details: str = ""
         details: More of them, by which to tell a certificate that is not trusted.
     """
     where, endpoint = address.describe(key), address.endpoint_url
+    if endpoint.startswith("https:") and _NO_TLS.search(details or reason):
+        # To be asked again all the same: what stands before a store may do so while it starts.
+        return StoreUnavailableError(
+            f"{where}: {endpoint} answers, but not by TLS ({reason}), expected https; if it is a "
+            f"server of plain http, the endpoint is http{endpoint.removeprefix('https')}"
+        )
     if _CERTIFICATE.search(details or reason):
         return StoreError(
             f"{where}: the certificate of {endpoint} is not trusted ({reason}), expected one for "

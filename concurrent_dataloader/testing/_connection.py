@@ -35,6 +35,7 @@ _PIECE_BYTES: Final = 256 << 10
 _MAX_PENDING_BYTES: Final = 1 << 20
 _PAUSE_BEFORE_RESET_S: Final = 0.02
 _LINGER_ZERO: Final = struct.pack("ii", 1, 0)
+_TLS_HANDSHAKE: Final = b"\x16"  # RFC 8446, 5.1: the content type of its first record
 _REFUSED: Final = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
@@ -158,6 +159,8 @@ class Connection(asyncio.BufferedProtocol):
         pending = self._pending
         end = pending.find(b"\r\n\r\n")
         if end < 0:
+            if pending[:1] == _TLS_HANDSHAKE:  # has no end that could be waited for
+                raise MalformedRequestError("head: got TLS, expected plain HTTP")
             if len(pending) > MAX_HEAD_BYTES:
                 raise MalformedRequestError(f"head: got over {MAX_HEAD_BYTES} bytes")
             return False

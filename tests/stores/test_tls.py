@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from concurrent_dataloader.errors import StoreError
+from concurrent_dataloader.errors import StoreError, StoreUnavailableError
 from concurrent_dataloader.stores import open_store
 from concurrent_dataloader.testing.object_server import ObjectServer
 from tests.stores.conftest import CLIENTS
@@ -98,3 +98,17 @@ def test_a_certificate_of_another_host_is_refused(
 
     assert type(error) is StoreError, "asking again does not help"
     assert "certificate" in str(error)
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_an_https_endpoint_that_speaks_plain_http_is_told_from_a_bad_certificate(
+    client: str, credentials_file: pathlib.Path, object_server: ObjectServer
+) -> None:
+    url = object_server.endpoint_url.replace("http:", "https:")
+    store = open_bucket(client, url, credentials_file)
+
+    error = run_in_child("fork", read_ten, store)
+
+    assert type(error) is StoreUnavailableError
+    assert f"the endpoint is {object_server.endpoint_url}" in str(error)
+    assert "6 attempts" in str(error)
