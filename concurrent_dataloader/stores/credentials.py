@@ -41,6 +41,7 @@ import json
 import logging
 import multiprocessing.context
 import os
+import random
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -319,23 +320,41 @@ class CredentialsChain(ValueObject):
 
     def resolve(self) -> Credentials:
         """Give the credentials of this moment; refreshes those that are about to expire."""
-        found = self._found.get()
-        frozen = found.provider.get_frozen_credentials()
-        if frozen is not found.frozen:
-            found.frozen = frozen
-            found.credentials = Credentials(frozen.access_key, frozen.secret_key, frozen.token)
-        return found.credentials
+        return self._found.get().resolve()
 
 
 class _Found:
-    """What the chain found: botocore's refreshing credentials, and their latest form as ours."""
+    """What the chain found: botocore's refreshing credentials, and their latest form as ours.
 
-    def __init__(self, provider: Any) -> None:
-        self.provider = provider
-        self.frozen = provider.get_frozen_credentials()
-        self.credentials = Credentials(
-            self.frozen.access_key, self.frozen.secret_key, self.frozen.token
-        )
+    botocore asks for new ones from 15 minutes before the end on, and waits for them from 10 on. All
+    workers of a job have got the same ones from the metadata service, and would ask for the next at
+    the same second; each draws a moment between the two instead.
+    """
+
+    _EARLIEST_S = 15 * 60.0
+    _LATEST_S = 10 * 60.0
+
+    def __init__(self, provider: Any, rng: random.Random) -> None:
+        self._provider = provider
+        self._renewed_before_end_s = rng.uniform(self._LATEST_S, self._EARLIEST_S)
+        self._frozen = provider.get_frozen_credentials()
+        self._credentials = _thaw(self._frozen)
+
+    def resolve(self) -> Credentials:
+        """Give the credentials of this moment."""
+        # Those of the environment or a profile never end, and have no such question.
+        refresh_needed = getattr(self._provider, "refresh_needed", None)
+        if refresh_needed is not None and not refresh_needed(self._renewed_before_end_s):
+            return self._credentials
+        frozen = self._provider.get_frozen_credentials()
+        if frozen is not self._frozen:
+            self._credentials = _thaw(frozen)
+            self._frozen = frozen
+        return self._credentials
+
+
+def _thaw(frozen: Any) -> Credentials:
+    return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
 
 
 def _walk_chain(profile: str | None) -> _Found:
@@ -352,7 +371,7 @@ def _walk_chain(profile: str | None) -> _Found:
         session = botocore.session.Session(profile=profile)
         provider = session.get_credentials()
         if provider is not None:
-            return _Found(provider)
+            return _Found(provider, random.Random())
     except botocore.exceptions.BotoCoreError as error:
         raise CredentialsError(
             f"credentials: the standard AWS chain failed ({error}), expected credentials; "

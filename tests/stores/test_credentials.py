@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import multiprocessing
 import pathlib
 import pickle
+import random
 import time
 import traceback
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from botocore.credentials import RefreshableCredentials
 
 from concurrent_dataloader.errors import AccessDeniedError, CredentialsError
 from concurrent_dataloader.stores import (
@@ -18,7 +22,7 @@ from concurrent_dataloader.stores import (
     CredentialsFile,
     open_store,
 )
-from concurrent_dataloader.stores.credentials import parse_contents
+from concurrent_dataloader.stores.credentials import _Found, parse_contents
 from concurrent_dataloader.testing.object_server import ObjectServer
 from tests.stores.conftest import CLIENTS
 
@@ -160,6 +164,52 @@ def test_the_chain_reads_profiles(tmp_path: pathlib.Path, monkeypatch: pytest.Mo
 def test_a_profile_that_is_not_there_is_a_credentials_error() -> None:
     with pytest.raises(CredentialsError, match="no-such-profile"):
         CredentialsChain("no-such-profile").resolve()
+
+
+class MetadataService:
+    """Hands out credentials that last six hours, by a clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.now = datetime(2026, 1, 1, tzinfo=UTC)
+        self.num_asked = 0
+
+    def answer(self) -> dict[str, str]:
+        self.num_asked += 1
+        return {
+            "access_key": f"key{self.num_asked}",
+            "secret_key": "secret",
+            "token": "token",
+            "expiry_time": (self.now + timedelta(hours=6)).isoformat(),
+        }
+
+    def provider(self) -> RefreshableCredentials:
+        return RefreshableCredentials.create_from_metadata(
+            self.answer(), refresh_using=self.answer, method="test"
+        )
+
+    def find(self, rng: random.Random) -> _Found:
+        provider = self.provider()
+        provider._time_fetcher = lambda: self.now
+        return _Found(provider, rng)
+
+
+def test_workers_do_not_ask_for_new_credentials_all_at_once() -> None:
+    service, rng = MetadataService(), random.Random(0)
+    workers = [service.find(rng) for _ in range(100)]
+    end = service.now + timedelta(hours=6)
+    before = [worker.resolve().access_key_id for worker in workers]
+    asked = [service.num_asked]
+
+    for minutes in (15, 14, 13, 12, 11, 10):
+        service.now = end - timedelta(minutes=minutes)
+        after = [worker.resolve().access_key_id for worker in workers]
+        asked.append(service.num_asked)
+
+    steps = [later - earlier for earlier, later in itertools.pairwise(asked)]
+    assert steps[0] == 0, "not too early"
+    assert sum(steps) == 100, "each once, in time"
+    assert max(steps) <= 35
+    assert not set(before) & set(after)
 
 
 @pytest.mark.parametrize("client", CLIENTS)
