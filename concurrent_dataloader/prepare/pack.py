@@ -16,12 +16,16 @@ def pack_index(json_path: str | os.PathLike[str]) -> Index:
     Raises:
         FileNotFoundError: There is no such index.
         IndexFormatError: It is no index, or is packed already.
-        PermissionError: The packed form cannot be written beside it.
+        PermissionError: The packed form cannot be written beside it, for want of a right or of
+            room.
     """
     index = Index.load(json_path, pack_above_keys=0)
     packed = packed_path(json_path)
     if index.packed_file is None:
-        raise PermissionError(f"{packed}: cannot be written; copy the index to another folder")
+        raise PermissionError(
+            f"{packed}: cannot be written, expected a right to and room for it; make room, or copy "
+            "the index to another folder"
+        )
     if index.packed_file != packed.absolute():
         raise IndexFormatError(f"{os.fspath(json_path)}: is packed already; give its JSON file")
     try:

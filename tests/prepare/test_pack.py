@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,22 @@ def test_a_folder_that_cannot_be_written_to_is_an_error(json_path: Path) -> None
 
     with pytest.raises(PermissionError, match=r"index\.json\.packed: cannot be written"):
         pack_index(json_path)
+
+
+def test_a_full_disk_leaves_no_packed_index_and_is_an_error(tmp_path: Path) -> None:
+    json_path = tmp_path / "index.json"
+    json_path.write_text(json.dumps([f"{i:07d}.jpg" for i in range(5000)]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(PermissionError, match="make room"):
+            pack_index(json_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    assert [path.name for path in tmp_path.iterdir()] == ["index.json"]
+    assert len(pack_index(json_path)) == 5000
 
 
 def test_a_packed_index_is_not_packed_again(json_path: Path) -> None:
