@@ -865,8 +865,17 @@ def write_record(job: Job, kind: str, **fields: Any) -> None:
         job.log.write(json.dumps({"kind": kind, **fields}) + "\n")
 
 
+def advise_resume(args: Args, begun_s: float) -> str:
+    """Say how to go on with a run that was stopped; another run's checkpoint is not its own."""
+    path = args.output_base_folder / "checkpoint.pth.tar"
+    if path.exists() and path.stat().st_mtime >= begun_s:
+        return f"go on with --resume {path}"
+    return "it had written no checkpoint yet"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the trainer; gives the exit status."""
+    begun_s = time.time()
     args = parse_arguments(argv)
     try:
         if args.multiprocessing_distributed:
@@ -876,9 +885,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ProcessExitedException as error:
         return error.exit_code
     except KeyboardInterrupt:
-        path = args.output_base_folder / "checkpoint.pth.tar"
-        ahead = f"go on with --resume {path}" if path.exists() else "no checkpoint was written yet"
-        print(f"stopped by Ctrl-C; {ahead}", file=sys.stderr)
+        print(f"stopped by Ctrl-C; {advise_resume(args, begun_s)}", file=sys.stderr)
         return 130
     return 0
 

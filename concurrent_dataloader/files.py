@@ -20,6 +20,11 @@ class ReadableStore(Protocol):
         ...
 
 
+def is_link_to_nothing(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry of a folder is a link whose target is not there."""
+    return entry.is_symlink() and not os.path.exists(entry.path)
+
+
 def write_whole(path: Path, pieces: Iterable[Buffer]) -> None:
     """Write ``pieces``, one after the other, so that readers see the old file, the new one or none.
 

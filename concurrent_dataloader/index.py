@@ -23,7 +23,7 @@ import orjson
 from numpy.typing import NDArray
 
 from concurrent_dataloader.errors import IndexFormatError
-from concurrent_dataloader.files import write_whole
+from concurrent_dataloader.files import is_link_to_nothing, write_whole
 from concurrent_dataloader.packed import (
     MAGIC,
     NO_SOURCE,
@@ -417,7 +417,7 @@ def _walk(root: Path) -> Iterator[str]:
         with os.scandir(folder) as entries:
             for entry in entries:
                 # A link to nothing is named, as by ImageFolder, so that reading it is an error.
-                if entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
+                if entry.is_file() or is_link_to_nothing(entry):
                     yield prefix + entry.name
                 elif entry.is_dir():
                     status = entry.stat()

@@ -544,6 +544,16 @@ def test_ctrl_c_ends_it_with_status_130(image_folder: Path, tmp_path: Path) -> N
     assert "Traceback" not in said
 
 
+def test_after_ctrl_c_only_a_checkpoint_of_this_run_is_advised(tmp_path: Path) -> None:
+    args = imagenet.parse_arguments([str(tmp_path), "--output-base-folder", str(tmp_path)])
+    path = tmp_path / "checkpoint.pth.tar"
+    path.touch()
+    written_s = path.stat().st_mtime
+
+    assert imagenet.advise_resume(args, written_s - 1) == f"go on with --resume {path}"
+    assert imagenet.advise_resume(args, written_s + 1) == "it had written no checkpoint yet"
+
+
 # Parts
 
 

@@ -34,7 +34,7 @@ from concurrent_dataloader.prepare.validate import (
     validate_shards,
     validate_tree,
 )
-from concurrent_dataloader.shard_names import UNFINISHED, find_split
+from concurrent_dataloader.shard_names import UNFINISHED, find_kind, find_split
 from concurrent_dataloader.stores import WritableStore
 from concurrent_dataloader.stores.base import ObjectInfo
 
@@ -189,7 +189,7 @@ class _Check:
         self._store = store
         self._place = place
         self._settings = settings
-        self._infos = list_place(store, place)
+        self._infos, self._gone = _part_gone(store, list_place(store, place))
         self._report = Report()
         self._tally = SampleTally()
         self._names: dict[str, Sequence[str]] = {}
@@ -209,6 +209,7 @@ class _Check:
             self._report.count([info for info in self._infos if _is_image(info.key)])
             self._decode_files()
         self._find_unfinished()
+        self._find_gone()
         self._report.findings += self._tally.findings
         if self._tally.num_copies:
             note = f"{self._tally.num_copies} samples hold the same bytes as another one"
@@ -223,6 +224,13 @@ class _Check:
             split = folder.removeprefix(UNFINISHED)
             detail = f"a run that writes split {split!r} has not ended; give its command again"
             self._report.findings.append(Finding(folder, "unfinished", detail))
+
+    def _find_gone(self) -> None:
+        """Name links to nothing, unless whatever names the files has said that they are missing."""
+        told = {finding.where for finding in self._report.findings}
+        for key in self._gone:
+            if key not in told and (_is_image(key) or find_kind(key) is not None):
+                self._report.findings.append(Finding(key, "missing", "it is a link to nothing"))
 
     # -- single files
 
@@ -445,6 +453,23 @@ def _split_of_file(key: str) -> str:
     """Tell by its top folder of which split a file is, if by anything."""
     top, _, rest = key.partition("/")
     return top if "/" in rest and find_split(top) is not None else ""
+
+
+def _part_gone(
+    store: WritableStore, infos: Sequence[ObjectInfo]
+) -> tuple[list[ObjectInfo], list[str]]:
+    """Part what is there from links to nothing, which a folder lists with 0 bytes."""
+    there: list[ObjectInfo] = []
+    gone: list[str] = []
+    for info in infos:
+        try:
+            if info.size_bytes == 0:
+                store.head(info.key)
+        except KeyNotFoundError:
+            gone.append(info.key)
+        else:
+            there.append(info)
+    return there, gone
 
 
 def _is_image(key: str) -> bool:

@@ -17,6 +17,7 @@ from concurrent_dataloader.errors import (
     KeyNotFoundError,
     StoreError,
 )
+from concurrent_dataloader.files import is_link_to_nothing
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.stores.address import check_byte_range
 from concurrent_dataloader.stores.base import BlockingStore, ObjectInfo
@@ -152,7 +153,7 @@ class LocalStore(BlockingStore):
                     yield from self._walk(entry.path, key, above | {identity}, prefix, after)
             elif entry.is_file() and not name.startswith(_UNFINISHED):
                 yield ObjectInfo(key, entry.stat().st_size)
-            elif _is_dangling(entry):
+            elif is_link_to_nothing(entry):
                 yield ObjectInfo(key, 0)
 
     def put(self, key: str, body: Buffer) -> None:
@@ -199,7 +200,3 @@ class LocalStore(BlockingStore):
         if isinstance(error, PermissionError):
             return AccessDeniedError(f"{where}: permission denied, expected a right to it")
         return StoreError(f"{where}: {error}")
-
-
-def _is_dangling(entry: os.DirEntry[str]) -> bool:
-    return entry.is_symlink() and not os.path.exists(entry.path)

@@ -380,6 +380,28 @@ def test_b_10_b_11_the_command_writes_both_splits_of_any_tree(
     assert "ILSVRC-train.lmdb: 12 records, 3 classes, " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [("--readers", "0", "--readers: got 0, expected 1 or more"), ("--splits", ",", "got ','")],
+)
+def test_no_readers_and_no_splits_are_refused_by_the_name_that_was_given(
+    tree: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    value: str,
+    said: str,
+) -> None:
+    try:
+        status = run("lmdb", tree, tmp_path / "out", option, value)
+    except SystemExit as ended:
+        status = ended.code
+
+    assert status
+    assert said in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("*.lmdb"))
+
+
 def test_the_same_command_twice_gives_the_same_databases(tree: Path, tmp_path: Path) -> None:
     for target in ("one", "two"):
         run("lmdb", tree / "train", tmp_path / target, "--seed", 7)

@@ -850,6 +850,30 @@ def test_an_index_says_which_files_are_missing_or_of_another_size(
     assert validate(capsys, tree, "--index", tmp_path / "index.json")[0] == 0
 
 
+@pytest.mark.parametrize("by", ["index", "checksums", "deep"])
+def test_a_link_to_nothing_is_missing_whatever_names_it(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], by: str
+) -> None:
+    key = "ant/ü 0.jpg"
+    index, recorded = tmp_path / "index.json", tmp_path / "recorded.md5"
+    Index.from_folder(tree).save_json(index)
+    assert main(["validate", str(tree), "--write-checksums", str(recorded)]) == 0
+    arguments = {
+        "index": ["--index", str(index)],
+        "checksums": ["--checksums", str(recorded)],
+        "deep": ["--deep"],
+    }[by]
+    (tree / key).unlink()
+    (tree / key).symlink_to(tmp_path / "gone.jpg")
+    (tree / "notes.txt").symlink_to(tmp_path / "gone.txt")
+
+    status, lines = validate(capsys, tree, *arguments)
+
+    assert status == 1
+    assert [line for line in lines if line.startswith(f"{key}: missing: ")]
+    assert not [line for line in lines if line.startswith("notes.txt")], "no data, and not named"
+
+
 def test_a_deep_check_of_a_tree_decodes_and_classifies_each_file(
     tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
