@@ -25,6 +25,7 @@ from concurrent_dataloader.dataloader_mod.orphan import (
     SocketFolder,
     describe_deaths,
     remove_shared_memory,
+    wait_for_death,
     watch_senders,
 )
 from concurrent_dataloader.dataloader_mod.recycle import forget_worker
@@ -108,13 +109,28 @@ class WorkersIter(torch_internals.MultiProcessingIter):
 
     def _try_get_data(self, *timeout_s: float) -> Any:
         try:
-            return super()._try_get_data(*timeout_s)
+            return self._try_receive(*timeout_s)
         except RuntimeError as error:
             deaths = describe_deaths(self._workers)
             if deaths:
                 error.add_note(deaths)
                 remove_shared_memory(self._workers)
             raise
+
+    def _try_receive(self, *timeout_s: float) -> Any:
+        try:
+            return super()._try_get_data(*timeout_s)
+        except (EOFError, OSError) as error:
+            # torch has looked whether a worker is dead, perhaps a moment too early. Those of an
+            # iterable data set that have come to their end do not count.
+            status: list[bool] = self._workers_status
+            counted = [worker for worker, on in zip(self._workers, status, strict=True) if on]
+            if not wait_for_death(counted):
+                raise
+            pids = [str(worker.pid) for worker in counted if not worker.is_alive()]
+            raise RuntimeError(
+                f"DataLoader worker (pid(s) {', '.join(pids)}) exited unexpectedly"
+            ) from error
 
     def _get_data(self) -> Any:
         received = self._receive()

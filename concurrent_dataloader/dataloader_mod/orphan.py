@@ -4,7 +4,9 @@ torch's loop looks at the parent's number, every five seconds. That is late, and
 fork server is the parent of all workers: it lives as long as one of them does.
 
 The other way round, a worker that is killed while it sends leaves a message that has no end, and
-other workers hold the pipe open; hence a read that looks whether all workers are there.
+other workers hold the pipe open; hence a read that looks whether all workers are there. One that
+is killed while its memory is handed over ends that connection before it counts as dead; hence a
+moment's wait before the error of the connection is believed to be all there is to tell.
 
 A worker hands its shared memory over by a socket, which Python puts into a temporary folder that
 the worker removes when it ends by itself. A worker that is killed does not, and at Ctrl-C
@@ -31,6 +33,9 @@ from typing import Any
 
 CHECK_INTERVAL_S = 0.5
 """How often a worker that waits, for positions or a sample, looks whether it is still wanted."""
+
+_DYING_S = 2.0
+"""In which a worker whose files are closed is dead: milliseconds, but on a busy machine more."""
 
 
 class ParentWatch:
@@ -138,6 +143,21 @@ def watch_senders(reader: Any, workers: Sequence[Any]) -> None:
     itself = weakref.ref(reader)
     # Its own method takes the function that reads as an argument, which nobody gives.
     reader._recv = lambda num_bytes: Connection._recv(itself(), num_bytes, read)  # pyright: ignore[reportAttributeAccessIssue]: private
+
+
+def wait_for_death(workers: Sequence[Any]) -> bool:
+    """Wait a moment for a worker to be dead whose connection has ended; say whether one is.
+
+    The system closes what a process has open before the process counts as dead, so that its end is
+    seen in the parent first. Nothing tells the second moment that might not wait for ever: a
+    sentinel is a connection too.
+    """
+    until_s = time.monotonic() + _DYING_S
+    while all(worker.is_alive() for worker in workers):
+        if time.monotonic() >= until_s:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def describe_deaths(workers: Sequence[Any]) -> str:

@@ -89,6 +89,46 @@ def test_a_worker_that_a_signal_kills_is_named_with_it(name, fetch_impl):
     assert f"was killed by {name}" in told
 
 
+class EndedConnection:
+    """A queue of batches whose reading ends as when its sender dies in mid-message."""
+
+    def get(self, timeout):
+        raise EOFError
+
+
+@pytest.mark.parametrize("dies_after_s", [0.0, 0.3])
+def test_a_worker_that_is_dead_only_after_its_connection_has_ended_is_named(dies_after_s):
+    def train():
+        iterator: Any = iter(DataLoader(doubles.StagedSquares(40), batch_size=4, num_workers=2))
+        next(iterator)
+        iterator._data_queue = EndedConnection()
+        killer = threading.Timer(dies_after_s, iterator._workers[1].kill)
+        killer.start()
+        told = read(iterator)
+        killer.join()
+        return told
+
+    with nothing_left():
+        told = train()
+
+    assert told.startswith("RuntimeError")
+    assert "worker 1 (pid" in told
+    assert "was killed by SIGKILL" in told
+
+
+def test_a_connection_that_ends_while_all_workers_live_is_told_as_it_is():
+    def train():
+        iterator: Any = iter(DataLoader(doubles.StagedSquares(40), batch_size=4, num_workers=2))
+        next(iterator)
+        iterator._data_queue = EndedConnection()
+        return read(iterator)
+
+    with nothing_left():
+        told = train()
+
+    assert told.startswith("EOFError")
+
+
 def exit_at_once(worker_id):
     os._exit(3)
 
