@@ -80,12 +80,38 @@ def _naming_damage(where: str) -> Generator[None]:
 # -- environments, one a file and process
 
 
-# By device and inode. Guarded by `_opening`. An environment closes itself when neither a file nor a
-# transaction refers to it any more; to close it earlier would take it from a scan under way.
-_opened: weakref.WeakValueDictionary[tuple[int, int], lmdb.Environment] = (
-    weakref.WeakValueDictionary()
-)
+class _Shared:
+    """An environment that is open in this process, and how many leases hold it open."""
+
+    __slots__ = ("environment", "num_leases")
+
+    def __init__(self, environment: lmdb.Environment) -> None:
+        self.environment = environment
+        self.num_leases = 0
+
+
+# By device and inode. Guarded by `_opening`, and so is closing: an environment that dies by itself,
+# when nothing refers to it any more, is still open to LMDB while another thread finds it gone.
+_opened: dict[tuple[int, int], _Shared] = {}
 _opening = threading.RLock()
+
+
+class _Lease:
+    """Holds an environment open for a file, or for a scan under way, until it dies itself."""
+
+    def __init__(self, key: tuple[int, int], shared: _Shared) -> None:
+        self.environment = shared.environment
+        shared.num_leases += 1
+        weakref.finalize(self, _give_back, key, shared).atexit = False
+
+
+def _give_back(key: tuple[int, int], shared: _Shared) -> None:
+    with _opening:
+        shared.num_leases -= 1
+        if not shared.num_leases:
+            if _opened.get(key) is shared:
+                del _opened[key]
+            shared.environment.close()
 
 
 def _close_inherited() -> None:
@@ -95,39 +121,51 @@ def _close_inherited() -> None:
     """
     global _opening
     _opening = threading.RLock()
-    for environment in list(_opened.values()):
-        environment.close()
+    for shared in list(_opened.values()):
+        shared.environment.close()
     _opened.clear()
 
 
 os.register_at_fork(after_in_child=_close_inherited)
 
 
-def _open(path: Path, readahead: bool) -> lmdb.Environment:
-    lmdb = _import_lmdb()
+def _open(path: Path, readahead: bool) -> _Lease:
     data_path = find_data_file(path)
     with _opening:
-        status = data_path.stat()
-        environment = _opened.get((status.st_dev, status.st_ino))
-        if environment is None:
-            try:
-                environment = lmdb.open(
-                    os.fspath(path),
-                    subdir=data_path != path,
-                    readonly=True,
-                    create=False,
-                    lock=False,
-                    readahead=readahead,
-                )
-            except (lmdb.Error, OSError) as error:
-                _refuse(data_path, status.st_size, error)
-            try:
-                _check_whole(environment, data_path, status.st_size)
-            except ShardFormatError:
-                environment.close()
-                raise
-            _opened[status.st_dev, status.st_ino] = environment
-        return environment
+        while True:
+            status = data_path.stat()
+            key = status.st_dev, status.st_ino
+            shared = _opened.get(key)
+            if shared is None:
+                shared = _Shared(_open_environment(path, data_path, status.st_size, readahead))
+                _opened[key] = shared
+            lease = _Lease(key, shared)
+            # Memory may have been collected in between, and with it the last lease of another.
+            if _opened.get(key) is shared:
+                return lease
+
+
+def _open_environment(
+    path: Path, data_path: Path, size_bytes: int, readahead: bool
+) -> lmdb.Environment:
+    lmdb = _import_lmdb()
+    try:
+        environment = lmdb.open(
+            os.fspath(path),
+            subdir=data_path != path,
+            readonly=True,
+            create=False,
+            lock=False,
+            readahead=readahead,
+        )
+    except (lmdb.Error, OSError) as error:
+        _refuse(data_path, size_bytes, error)
+    try:
+        _check_whole(environment, data_path, size_bytes)
+    except ShardFormatError:
+        environment.close()
+        raise
+    return environment
 
 
 def find_data_file(path: Path) -> Path:
@@ -147,6 +185,11 @@ def find_data_file(path: Path) -> Path:
 def _refuse(path: Path, size_bytes: int, error: Exception) -> NoReturn:
     if not os.access(path, os.R_OK):
         raise PermissionError(f"{path}: may not be read; check its rights") from error
+    if "already open in this process" in str(error):
+        raise ValueError(
+            f"{path}: this process has it open through lmdb itself, and LMDB must not have a file"
+            " open twice in one process; close that environment first"
+        ) from error
     raise ShardFormatError(
         f"{path}: got {size_bytes} bytes that are no LMDB database ({_explain(str(path), error)});"
         " copy it again, or write it anew"
@@ -247,12 +290,13 @@ class LmdbFile:
         Raises:
             FileNotFoundError: There is no such database.
             ShardFormatError: It is cut short, not complete, or none of ours.
+            ValueError: This process has it open already, by other means than this class.
             MissingDependencyError: lmdb is not installed.
         """
         self.path = Path(path).expanduser()
         self.readahead = readahead
         self.allow_pickle = allow_pickle
-        self._kept: tuple[int, lmdb.Environment] | None = None
+        self._kept: tuple[int, _Lease] | None = None
         self.metadata: DatabaseMetadata | None = None
         """None for a database of the older system."""
         self._keys: NDArray[np.bytes_] | None = None
@@ -286,10 +330,10 @@ class LmdbFile:
         Raises:
             ShardFormatError: It is not there.
         """
-        environment = self._open()
+        lease = self._open()
         with (
             _naming_damage(str(self.path)),
-            environment.begin(buffers=True) as transaction,
+            lease.environment.begin(buffers=True) as transaction,
         ):
             view = transaction.get(self._key(position))
             if view is None:
@@ -306,14 +350,14 @@ class LmdbFile:
         Raises:
             ShardFormatError: One is not there.
         """
-        environment = self._open()
+        lease = self._open()
         with (
             _naming_damage(str(self.path)),
-            environment.begin(buffers=True) as transaction,
+            lease.environment.begin(buffers=True) as transaction,
             transaction.cursor() as cursor,
         ):
             if self.readahead and hasattr(os, "posix_fadvise"):
-                positions = self._read_ahead(environment, transaction, positions)
+                positions = self._read_ahead(lease.environment, transaction, positions)
             for position in positions:
                 if not cursor.set_key(self._key(position)):
                     raise self._missing(position)
@@ -334,8 +378,8 @@ class LmdbFile:
         """Read all labels, (N,) int32, -1 for none; None where the database does not list them."""
         if self.metadata is None:
             return None
-        environment = self._open()
-        with environment.begin(buffers=True) as transaction:
+        lease = self._open()
+        with lease.environment.begin(buffers=True) as transaction:
             view = transaction.get(LABELS_KEY)
             if view is None:
                 raise ShardFormatError(f"{self.path}: has no labels; write the database anew")
@@ -395,7 +439,7 @@ class LmdbFile:
         """Copy a value out of the map, which does not outlive its transaction."""
         return bytes(view)
 
-    def _open(self) -> lmdb.Environment:
+    def _open(self) -> _Lease:
         kept = self._kept
         if kept is None or kept[0] != os.getpid():
             kept = self._kept = os.getpid(), _open(self.path, self.readahead)
@@ -417,10 +461,10 @@ class LmdbFile:
         )
 
     def _read_count(self) -> int:
-        environment = self._open()
+        lease = self._open()
         with (
             _naming_damage(str(self.path)),
-            environment.begin(buffers=True) as transaction,
+            lease.environment.begin(buffers=True) as transaction,
         ):
             ours = transaction.get(METADATA_KEY)
             if ours is None:

@@ -312,6 +312,37 @@ def test_threads_may_share_it(whole: Path) -> None:
     assert found == [True] * 240
 
 
+def test_threads_may_open_what_others_are_closing(whole: Path) -> None:
+    errors: list[Exception] = []
+
+    def open_again_and_again() -> None:
+        try:
+            for position in range(200):
+                LmdbFile(whole).read(position % 30)
+        except Exception as error:  # noqa: BLE001 - the test looks at it
+            errors.append(error)
+
+    threads = [threading.Thread(target=open_again_and_again) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert not errors
+    assert not lmdb_file._opened
+
+
+def test_a_file_that_the_process_has_open_by_other_means_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.lmdb", 1)
+    theirs = lmdb.open(str(path), subdir=False, readonly=True, lock=False)
+
+    with pytest.raises(ValueError, match=r"x\.lmdb: this process has it open through lmdb itself"):
+        LmdbFile(path)
+
+    theirs.close()
+    assert len(LmdbFile(path)) == 1
+
+
 def _read_in_child(file: LmdbFile, connection: Connection) -> None:
     connection.send([len(file.read_raw(position)) for position in range(30)])
     connection.close()

@@ -112,13 +112,17 @@ def test_a_copy_that_fails_leaves_it_to_the_other() -> None:
 
 def test_when_all_copies_fail_the_last_error_is_raised() -> None:
     copies = Copies()
-    ended = race(copies, LateEager())
-    first, hedge = copies.begun.get(timeout=30), copies.begun.get(timeout=30)
+    blocking = BlockingRace(copies, RaceThreads())
+    ended = run_in_thread(lambda: blocking.run(LateEager(), 30.0))
+    begun = [copies.begun.get(timeout=30) for _ in range(2)]
 
-    hedge.put(StoreUnavailableError("hedge"))
-    first.put(StoreUnavailableError("first"))
+    # In this thread, since nothing says which of two threads hands over first.
+    blocking.end_copy(None, StoreUnavailableError("hedge"), is_hedge=True)
+    blocking.end_copy(None, StoreUnavailableError("first"), is_hedge=False)
 
     assert str(ended.get(timeout=30)) == "first"
+    for copy in begun:
+        copy.put(b"too late")
 
 
 def test_a_final_refusal_is_not_waited_over() -> None:
