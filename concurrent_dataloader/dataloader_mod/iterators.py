@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,6 @@ from concurrent_dataloader.dataloader_mod.orphan import (
     SocketFolder,
     describe_deaths,
     remove_shared_memory,
-    wait_for_death,
     watch_senders,
 )
 from concurrent_dataloader.dataloader_mod.recycle import forget_worker
@@ -87,7 +87,16 @@ class WorkersIter(torch_internals.MultiProcessingIter):
         self._settings = settings
         self._sockets = SocketFolder()
         super().__init__(_LoaderView(loader, settings, self._sockets))
-        watch_senders(self._worker_result_queue._reader, self._workers)
+        itself = weakref.ref(self)
+        watch_senders(
+            self._worker_result_queue,
+            lambda: () if (iterator := itself()) is None else iterator._find_senders(),
+        )
+
+    def _find_senders(self) -> list[Any]:
+        """Those workers that have not come to the end of an iterable data set."""
+        status: list[bool] = self._workers_status
+        return [worker for worker, is_on in zip(self._workers, status, strict=True) if is_on]
 
     def _next_index(self) -> Any:
         if not self._order.is_open:
@@ -109,28 +118,13 @@ class WorkersIter(torch_internals.MultiProcessingIter):
 
     def _try_get_data(self, *timeout_s: float) -> Any:
         try:
-            return self._try_receive(*timeout_s)
+            return super()._try_get_data(*timeout_s)
         except RuntimeError as error:
             deaths = describe_deaths(self._workers)
             if deaths:
                 error.add_note(deaths)
                 remove_shared_memory(self._workers)
             raise
-
-    def _try_receive(self, *timeout_s: float) -> Any:
-        try:
-            return super()._try_get_data(*timeout_s)
-        except (EOFError, OSError) as error:
-            # torch has looked whether a worker is dead, perhaps a moment too early. Those of an
-            # iterable data set that have come to their end do not count.
-            status: list[bool] = self._workers_status
-            counted = [worker for worker, on in zip(self._workers, status, strict=True) if on]
-            if not wait_for_death(counted):
-                raise
-            pids = [str(worker.pid) for worker in counted if not worker.is_alive()]
-            raise RuntimeError(
-                f"DataLoader worker (pid(s) {', '.join(pids)}) exited unexpectedly"
-            ) from error
 
     def _get_data(self) -> Any:
         received = self._receive()

@@ -24,11 +24,14 @@ import queue
 import select
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from multiprocessing import resource_sharer
 from multiprocessing.connection import Connection
+from types import TracebackType
 from typing import Any
 
 CHECK_INTERVAL_S = 0.5
@@ -121,43 +124,77 @@ class SocketFolder:
                 os.rmdir(self._path)
 
 
-def watch_senders(reader: Any, workers: Sequence[Any]) -> None:
-    """Let a connection that is read in the parent not wait for the rest of a dead worker's message.
+def watch_senders(results: Any, find_senders: Callable[[], Sequence[Any]]) -> None:
+    """Let what a dead worker has not sent to its end not be waited for, and not be an error.
 
-    Reading then raises `ConnectionError`, whereupon torch looks which worker it was.
+    Whoever reads then finds the queue empty, whereupon torch looks which worker is dead: the
+    parent itself, or its thread that pins memory, which an error would end.
 
     Args:
-        reader: The reading end of the workers' queue.
-        workers: Process objects of all that write to it.
+        results: The queue that the workers write to, in the parent.
+        find_senders: Gives the process objects of those that may have something to send yet.
     """
+
+    def is_one_dead() -> bool:
+        return not all(worker.is_alive() for worker in find_senders())
 
     def read(handle: int, num_bytes: int) -> bytes:
         poll = select.poll()
         poll.register(handle, select.POLLIN)
         while not poll.poll(1000 * CHECK_INTERVAL_S):
-            if not all(worker.is_alive() for worker in workers):
+            if is_one_dead():
                 raise ConnectionError("a worker died while it sent a batch")
         return os.read(handle, num_bytes)
 
-    # A weak reference, or a circle would keep the workers, and with them their shared memory.
-    itself = weakref.ref(reader)
+    def get(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return type(itself()).get(itself(), *args, **kwargs)
+        except (EOFError, OSError) as error:
+            if not wait_for(is_one_dead, _DYING_S):
+                raise
+            raise queue.Empty from error
+
+    # Weak references, or circles would keep the workers, and with them their shared memory.
+    itself: Any = weakref.ref(results)
+    reader = weakref.ref(results._reader)
     # Its own method takes the function that reads as an argument, which nobody gives.
-    reader._recv = lambda num_bytes: Connection._recv(itself(), num_bytes, read)  # pyright: ignore[reportAttributeAccessIssue]: private
+    results._reader._recv = lambda num_bytes: Connection._recv(reader(), num_bytes, read)  # pyright: ignore[reportAttributeAccessIssue]: private
+    results.get = get
 
 
-def wait_for_death(workers: Sequence[Any]) -> bool:
-    """Wait a moment for a worker to be dead whose connection has ended; say whether one is.
+def wait_for(is_so: Callable[[], bool], timeout_s: float) -> bool:
+    """Look at short intervals until something is so; say whether it came to be in time.
 
-    The system closes what a process has open before the process counts as dead, so that its end is
-    seen in the parent first. Nothing tells the second moment that might not wait for ever: a
-    sentinel is a connection too.
+    For a worker's death after its connection has ended: the system closes what a process has open
+    before the process counts as dead. Nothing tells the second moment that might not wait for
+    ever: a sentinel is a connection too.
     """
-    until_s = time.monotonic() + _DYING_S
-    while all(worker.is_alive() for worker in workers):
+    until_s = time.monotonic() + timeout_s
+    while not is_so():
         if time.monotonic() >= until_s:
             return False
         time.sleep(0.01)
     return True
+
+
+def be_silent_of_hang_ups() -> None:
+    """Have this process, a worker, not print that its parent stopped taking memory over.
+
+    That is what Ctrl-C in the parent comes to, now and then: Python's thread that hands memory over
+    then gives a traceback to the hook for what nobody catches. Whatever went wrong is told where
+    it did, in the parent.
+    """
+    tell = sys.excepthook
+
+    def tell_others(
+        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> None:
+        where = None if traceback is None else traceback.tb_frame.f_globals.get("__name__")
+        is_hang_up = isinstance(error, EOFError | ConnectionError)
+        if not (is_hang_up and where == resource_sharer.__name__):
+            tell(kind, error, traceback)
+
+    sys.excepthook = tell_others
 
 
 def describe_deaths(workers: Sequence[Any]) -> str:

@@ -43,6 +43,7 @@ from concurrent_dataloader.dataloader_mod.orphan import (
     ParentWatch,
     SocketFolder,
     WatchedQueue,
+    be_silent_of_hang_ups,
 )
 from concurrent_dataloader.dataloader_mod.recycle import RecyclingQueue, SlotPool, collate_into
 from concurrent_dataloader.dataloader_mod.resume import write_generators
@@ -404,6 +405,7 @@ def _worker_loop(
     """
     user_dataset = torch_internals.take_dataset(dataset)
     parent = ParentWatch()
+    be_silent_of_hang_ups()
     prepare: list[Callable[[], None]] = []
     if sockets is not None:
         prepare.append(functools.partial(sockets.use, parent))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import faulthandler
 import fcntl
+import io
 import json
 import os
 import pathlib
+import pickle
+import queue
 import resource
 import signal
+import socket
 import struct
 import subprocess
 import termios
@@ -89,11 +94,13 @@ def test_a_worker_that_a_signal_kills_is_named_with_it(name, fetch_impl):
     assert f"was killed by {name}" in told
 
 
-class EndedConnection:
-    """A queue of batches whose reading ends as when its sender dies in mid-message."""
+def end_connection(iterator):
+    """Have the queue of batches end as when its sender dies while it hands memory over."""
 
-    def get(self, timeout):
+    def end():
         raise EOFError
+
+    iterator._worker_result_queue._recv_bytes = end
 
 
 @pytest.mark.parametrize("dies_after_s", [0.0, 0.3])
@@ -101,7 +108,7 @@ def test_a_worker_that_is_dead_only_after_its_connection_has_ended_is_named(dies
     def train():
         iterator: Any = iter(DataLoader(doubles.StagedSquares(40), batch_size=4, num_workers=2))
         next(iterator)
-        iterator._data_queue = EndedConnection()
+        end_connection(iterator)
         killer = threading.Timer(dies_after_s, iterator._workers[1].kill)
         killer.start()
         told = read(iterator)
@@ -116,17 +123,99 @@ def test_a_worker_that_is_dead_only_after_its_connection_has_ended_is_named(dies
     assert "was killed by SIGKILL" in told
 
 
+def test_to_the_thread_that_pins_a_dead_workers_message_is_none():
+    def train():
+        iterator: Any = iter(DataLoader(doubles.StagedSquares(40), batch_size=4, num_workers=2))
+        next(iterator)
+        end_connection(iterator)
+        iterator._workers[1].kill()
+        with concurrent.futures.ThreadPoolExecutor(1) as threads:
+            read_by_thread = threads.submit(iterator._worker_result_queue.get, timeout=5.0)
+            with contextlib.suppress(RuntimeError):  # torch's handler of dead children
+                concurrent.futures.wait([read_by_thread])
+            told = read_by_thread.exception()
+        read(iterator)
+        return type(told)
+
+    with nothing_left():
+        told = train()
+
+    assert told is queue.Empty
+
+
 def test_a_connection_that_ends_while_all_workers_live_is_told_as_it_is():
     def train():
         iterator: Any = iter(DataLoader(doubles.StagedSquares(40), batch_size=4, num_workers=2))
         next(iterator)
-        iterator._data_queue = EndedConnection()
+        end_connection(iterator)
         return read(iterator)
 
     with nothing_left():
         told = train()
 
     assert told.startswith("EOFError")
+
+
+class UnequalShares(IterableDataset):
+    """One worker has more than a pipe holds, the other nothing."""
+
+    def __iter__(self):
+        info = torch.utils.data.get_worker_info()
+        if info is not None and info.id == 0:
+            time.sleep(1.0)
+            yield "x" * (4 << 20)
+
+
+def test_a_worker_that_came_to_its_end_is_none_that_died_in_mid_message():
+    iterator: Any = iter(DataLoader(UnequalShares(), batch_size=None, num_workers=2))
+    sender = psutil.Process(iterator._workers[0].pid)
+    reader = iterator._worker_result_queue._reader
+    receive = reader._recv
+    was_dead = []
+
+    def receive_slowly(num_bytes):
+        if num_bytes > 1 << 20:
+            sender.suspend()
+            threading.Timer(1.5, sender.resume).start()
+            was_dead.append(not iterator._workers[1].is_alive())
+        return receive(num_bytes)
+
+    reader._recv = receive_slowly
+
+    sizes = [len(text) for text in iterator]
+
+    assert sizes == [4 << 20]
+    assert was_dead == [True]
+
+
+class HandedOver(pickle.Unpickler):
+    """Collects the sockets of worker processes that a message names."""
+
+    def __init__(self, raw: bytes) -> None:
+        super().__init__(io.BytesIO(raw))
+        self.sockets: list[str] = []
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if global_name == "rebuild_storage_fd":
+            return lambda _, handle, size: self.sockets.append(handle._id[0])
+        if global_name.startswith("rebuild"):
+            return lambda *_: None
+        return super().find_class(module_name, global_name)
+
+
+def test_a_worker_says_nothing_of_a_parent_that_hangs_up(capfd):
+    iterator: Any = iter(DataLoader(doubles.StagedSquares(40), batch_size=4, num_workers=1))
+    results = iterator._worker_result_queue
+    raw = results._recv_bytes()
+    message = HandedOver(raw)
+    message.load()
+    for _ in range(3):
+        with socket.socket(socket.AF_UNIX) as half_way:
+            half_way.connect(message.sockets[0])
+
+    pickle.loads(raw)  # may still be taken over
+    iterator.close()
+    assert not capfd.readouterr().err
 
 
 def exit_at_once(worker_id):
