@@ -7,15 +7,38 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 
 Work = tuple[Callable[..., None], tuple[Any, ...]]
 
 
+class Limit(Protocol):
+    """Says how many threads there may be."""
+
+    @property
+    def limit(self) -> int:
+        """So many as of now; 1 or more."""
+        ...
+
+    def hold_back(self) -> None:
+        """Called after a call, when others wait only because there are as many threads."""
+        ...
+
+
+class FixedLimit:
+    """A number of threads that stays as it is."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+
+    def hold_back(self) -> None:
+        """Nothing comes of it."""
+
+
 class DaemonThreads:
-    """Runs calls in at most ``max_threads`` threads, first come first served.
+    """Runs calls in so many threads at most, first come first served.
 
     A thread that has nothing to do for `IDLE_S` seconds ends. Leaner than
     `concurrent.futures.ThreadPoolExecutor`, which adds a future and two semaphores to each call,
@@ -24,8 +47,14 @@ class DaemonThreads:
 
     IDLE_S = 4.0
 
-    def __init__(self, max_threads: int, name: str) -> None:
-        self._max_threads = max_threads
+    def __init__(self, limit: int | Limit, name: str) -> None:
+        """Start none yet.
+
+        Args:
+            limit: How many threads there may be; asked again after each call.
+            name: What they are called, with a number.
+        """
+        self._limit = FixedLimit(limit) if isinstance(limit, int) else limit
         self._name = name
         self._num_started = 0
         self._waiting: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
@@ -45,22 +74,33 @@ class DaemonThreads:
         self._check_open()
         with self._lock:
             self._num_outstanding += 1
-            num_threads = len(self._threads)
-            if num_threads < min(self._num_outstanding, self._max_threads):
-                thread = threading.Thread(
-                    target=self._run, name=f"{self._name}-{self._num_started}", daemon=True
-                )
-                try:
-                    thread.start()
-                except RuntimeError:  # the system gives no more
-                    if not self._threads:
-                        self._num_outstanding -= 1
-                        raise
-                else:
-                    self._threads.append(thread)
-                    self._num_started += 1
+            try:
+                self._start_one_more()
+            except RuntimeError:
+                self._num_outstanding -= 1
+                raise
         self._waiting.put((call, arguments))
         self._check_open()
+
+    def grow(self) -> None:
+        """Start one more thread if there is a call for it, and there may be."""
+        with self._lock:
+            self._start_one_more()
+
+    def _start_one_more(self) -> None:
+        if self._is_stopped or len(self._threads) >= min(self._num_outstanding, self._limit.limit):
+            return
+        thread = threading.Thread(
+            target=self._run, name=f"{self._name}-{self._num_started}", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError:  # the system gives no more
+            if not self._threads:
+                raise
+        else:
+            self._threads.append(thread)
+            self._num_started += 1
 
     def _check_open(self) -> None:
         if self._is_stopped:
@@ -80,8 +120,23 @@ class DaemonThreads:
             call, arguments = work
             call(*arguments)
             del work, call, arguments  # or they would be held until the next call comes
-            with self._lock:
-                self._num_outstanding -= 1
+            if not self._go_on():
+                return
+
+    def _go_on(self) -> bool:
+        """Take in that a call has ended; say whether its thread is still wanted."""
+        with self._lock:
+            self._num_outstanding -= 1
+            limit = self._limit.limit
+            is_held_back = self._num_outstanding >= limit
+            is_wanted = len(self._threads) <= limit
+            if is_wanted:
+                self._start_one_more()
+            else:
+                self._threads.remove(threading.current_thread())
+        if is_held_back:
+            self._limit.hold_back()
+        return is_wanted
 
     def _may_end(self) -> bool:
         """Take the calling thread off the list, unless a call counts on it."""
@@ -118,8 +173,9 @@ class DaemonThreads:
 class FutureThreads:
     """Daemon threads that run calls and keep what these return or raise."""
 
-    def __init__(self, max_threads: int, name: str) -> None:
-        self._threads = DaemonThreads(max_threads, name)
+    def __init__(self, limit: int | Limit, name: str) -> None:
+        """Start none yet; the arguments are those of `DaemonThreads`."""
+        self._threads = DaemonThreads(limit, name)
 
     def submit(self, call: Callable[..., T], *arguments: Any) -> Future[T]:
         """Run a call as `DaemonThreads.submit` does.
@@ -133,6 +189,10 @@ class FutureThreads:
         future: Future[T] = Future()
         self._threads.submit(_settle, future, call, *arguments)
         return future
+
+    def grow(self) -> None:
+        """Start one more thread if there is a call for it, and there may be."""
+        self._threads.grow()
 
     def stop(self, timeout_s: float = 0.0) -> None:
         """End the threads, and cancel the calls that had not begun. May be called twice.

@@ -146,6 +146,10 @@ def test_what_the_readme_imports_can_be_imported() -> None:
 
 
 def test_the_settings_of_the_readme_are_those_of_the_loader() -> None:
-    from concurrent_dataloader.dataloader_mod.settings import DEFAULT_NUM_FETCH_WORKERS
+    from concurrent_dataloader.dataloader_mod.settings import (
+        DEFAULT_NUM_FETCH_WORKERS,
+        MAX_CHOSEN_FETCH_WORKERS,
+    )
 
-    assert f"| `num_fetch_workers` | `None`: up to {DEFAULT_NUM_FETCH_WORKERS} |" in README
+    assert f"| `num_fetch_workers` | `None`: up to {MAX_CHOSEN_FETCH_WORKERS} |" in README
+    assert f"to {DEFAULT_NUM_FETCH_WORKERS} samples in flight" in README

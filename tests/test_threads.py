@@ -48,6 +48,59 @@ def test_no_more_calls_run_at_once_than_there_may_be_threads() -> None:
     assert most[0] == 3
 
 
+class MovingLimit:
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.num_held_back = 0
+
+    def hold_back(self) -> None:
+        self.num_held_back += 1
+
+
+def test_a_limit_that_moves_is_followed_and_told_when_calls_wait_for_it() -> None:
+    limit, going_on, most = MovingLimit(2), threading.Semaphore(0), [0]
+    threads = DaemonThreads(limit, "moving")
+    lock, running = threading.Lock(), [0]
+
+    def call() -> None:
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        assert going_on.acquire(timeout=20)
+        with lock:
+            running[0] -= 1
+
+    def wait_for_running(number: int) -> None:
+        until_s = time.monotonic() + 10
+        while running[0] != number and time.monotonic() < until_s:
+            time.sleep(0.001)
+        assert running[0] == number
+
+    for _ in range(40):
+        threads.submit(call)
+    wait_for_running(2)
+    assert limit.num_held_back == 0
+
+    limit.limit = 6
+    for _ in range(4):  # each call that ends starts one thread more
+        going_on.release()
+    wait_for_running(6)
+    assert limit.num_held_back == 4
+
+    limit.limit = 7
+    threads.grow()
+    wait_for_running(7)
+
+    limit.limit = 1
+    going_on.release(6)
+    wait_for_running(1)
+    going_on.release(40)
+    wait_for_running(0)
+
+    assert most[0] == 7
+    threads.stop(5)
+
+
 def test_stop_gives_back_what_had_not_begun_and_ends_every_thread() -> None:
     threads = DaemonThreads(2, "ending")
     begun, go, ran = threading.Semaphore(0), threading.Event(), list[int]()

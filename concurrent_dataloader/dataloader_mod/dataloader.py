@@ -33,6 +33,7 @@ from concurrent_dataloader.dataloader_mod.resume import (
 )
 from concurrent_dataloader.dataloader_mod.settings import (
     DEFAULT_NUM_FETCH_WORKERS,
+    MAX_CHOSEN_FETCH_WORKERS,
     MAX_NUM_FETCH_WORKERS,
     FetchImpl,
     FetchSettings,
@@ -96,7 +97,8 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             ``getitem_async`` of a plain dataset) on an event loop, and falls back to threads for a
             dataset that has none; ``"vanilla"`` is torch's own loader.
         num_fetch_workers: Samples in flight per worker, up to 4096, and as many requests of stores
-            of `open_store`; None: up to 128, and as many requests as turn out to be of use.
+            of `open_store`; None: up to 256, as many as turn out to be of use; without such a store
+            up to 128.
         batch_pool: Batches begun beyond the one being assembled, per worker; 0 is off; None: so
             many that twice ``num_fetch_workers`` samples are begun, and at least two.
         on_error: What becomes of a sample whose fetch, decode or transform raises. ``"raise"``:
@@ -296,17 +298,21 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
 
     def _choose_settings(self) -> FetchSettings:
         num_fetch_workers = self.num_fetch_workers or DEFAULT_NUM_FETCH_WORKERS
-        batch_pool = self.batch_pool
+        max_fetch_workers = None if self.num_fetch_workers else MAX_CHOSEN_FETCH_WORKERS
+        batch_pool, max_batch_pool = self.batch_pool, None
         is_map = self._dataset_kind == torch_internals.DatasetKind.Map
         if not is_map or self.fetch_impl == "vanilla":
             batch_pool = 0
         elif batch_pool is None:
             batch_pool = self._choose_batch_pool(num_fetch_workers)
+            if max_fetch_workers is not None:
+                max_batch_pool = self._choose_batch_pool(max_fetch_workers)
         return FetchSettings(
             fetch_impl=self.fetch_impl,
             num_fetch_workers=num_fetch_workers,
-            is_number_fixed=self.num_fetch_workers is not None,
+            max_fetch_workers=max_fetch_workers,
             batch_pool=batch_pool,
+            max_batch_pool=max_batch_pool,
             prefetch_factor=self.prefetch_factor or 0,
             takes_counted=is_map and self.fetch_impl != "vanilla",
             on_error=self.on_error,

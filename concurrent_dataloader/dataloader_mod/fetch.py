@@ -18,7 +18,12 @@ _CLOSE_TIMEOUT_S = 1.0
 
 
 class Fetcher(Protocol):
-    """Fetches in the background, at most ``num_fetch_workers`` at once, first come first served."""
+    """Fetches in the background, so many at once as are of use, first come first served."""
+
+    @property
+    def limit(self) -> int:
+        """How many samples may be in flight as of now."""
+        ...
 
     def submit(self, position: Any) -> Future[Any]:
         """Begin a sample; its future holds what was fetched, or the error that ended it.
@@ -42,18 +47,31 @@ class ThreadedFetcher:
         self,
         fetch: Callable[[Any], Any],
         num_fetch_workers: int,
-        is_number_fixed: bool = False,
+        max_fetch_workers: int | None = None,
     ) -> None:
+        """Start no thread yet.
+
+        Args:
+            fetch: Called for each sample.
+            num_fetch_workers: Samples in flight, as long as no store says what is of use.
+            max_fetch_workers: To how many stores may raise it; None: they have no say.
+        """
         self._fetch = fetch
-        self._is_number_fixed = is_number_fixed
-        self._threads = FutureThreads(num_fetch_workers, "fetch")
+        self._callers = in_flight.Callers(num_fetch_workers, max_fetch_workers)
+        self._threads = FutureThreads(self._callers, "fetch")
+        self._callers.grow = self._threads.grow
+
+    @property
+    def limit(self) -> int:
+        """How many samples may be in flight as of now."""
+        return self._callers.limit
 
     def submit(self, position: Any) -> Future[Any]:
         """Begin a sample in a free thread, or in a new one while there are fewer than allowed."""
         return self._threads.submit(self._fetch_one, position)
 
     def _fetch_one(self, position: Any) -> Any:
-        in_flight.is_fixed.set(self._is_number_fixed)
+        in_flight.callers.set(self._callers)
         return self._fetch(position)
 
     def close(self) -> None:
@@ -68,11 +86,13 @@ class AsyncioFetcher:
         self,
         fetch_async: Callable[[Any], Awaitable[Any]],
         num_fetch_workers: int,
-        is_number_fixed: bool = False,
+        max_fetch_workers: int | None = None,
     ) -> None:
+        """Start no thread yet; the arguments are those of `ThreadedFetcher`."""
         self._fetch_async = fetch_async
-        self._is_number_fixed = is_number_fixed
-        self._num_fetch_workers = num_fetch_workers
+        self._callers = in_flight.Callers(num_fetch_workers, max_fetch_workers)
+        self._callers.grow = self._begin_waiting
+        self._num_blocking = max_fetch_workers or num_fetch_workers
         # Appended to by the submitting thread, taken from in the loop's thread; a deque needs no
         # lock.
         self._waiting: collections.deque[tuple[Any, Future[Any]]] = collections.deque()
@@ -82,8 +102,13 @@ class AsyncioFetcher:
         self._closed = False
         self._thread: threading.Thread | None = None
 
+    @property
+    def limit(self) -> int:
+        """How many samples may be in flight as of now."""
+        return self._callers.limit
+
     def submit(self, position: Any) -> Future[Any]:
-        """Begin a sample as soon as fewer than ``num_fetch_workers`` are in flight."""
+        """Begin a sample as soon as fewer than the limit are in flight."""
         if self._closed:
             raise RuntimeError("submit: the fetcher is closed")
         if self._thread is None:
@@ -100,7 +125,7 @@ class AsyncioFetcher:
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         # For datasets whose `fetch_async` runs something that blocks in threads.
-        executor = concurrent.futures.ThreadPoolExecutor(self._num_fetch_workers, "fetch")
+        executor = concurrent.futures.ThreadPoolExecutor(self._num_blocking, "fetch")
         self._loop.set_default_executor(executor)
         try:
             self._loop.run_forever()
@@ -111,7 +136,7 @@ class AsyncioFetcher:
             self._loop.close()
 
     def _begin_waiting(self) -> None:
-        while self._waiting and len(self._tasks) < self._num_fetch_workers:
+        while self._waiting and len(self._tasks) < self._callers.limit:
             position, future = self._waiting.popleft()
             task = self._loop.create_task(self._fetch_one(position, future))
             self._tasks.add(task)
@@ -120,11 +145,13 @@ class AsyncioFetcher:
     def _end_task(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         self._begin_waiting()
+        if self._waiting:
+            self._callers.hold_back()
 
     async def _fetch_one(self, position: Any, future: Future[Any]) -> None:
         if not future.set_running_or_notify_cancel():
             return
-        in_flight.is_fixed.set(self._is_number_fixed)
+        in_flight.callers.set(self._callers)
         try:
             fetched = await self._fetch_async(position)
         except asyncio.CancelledError:

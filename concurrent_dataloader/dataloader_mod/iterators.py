@@ -236,7 +236,7 @@ class _LoaderView:
         )
         self.prefetch_factor = loader.prefetch_factor
         if self.prefetch_factor:  # 0 is an error, and torch's to raise
-            self.prefetch_factor += settings.batch_pool
+            self.prefetch_factor += settings.max_batch_pool or settings.batch_pool
         self.timeout = loader.timeout
         if self.timeout and settings.takes_counted:
             # The worker is the first to say so, since it knows what is missing.
@@ -346,7 +346,6 @@ class MainProcessIter(PlainMainProcessIter):
         if resumes and state.begin is not None:
             write_generators(state.begin)  # for a while: the loader puts them back
         super().__init__(loader)
-        self._batch_pool = settings.batch_pool
         self._ahead: list[tuple[Batch, bytes | None]] = []
         self._failures = loader._failures
         self._num_asked = 0
@@ -404,7 +403,7 @@ class MainProcessIter(PlainMainProcessIter):
         if not self._order.is_open:
             self._sampler_iter = self._order.open(self._sampler_iter)
         with contextlib.suppress(StopIteration):
-            while len(self._ahead) <= self._batch_pool:
+            while len(self._ahead) <= self._fetched.batch_pool:
                 self._ahead.append((Batch(super()._next_index()), self._order.read()))
         self._fetched.begin(*(batch for batch, _ in self._ahead))
 

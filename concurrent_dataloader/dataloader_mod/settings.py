@@ -20,6 +20,10 @@ way at any time; the rest covers the slow tail of the latency, which holds back 
 since order is kept (benchmarking: loader_epoch).
 """
 
+MAX_CHOSEN_FETCH_WORKERS = 256
+"""Samples in flight per worker where stores find that more are of use than the default: small
+objects that take no time to decode."""
+
 _MIN_BATCH_POOL = 2
 _ENVIRONMENT_PREFIX = "CONCURRENT_DATALOADER_"
 
@@ -31,13 +35,16 @@ class FetchSettings:
     fetch_impl: FetchImpl = "threaded"
 
     num_fetch_workers: int = DEFAULT_NUM_FETCH_WORKERS
-    """Samples in flight per worker, at most."""
+    """Samples in flight per worker, unless stores find that fewer or more are of use."""
 
-    is_number_fixed: bool = False
-    """Whether the user chose this number, so that stores make as many requests at once."""
+    max_fetch_workers: int | None = None
+    """To how many stores may raise it; None: the number is fixed, and no store has a say."""
 
     batch_pool: int = 4
     """Batches begun beyond the one that is being assembled, per worker."""
+
+    max_batch_pool: int | None = None
+    """As many where more samples are in flight than `num_fetch_workers`; None: no more."""
 
     prefetch_factor: int = 2
     """Batches that a worker may finish before the first of them is taken, torch's default."""
@@ -140,6 +147,10 @@ def read_environment(environment: Mapping[str, str] = os.environ) -> FetchSettin
         num_fetch_workers=read_count(
             "NUM_FETCH_WORKERS", 1, DEFAULT_NUM_FETCH_WORKERS, MAX_NUM_FETCH_WORKERS
         ),
-        is_number_fixed=_ENVIRONMENT_PREFIX + "NUM_FETCH_WORKERS" in environment,
+        max_fetch_workers=(
+            None
+            if _ENVIRONMENT_PREFIX + "NUM_FETCH_WORKERS" in environment
+            else MAX_CHOSEN_FETCH_WORKERS
+        ),
         batch_pool=read_count("BATCH_POOL", 0, FetchSettings().batch_pool),
     )

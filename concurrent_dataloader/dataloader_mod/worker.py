@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import math
 import queue
 import sys
 import time
@@ -116,11 +117,21 @@ class FetchedDataset:
             return AsyncioFetcher(
                 requests.make_fetch_async(stages),
                 settings.num_fetch_workers,
-                settings.is_number_fixed,
+                settings.max_fetch_workers,
             )
         return ThreadedFetcher(
-            requests.make_fetch(stages), settings.num_fetch_workers, settings.is_number_fixed
+            requests.make_fetch(stages), settings.num_fetch_workers, settings.max_fetch_workers
         )
+
+    @property
+    def batch_pool(self) -> int:
+        """Batches to begin beyond the one that is being assembled, as of now."""
+        settings = self._settings
+        if settings.max_batch_pool is None or "_fetcher" not in self.__dict__:
+            return settings.batch_pool
+        share = self._fetcher.limit / settings.num_fetch_workers
+        wanted = math.ceil(settings.batch_pool * share)
+        return min(max(settings.batch_pool, wanted), settings.max_batch_pool)
 
     def begin(self, *batches: Batch) -> None:
         """Send samples of batches on their way, unless they are; together where that is cheaper."""
@@ -295,7 +306,7 @@ class Lookahead:
             self._has_worked = self._settings.takes_counted and self._settings.batch_pool > 0
         elif item is not None:  # a new epoch of persistent workers: nothing is outstanding
             self._num_allowed = self._settings.prefetch_factor
-        self._begin(self._settings.batch_pool)
+        self._begin(self._dataset.batch_pool)
         return item
 
     def refill(self) -> None:
@@ -303,7 +314,7 @@ class Lookahead:
         with contextlib.suppress(queue.Empty):
             while True:
                 self._accept(self._source.get(block=False))
-        self._begin(self._settings.batch_pool)
+        self._begin(self._dataset.batch_pool)
 
     def _wait(self, timeout: float) -> None:
         """Accept the next item, or the end if the loader is shut down and its signal does not come.

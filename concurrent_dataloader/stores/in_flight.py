@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import contextvars
 import dataclasses
 import heapq
 import itertools
+import math
 import statistics
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Generator
 from typing import Literal
 
 from concurrent_dataloader.stores._arguments import check_whole
@@ -17,8 +21,8 @@ Outcome = Literal["answered", "throttled", "failed"]
 """How a request ended: with its object or a final refusal; refused for being one too many (429,
 503); otherwise."""
 
-is_fixed: contextvars.ContextVar[bool] = contextvars.ContextVar("is_fixed", default=False)
-"""Whether the caller has chosen how many requests to make at once, so that no gate holds them."""
+callers: contextvars.ContextVar[Callers | None] = contextvars.ContextVar("callers", default=None)
+"""To whom the caller belongs, if to a fetcher."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,18 +48,21 @@ class InFlightPolicy:
 class InFlightLimit:
     """Says how many requests may be under way; learns from how they end. Pure.
 
-    Decides once a round, which lasts for one set of requests, and half a second or more once
-    it rises by small steps only:
+    Decides once a round, which lasts for two sets of requests, and half a second or more once
+    doubling is over; after a change, one set goes by before it begins:
 
     - more than a tenth refused (429, 503): fewer by that share, at most half at once; some refused:
       as many;
     - latency eight times the lowest, and no more throughput than in the round before: a tenth
       fewer, but not below 16, since latency rises on a busy machine too;
     - else, if all that were allowed were used: twice as many as long as throughput rises by a
-      tenth, then one more, or a twentieth, a round.
+      tenth; the doubling that brings no more is taken back. From then on a quarter more is tried
+      for some rounds now and then, and kept if throughput follows: beyond what hides the latency,
+      requests cost the client and the store more, and bring nothing;
+    - but for a minute after a refusal, one more, or a twentieth, a round.
 
-    Workers that share a store come to fair shares by themselves, since a cut takes more from those
-    that have more, and each rises by the same steps in the same time.
+    Workers that share a store which refuses come to fair shares by themselves, since a cut takes
+    more from those that have more, and each rises by the same steps in the same time.
 
     Source:
         D.-M. Chiu, R. Jain, "Analysis of the increase and decrease algorithms for congestion
@@ -64,6 +71,7 @@ class InFlightLimit:
 
     _MAX_REFUSED_SHARE = 0.1
     _SOME_REFUSED_SHARE = 0.02
+    _CAREFUL_S = 60.0
     _SLOW_FACTOR = 8.0
     _SLOW_CUT = 0.9
     _SLOW_MINIMUM = 16.0
@@ -78,12 +86,18 @@ class InFlightLimit:
         self._policy = policy
         self._limit = float(policy.start)
         self._is_doubling = True
-        self._lowest_s: float | None = None
+        self._proved = self._limit
+        """What the last doubling that brought more came to."""
+        self._trial = _Trial()
+        self._careful_until_s = -math.inf
+        self._lowest_s = math.inf
         self._throughput_before = 0.0
         self._begin_round(now_s)
+        self._is_settling = True
 
     def _begin_round(self, now_s: float) -> None:
         self._round_begun_s = now_s
+        self._is_settling = False
         self._latencies_s: list[float] = []
         self._num_refused = 0
         self._num_ended = 0
@@ -105,46 +119,110 @@ class InFlightLimit:
             self._num_refused += 1
         elif outcome == "answered":
             self._latencies_s.append(now_s - begun_s)
+            self._lowest_s = min(self._lowest_s, now_s - begun_s)
         lasted_s = now_s - self._round_begun_s
-        if self._is_over(lasted_s):
-            self._decide(lasted_s)
+        if self._is_settling:
+            if self._num_ended >= self.limit or lasted_s >= self._MAX_ROUND_S:
+                self._begin_round(now_s)
+        elif self._is_over(lasted_s):
+            limit_before = self.limit
+            self._decide(lasted_s, now_s)
             self._begin_round(now_s)
+            self._is_settling = self.limit != limit_before
 
     def _is_over(self, lasted_s: float) -> bool:
         if lasted_s >= self._MAX_ROUND_S:
             return True
-        if self._num_ended < max(self._MIN_ENDED, self.limit):
+        if self._num_ended < max(self._MIN_ENDED, 2 * self.limit):
             return False
         is_fast = self._is_doubling or self._num_refused > self._num_ended / 2
         return lasted_s > (0 if is_fast else self._MIN_ROUND_S)
 
-    def _decide(self, lasted_s: float) -> None:
+    def _decide(self, lasted_s: float, now_s: float) -> None:
         refused_share = self._num_refused / self._num_ended
         throughput = len(self._latencies_s) / lasted_s
+        if refused_share > self._SOME_REFUSED_SHARE:
+            self._careful_until_s = now_s + self._CAREFUL_S
         if refused_share > self._MAX_REFUSED_SHARE:
-            self._is_doubling = False
-            self._set(self._limit * max(0.5, 1.0 - refused_share))
+            self._cut(max(0.5, 1.0 - refused_share))
         elif refused_share <= self._SOME_REFUSED_SHARE and self._latencies_s:
-            self._follow_latency(throughput)
+            self._follow_latency(throughput, is_careful=now_s < self._careful_until_s)
         self._throughput_before = throughput
 
-    def _follow_latency(self, throughput: float) -> None:
+    def _follow_latency(self, throughput: float, *, is_careful: bool) -> None:
         rises = throughput > self._throughput_before * self._RISE
-        lowest_s = min(self._latencies_s)
-        if self._lowest_s is not None:
-            lowest_s = min(lowest_s, self._lowest_s * self._LOWEST_DRIFT)
-        self._lowest_s = lowest_s
-        if statistics.median(self._latencies_s) > lowest_s * self._SLOW_FACTOR and not rises:
-            self._is_doubling = False
+        is_slow = statistics.median(self._latencies_s) > self._lowest_s * self._SLOW_FACTOR
+        self._lowest_s *= self._LOWEST_DRIFT
+        if is_slow and not rises:
             if self._limit > self._SLOW_MINIMUM:
-                self._set(max(self._SLOW_MINIMUM, self._limit * self._SLOW_CUT))
+                self._cut(max(self._SLOW_CUT, self._SLOW_MINIMUM / self._limit))
+            self._is_doubling = False
         elif self._is_used_up:
-            self._is_doubling = self._is_doubling and rises
-            step = self._limit if self._is_doubling else max(1.0, self._limit * 0.05)
-            self._set(self._limit + step)
+            if self._is_doubling and rises:
+                self._proved = self._limit
+                self._set(self._limit * 2)
+            elif self._is_doubling:
+                self._is_doubling = False
+                self._set(self._proved)
+            elif is_careful:
+                self._set(self._limit + max(1.0, self._limit * 0.05))
+            else:
+                self._set(self._trial.next(self._limit, throughput))
+
+    def _cut(self, factor: float) -> None:
+        self._is_doubling = False
+        self._trial = _Trial()
+        self._set(self._limit * factor)
 
     def _set(self, limit: float) -> None:
         self._limit = min(max(limit, self._policy.minimum), self._policy.maximum)
+
+
+class _Trial:
+    """Tries more requests for a while, and keeps them if they bring more; then waits, and again.
+
+    It takes two rounds to see what came of it. The waits grow with each trial in vain.
+    """
+
+    _FACTOR = 1.25
+    _GAIN = 1.08
+    """What a quarter more has to bring: as good as nothing comes to 1 plus the noise of a round."""
+
+    _NUM_ROUNDS = 2
+    _MAX_WAIT = 32
+
+    def __init__(self) -> None:
+        self._wait = self._NUM_ROUNDS
+        self._before: float | None = None
+        """What was allowed before the trial; None while there is none."""
+        self._num_rounds = 0
+        self._throughputs: collections.deque[float] = collections.deque(maxlen=self._NUM_ROUNDS)
+        self._throughput_before = 0.0
+
+    def next(self, limit: float, throughput: float) -> float:
+        """Take in a round's throughput, in requests a second; gives the limit for the next one."""
+        self._num_rounds += 1
+        self._throughputs.append(throughput)
+        mean = statistics.fmean(self._throughputs)
+        if self._before is None:
+            if self._num_rounds < self._wait:
+                return limit
+            self._begin(limit)
+            self._throughput_before = mean
+            return max(limit + 1.0, limit * self._FACTOR)
+        if self._num_rounds < self._NUM_ROUNDS:
+            return limit
+        before = self._before
+        self._begin(None)
+        if mean > self._throughput_before * self._GAIN:
+            self._wait = self._NUM_ROUNDS
+            return limit
+        self._wait = min(2 * self._wait, self._MAX_WAIT)
+        return before
+
+    def _begin(self, before: float | None) -> None:
+        self._before = before
+        self._num_rounds = 0
 
 
 class Gate:
@@ -182,6 +260,12 @@ class Gate:
             heapq.heappush(self._waiters, (begun_s, number, wake))
             return number
 
+    def hold_back(self) -> None:
+        """Note that somebody would ask for more if more were allowed, unless places are empty."""
+        with self._lock:
+            if 2 * (self._num_in_flight + 1) >= self._limit.limit:
+                self._limit.hold_back()
+
     def give_up(self, number: int) -> bool:
         """Leave the line; False if the place was taken meanwhile, and must be left."""
         with self._lock:
@@ -204,3 +288,72 @@ class Gate:
                 self._num_in_flight += 1
         for wake in woken:
             wake()
+
+
+class Callers:
+    """The threads or tasks of one fetcher: how many of them are of use, as stores come to know.
+
+    Whoever has to wait in front of a gate would be woken by another one for each request, which
+    costs a switch of threads; so a fetcher has no more of them than the gates let through. A gate
+    is known as soon as one of them has come to it.
+    """
+
+    def __init__(self, number: int, maximum: int | None = None) -> None:
+        """Make a fetcher's.
+
+        Args:
+            number: How many there may be as long as no gate is known.
+            maximum: How many gates may let there be; None: the number is fixed, no gate counts.
+        """
+        self._number = number
+        self._maximum = maximum
+        self.grow: Callable[[], None] = _do_nothing
+        """Called, by any of them, when more may be of use than a moment before."""
+        # Guarded by `_lock`.
+        self._lock = threading.Lock()
+        self._gates: weakref.WeakSet[Gate] = weakref.WeakSet()
+        self._num_resting = 0
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether a person chose the number, so that no gate holds back."""
+        return self._maximum is None
+
+    @property
+    def limit(self) -> int:
+        """How many there may be as of now; 1 or more."""
+        maximum = self._maximum
+        if maximum is None or not self._gates:
+            return self._number
+        with self._lock:
+            let_through = sum(gate.limit for gate in self._gates)
+            return max(1, min(maximum, let_through) + self._num_resting)
+
+    def meet(self, gate: Gate) -> None:
+        """Take note of a gate that one of them has come to."""
+        if gate not in self._gates:
+            with self._lock:
+                self._gates.add(gate)
+
+    def hold_back(self) -> None:
+        """Tell the gates that more would be asked for if there might be more of them."""
+        with self._lock:
+            gates = list(self._gates)
+        for gate in gates:
+            gate.hold_back()
+
+    @contextlib.contextmanager
+    def resting(self) -> Generator[None]:
+        """Count one of them out for a while: it sleeps before it asks again."""
+        with self._lock:
+            self._num_resting += 1
+        self.grow()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_resting -= 1
+
+
+def _do_nothing() -> None:
+    pass

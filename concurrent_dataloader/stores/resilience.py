@@ -14,6 +14,7 @@ get -> Gate: wait for a place -> attempt ---------------------> bytes
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import random
@@ -171,7 +172,8 @@ class ResilientStore(ValueObject):
                 failure = place.fail(error)
             finally:
                 place.leave()
-            self._sleep(self._plan_retry_s(flow, request, failure, place.begun_s))
+            with _resting():
+                self._sleep(self._plan_retry_s(flow, request, failure, place.begun_s))
 
     async def get_async(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
         """Read as `get` does, without blocking the event loop; cancelled at once."""
@@ -185,7 +187,8 @@ class ResilientStore(ValueObject):
                 failure = place.fail(error)
             finally:
                 place.leave()
-            await self._sleep_async(self._plan_retry_s(flow, request, failure, place.begun_s))
+            with _resting():
+                await self._sleep_async(self._plan_retry_s(flow, request, failure, place.begun_s))
 
     def _begin(self, key: str, byte_range: ByteRange | None) -> _Request:
         size_bytes = None if byte_range is None else byte_range.stop - byte_range.start
@@ -194,7 +197,7 @@ class ResilientStore(ValueObject):
     # -- a place among those under way
 
     def _enter(self, flow: Flow, request: _Request) -> _Place:
-        gate = None if in_flight.is_fixed.get() else flow.gate
+        gate = _find_gate(flow)
         if gate is not None:
             woken = threading.Lock()
             woken.acquire()
@@ -206,7 +209,7 @@ class ResilientStore(ValueObject):
         return _Place(flow, gate, request, self._clock())
 
     async def _enter_async(self, flow: Flow, request: _Request) -> _Place:
-        gate = None if in_flight.is_fixed.get() else flow.gate
+        gate = _find_gate(flow)
         if gate is not None:
             loop = asyncio.get_running_loop()
             woken: asyncio.Future[None] = loop.create_future()
@@ -463,6 +466,21 @@ class ResilientWritableStore(ResilientStore):
     def delete(self, key: str) -> None:
         """Remove an object."""
         self._repeat(key, lambda: self._writable.delete(key))
+
+
+def _find_gate(flow: Flow) -> Gate | None:
+    callers = in_flight.callers.get()
+    if callers is None or flow.gate is None:
+        return flow.gate
+    if callers.is_fixed:
+        return None
+    callers.meet(flow.gate)
+    return flow.gate
+
+
+def _resting() -> contextlib.AbstractContextManager[None]:
+    callers = in_flight.callers.get()
+    return contextlib.nullcontext() if callers is None else callers.resting()
 
 
 def _wake(loop: asyncio.AbstractEventLoop, woken: asyncio.Future[None], gate: Gate) -> None:

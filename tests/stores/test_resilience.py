@@ -209,7 +209,7 @@ def test_an_awaited_read_is_cut_at_the_deadline() -> None:
     stalling = StallingStore([], FakeClock())
     store = ResilientStore(stalling, RetryPolicy(), 0.05)
 
-    with pytest.raises(DeadlineError, match=r"scripted://key: no answer in 0\.05 s"):
+    with pytest.raises(DeadlineError, match=r"scripted://key: no answer in 0\.\d\d s"):
         asyncio.run(store.get_async("key"))
 
     assert stalling.was_cancelled
@@ -561,7 +561,7 @@ def test_no_more_requests_at_once_than_the_limit_unless_the_caller_chose(is_fixe
     store = ResilientStore(inner, RetryPolicy(), 20.0, None, limits)
 
     def read_one() -> bytes:
-        in_flight.is_fixed.set(is_fixed)
+        in_flight.callers.set(in_flight.Callers(8, None if is_fixed else 8))
         return bytes(store.get("key"))
 
     reads = [in_thread(read_one) for _ in range(12)]
