@@ -49,7 +49,7 @@ class InFlightLimit:
     """Says how many requests may be under way; learns from how they end. Pure.
 
     Decides once a round, which lasts for two sets of requests, and half a second or more once
-    doubling is over; after a change, one set goes by before it begins:
+    doubling is over; after a change, one set goes by before it begins, if few of it are refused:
 
     - more than a tenth refused (429, 503): fewer by that share, at most half at once; some refused:
       as many;
@@ -121,29 +121,36 @@ class InFlightLimit:
             self._latencies_s.append(now_s - begun_s)
             self._lowest_s = min(self._lowest_s, now_s - begun_s)
         lasted_s = now_s - self._round_begun_s
-        if self._is_settling:
-            if self._num_ended >= self.limit or lasted_s >= self._MAX_ROUND_S:
-                self._begin_round(now_s)
-        elif self._is_over(lasted_s):
-            limit_before = self.limit
-            self._decide(lasted_s, now_s)
+        if not self._is_over(lasted_s):
+            return
+        if self._is_settling and not self._is_refused_much():
             self._begin_round(now_s)
-            self._is_settling = self.limit != limit_before
+            return
+        limit_before = self.limit
+        self._decide(lasted_s, now_s)
+        self._begin_round(now_s)
+        self._is_settling = self.limit != limit_before
 
     def _is_over(self, lasted_s: float) -> bool:
         if lasted_s >= self._MAX_ROUND_S:
             return True
-        if self._num_ended < max(self._MIN_ENDED, 2 * self.limit):
+        # Too many at once is seen within a set; throughput is not.
+        is_short = self._is_settling or self._is_refused_much()
+        num_sets = 1 if is_short else 2
+        if self._num_ended < max(self._MIN_ENDED, num_sets * self.limit):
             return False
-        is_fast = self._is_doubling or self._num_refused > self._num_ended / 2
+        is_fast = self._is_doubling or self._is_settling or self._num_refused > self._num_ended / 2
         return lasted_s > (0 if is_fast else self._MIN_ROUND_S)
+
+    def _is_refused_much(self) -> bool:
+        return self._num_refused > self._num_ended * self._MAX_REFUSED_SHARE
 
     def _decide(self, lasted_s: float, now_s: float) -> None:
         refused_share = self._num_refused / self._num_ended
         throughput = len(self._latencies_s) / lasted_s
         if refused_share > self._SOME_REFUSED_SHARE:
             self._careful_until_s = now_s + self._CAREFUL_S
-        if refused_share > self._MAX_REFUSED_SHARE:
+        if self._is_refused_much():
             self._cut(max(0.5, 1.0 - refused_share))
         elif refused_share <= self._SOME_REFUSED_SHARE and self._latencies_s:
             self._follow_latency(throughput, is_careful=now_s < self._careful_until_s)
