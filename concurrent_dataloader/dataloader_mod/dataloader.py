@@ -100,7 +100,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             of `open_store`; None: up to 256, as many as turn out to be of use; without such a store
             up to 128.
         batch_pool: Batches begun beyond the one being assembled, per worker; 0 is off; None: so
-            many that twice ``num_fetch_workers`` samples are begun, and at least two.
+            many that twice as many samples are begun as may be in flight, and at least two.
         on_error: What becomes of a sample whose fetch, decode or transform raises. ``"raise"``:
             its error is the batch's. ``"skip"``: it is left out; its batch is shorter, and a batch
             of which nothing is left is not handed out, so that there may be fewer than ``len`` of

@@ -76,6 +76,7 @@ class ThreadedFetcher:
 
     def close(self) -> None:
         """Cancel what waits, end the threads."""
+        self._callers.close()
         self._threads.stop(_CLOSE_TIMEOUT_S)
 
 
@@ -167,6 +168,7 @@ class AsyncioFetcher:
         if self._closed:
             return
         self._closed = True
+        self._callers.close()
         if self._thread is None:
             self._loop.close()
             return

@@ -315,7 +315,7 @@ class Callers:
         self._number = number
         self._maximum = maximum
         self.grow: Callable[[], None] = _do_nothing
-        """Called, by any of them, when more may be of use than a moment before."""
+        """Called, by any of them, when more may be of use than a moment before; until `close`."""
         # Guarded by `_lock`.
         self._lock = threading.Lock()
         self._gates: weakref.WeakSet[Gate] = weakref.WeakSet()
@@ -335,6 +335,10 @@ class Callers:
         with self._lock:
             let_through = sum(gate.limit for gate in self._gates)
             return max(1, min(maximum, let_through) + self._num_resting)
+
+    def close(self) -> None:
+        """Grow no more, and forget who would have; else the two would hold each other."""
+        self.grow = _do_nothing
 
     def meet(self, gate: Gate) -> None:
         """Take note of a gate that one of them has come to."""
