@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,7 @@ def fetch_all(
     server: ObjectServer, fetch_impl: str, policy: InFlightPolicy, number: int, maximum: int | None
 ) -> tuple[int, int]:
     """Give the most requests that were under way, and how many threads are left to fetch."""
+    before = set(threading.enumerate())
     store: Any = open_store(
         "s3://bucket",
         endpoint_url=server.endpoint_url,
@@ -46,9 +48,11 @@ def fetch_all(
         with contextlib.closing(fetcher):
             futures = [fetcher.submit(key) for key in KEYS]
             bodies = [bytes(future.result(timeout=30)) for future in futures]
-            names = [thread.name for thread in threading.enumerate()]
+            time.sleep(0.5)  # the last ones that are too many are on their way out
+            left = set(threading.enumerate()) - before
     assert bodies == [key.encode() for key in KEYS]
-    return server.counters().max_in_flight, sum(name.startswith("fetch-") for name in names)
+    num_threads = sum(thread.name.startswith("fetch-") for thread in left)
+    return server.counters().max_in_flight, num_threads
 
 
 @pytest.mark.parametrize("fetch_impl", ["threaded", "asyncio"])
@@ -60,7 +64,7 @@ def test_the_store_may_let_fewer_through_than_would_fetch(
     most, num_threads = fetch_all(server, fetch_impl, policy, 20, 40)
 
     assert most == 3
-    assert num_threads <= 3
+    assert num_threads <= (3 if fetch_impl == "threaded" else 1)  # the event loop's own
 
 
 @pytest.mark.parametrize("fetch_impl", ["threaded", "asyncio"])
