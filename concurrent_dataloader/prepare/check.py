@@ -21,7 +21,7 @@ from concurrent_dataloader.prepare.deep import (
 )
 from concurrent_dataloader.prepare.index import IMAGE_SUFFIXES, is_folder
 from concurrent_dataloader.prepare.parallel import call_concurrently
-from concurrent_dataloader.prepare.samples import BadSample, Rules, check_again
+from concurrent_dataloader.prepare.samples import BadSample, IndexedCrcs, Rules, check_again
 from concurrent_dataloader.prepare.validate import (
     IMAGENET_TREES,
     Report,
@@ -422,10 +422,12 @@ def check_samples_again(
     label_base = _BUILDERS_BASE if settings.label_base is None else settings.label_base
     rules = Rules(num_classes=settings.num_classes, label_base=label_base, classes=classes)
 
+    crcs = IndexedCrcs(store)
+
     def check(sample: BadSample) -> tuple[BadSample, BadSample | None]:
         path = place.path(sample.key)
         if sample.kind != "lmdb" or path is None:
-            return sample, check_again(store, sample, rules)
+            return sample, check_again(store, sample, rules, crcs)
         from concurrent_dataloader.prepare.deep_lmdb import check_record_again
 
         return sample, check_record_again(path, sample, rules, allow_pickle=settings.allow_pickle)

@@ -21,6 +21,7 @@ from concurrent_dataloader.errors import (
     ShardFormatError,
     StoreError,
 )
+from concurrent_dataloader.formats.crc32c import IS_FAST, crc32c
 from concurrent_dataloader.formats.tar import (
     group_members,
     parse_sample,
@@ -150,6 +151,9 @@ def _indexed_samples(
                 parsed = parse_tar_fields(sample.fields, sample.key, info.key)
             if label not in (None, NO_LABEL, parsed.label):
                 raise ShardFormatError(f"got class {parsed.label}, expected {label} by the index")
+            crc = index.extent_crc(position) if IS_FAST else None
+            if crc is not None and crc32c(raw) != crc:
+                raise ShardFormatError("got bytes that differ from the checksum of the index")
             yield extent, parsed
         except StoreError:
             raise

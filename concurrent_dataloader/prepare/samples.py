@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import threading
 from typing import Any, Literal, NamedTuple, get_args
 
 import orjson
@@ -12,19 +13,22 @@ from typing_extensions import Buffer
 
 from concurrent_dataloader.errors import (
     IndexFormatError,
+    KeyNotFoundError,
     LoaderError,
     MissingDependencyError,
     SampleDecodeError,
     ShardFormatError,
     UnknownClassError,
 )
+from concurrent_dataloader.formats.crc32c import crc32c
 from concurrent_dataloader.formats.fields import IMAGE_FIELDS, find_payload_field
 from concurrent_dataloader.formats.image import decode_image
 from concurrent_dataloader.formats.tar import END_OF_ARCHIVE, read_samples
 from concurrent_dataloader.labels import Classes
 from concurrent_dataloader.prepare.checksums import Finding
 from concurrent_dataloader.ranges import ByteRange
-from concurrent_dataloader.shard_names import find_kind
+from concurrent_dataloader.shard_index import ShardIndex
+from concurrent_dataloader.shard_names import find_kind, find_split
 from concurrent_dataloader.stores import RangedFile
 from concurrent_dataloader.stores.base import SizedStore, Store
 
@@ -245,8 +249,62 @@ def _check_rest(store: SizedStore, sample: BadSample, rules: Rules) -> None:
             check_sample(parse_record(file.read(stop - first), rules, where, first), rules)
 
 
-def check_again(store: Store, sample: BadSample, rules: Rules) -> BadSample | None:
-    """Look at a sample of a report again; None if nothing is wrong with it any more."""
+class IndexedCrcs:
+    """The CRC-32C of samples and payloads, by the indexes beside their shards. For many threads."""
+
+    def __init__(self, store: Store) -> None:
+        """Read nothing yet."""
+        self._store = store
+        self._lock = threading.Lock()
+        self._by_index: dict[str, dict[tuple[str, int, int], int]] = {}
+
+    def find(self, key: str, byte_range: ByteRange | None) -> int | None:
+        """Give that of a byte range of a shard; None where no index has it.
+
+        Raises:
+            StoreError: The store cannot be asked.
+            IndexFormatError: What lies there is no index.
+        """
+        folder, slash, base = key.rpartition("/")
+        split = find_split(base)
+        if byte_range is None or split is None:
+            return None
+        with self._lock:
+            name = f"{folder}{slash}{split}-index.npz"
+            if name not in self._by_index:
+                self._by_index[name] = self._read(name)
+            return self._by_index[name].get((base, byte_range.start, byte_range.stop))
+
+    def _read(self, name: str) -> dict[tuple[str, int, int], int]:
+        try:
+            raw = self._store.get(name)
+        except KeyNotFoundError:
+            return {}
+        index = ShardIndex.from_bytes(raw, self._store.describe(name))
+        crcs: dict[tuple[str, int, int], int] = {}
+        for position in range(len(index) if index.crcs is not None else 0):
+            shard = index.shard_of(position).name
+            both = (
+                (index.extent(position), index.extent_crc(position)),
+                (index.payload(position), index.payload_crc(position)),
+            )
+            for (start, stop), crc in both:
+                if crc is not None:
+                    crcs[shard, start, stop] = crc
+        return crcs
+
+
+def check_again(
+    store: Store, sample: BadSample, rules: Rules, crcs: IndexedCrcs | None = None
+) -> BadSample | None:
+    """Look at a sample of a report again; None if nothing is wrong with it any more.
+
+    Args:
+        store: Where the data set lies.
+        sample: As the report has it.
+        rules: What it has to satisfy.
+        crcs: Checksums that its bytes have to have, where they are known.
+    """
     is_part = sample.byte_range is not None or sample.kind == "tar"
     if is_part and find_kind(sample.key) == "compressed tar":
         error = "a compressed tar has no byte ranges; look at all of it again with --deep"
@@ -257,6 +315,9 @@ def check_again(store: Store, sample: BadSample, rules: Rules) -> BadSample | No
             return None
         raw = store.get(sample.key, sample.byte_range)
         start = 0 if sample.byte_range is None else sample.byte_range.start
+        crc = None if crcs is None else crcs.find(sample.key, sample.byte_range)
+        if crc is not None and crc32c(raw) != crc:
+            return sample._replace(error="got bytes that differ from the checksum of the index")
         if sample.kind == "tar":
             for found in read_samples(io.BytesIO(bytes(raw) + END_OF_ARCHIVE), sample.key):
                 check_sample(parse_tar_fields(found.fields, found.key, sample.key), rules)
