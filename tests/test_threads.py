@@ -6,6 +6,7 @@ import gc
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -70,11 +71,14 @@ def test_a_limit_that_moves_is_followed_and_told_when_calls_wait_for_it() -> Non
         with lock:
             running[0] -= 1
 
-    def wait_for_running(number: int) -> None:
+    def wait_until(is_so: Callable[[], bool]) -> None:
         until_s = time.monotonic() + 10
-        while running[0] != number and time.monotonic() < until_s:
+        while not is_so():
+            assert time.monotonic() < until_s
             time.sleep(0.001)
-        assert running[0] == number
+
+    def wait_for_running(number: int) -> None:
+        wait_until(lambda: running[0] == number)
 
     for _ in range(40):
         threads.submit(call)
@@ -85,7 +89,7 @@ def test_a_limit_that_moves_is_followed_and_told_when_calls_wait_for_it() -> Non
     for _ in range(4):  # each call that ends starts one thread more
         going_on.release()
     wait_for_running(6)
-    assert limit.num_held_back == 4
+    wait_until(lambda: limit.num_held_back == 4)
 
     limit.limit = 7
     threads.grow()

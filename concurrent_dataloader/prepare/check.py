@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
-from concurrent_dataloader.errors import KeyNotFoundError
+from concurrent_dataloader.errors import IndexFormatError, KeyNotFoundError
 from concurrent_dataloader.index import Index
 from concurrent_dataloader.labels import Classes
 from concurrent_dataloader.prepare.checksums import Finding, read_checksums
@@ -21,7 +21,7 @@ from concurrent_dataloader.prepare.deep import (
 )
 from concurrent_dataloader.prepare.index import IMAGE_SUFFIXES, is_folder
 from concurrent_dataloader.prepare.parallel import call_concurrently
-from concurrent_dataloader.prepare.samples import BadSample, IndexedCrcs, Rules, check_again
+from concurrent_dataloader.prepare.samples import BadSample, IndexedSamples, Rules, check_again
 from concurrent_dataloader.prepare.validate import (
     IMAGENET_TREES,
     Report,
@@ -34,6 +34,7 @@ from concurrent_dataloader.prepare.validate import (
     validate_shards,
     validate_tree,
 )
+from concurrent_dataloader.shard_index import ShardIndex
 from concurrent_dataloader.shard_names import UNFINISHED, find_kind, find_split
 from concurrent_dataloader.stores import WritableStore
 from concurrent_dataloader.stores.base import ObjectInfo
@@ -416,18 +417,19 @@ def check_samples_again(
 
     Raises:
         StoreError: The store cannot be asked.
+        IndexFormatError: An index that lies there is damaged.
         ValueError: ``settings.concurrency`` is less than 1.
     """
     classes = None if settings.classes is None else Classes.load(settings.classes)
     label_base = _BUILDERS_BASE if settings.label_base is None else settings.label_base
     rules = Rules(num_classes=settings.num_classes, label_base=label_base, classes=classes)
 
-    crcs = IndexedCrcs(store)
+    indexed = IndexedSamples(_read_indexes(store, samples))
 
     def check(sample: BadSample) -> tuple[BadSample, BadSample | None]:
         path = place.path(sample.key)
         if sample.kind != "lmdb" or path is None:
-            return sample, check_again(store, sample, rules, crcs)
+            return sample, check_again(store, sample, rules, indexed)
         from concurrent_dataloader.prepare.deep_lmdb import check_record_again
 
         return sample, check_record_again(path, sample, rules, allow_pickle=settings.allow_pickle)
@@ -443,6 +445,16 @@ def check_samples_again(
             if problem is not None:
                 bad.append(problem)
     return bad
+
+
+def _read_indexes(store: WritableStore, samples: Sequence[BadSample]) -> Collection[ShardIndex]:
+    """Read the indexes of a packed data set, if a sample lies in a shard."""
+    if all(sample.byte_range is None for sample in samples):
+        return ()
+    files = find_shard_files(store, list_files(store))
+    if files.findings:
+        raise IndexFormatError(str(files.findings[0]))
+    return files.indexes.values()
 
 
 def _find_classes(keys: Sequence[str]) -> Classes | None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-import threading
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import orjson
+from numpy.typing import NDArray
 from typing_extensions import Buffer
 
 from concurrent_dataloader.errors import (
     IndexFormatError,
-    KeyNotFoundError,
     LoaderError,
     MissingDependencyError,
     SampleDecodeError,
@@ -28,7 +29,7 @@ from concurrent_dataloader.labels import Classes
 from concurrent_dataloader.prepare.checksums import Finding
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.shard_index import ShardIndex
-from concurrent_dataloader.shard_names import find_kind, find_split
+from concurrent_dataloader.shard_names import find_kind
 from concurrent_dataloader.stores import RangedFile
 from concurrent_dataloader.stores.base import SizedStore, Store
 
@@ -249,53 +250,42 @@ def _check_rest(store: SizedStore, sample: BadSample, rules: Rules) -> None:
             check_sample(parse_record(file.read(stop - first), rules, where, first), rules)
 
 
-class IndexedCrcs:
-    """The CRC-32C of samples and payloads, by the indexes beside their shards. For many threads."""
+class IndexedSamples:
+    """What indexes say of the bytes of samples, which a report names by their byte ranges."""
 
-    def __init__(self, store: Store) -> None:
-        """Read nothing yet."""
-        self._store = store
-        self._lock = threading.Lock()
-        self._by_index: dict[str, dict[tuple[str, int, int], int]] = {}
+    def __init__(self, indexes: Iterable[ShardIndex] = ()) -> None:
+        self._shards = {
+            shard.name: (index, number)
+            for index in indexes
+            for number, shard in enumerate(index.shards)
+        }
 
-    def find(self, key: str, byte_range: ByteRange | None) -> int | None:
-        """Give that of a byte range of a shard; None where no index has it.
+    def compare(self, store: Store, sample: BadSample, raw: Buffer, rules: Rules) -> None:
+        """Compare what was read with its checksum, or with that of the record which it lies in.
 
         Raises:
-            StoreError: The store cannot be asked.
-            IndexFormatError: What lies there is no index.
+            ShardFormatError: It is not what was written.
         """
-        folder, slash, base = key.rpartition("/")
-        split = find_split(base)
-        if byte_range is None or split is None:
-            return None
-        with self._lock:
-            name = f"{folder}{slash}{split}-index.npz"
-            if name not in self._by_index:
-                self._by_index[name] = self._read(name)
-            return self._by_index[name].get((base, byte_range.start, byte_range.stop))
+        index, number = self._shards.get(sample.key, (None, 0))
+        if index is None or sample.byte_range is None:
+            return
+        positions = np.flatnonzero(index.shard_numbers == number)
 
-    def _read(self, name: str) -> dict[tuple[str, int, int], int]:
-        try:
-            raw = self._store.get(name)
-        except KeyNotFoundError:
-            return {}
-        index = ShardIndex.from_bytes(raw, self._store.describe(name))
-        crcs: dict[tuple[str, int, int], int] = {}
-        for position in range(len(index) if index.crcs is not None else 0):
-            shard = index.shard_of(position).name
-            both = (
-                (index.extent(position), index.extent_crc(position)),
-                (index.payload(position), index.payload_crc(position)),
-            )
-            for (start, stop), crc in both:
-                if crc is not None:
-                    crcs[shard, start, stop] = crc
-        return crcs
+        def find(ranges: NDArray[np.int64]) -> list[int]:
+            return positions[(ranges[positions] == sample.byte_range).all(axis=1)].tolist()
+
+        crcs = [index.extent_crc(position) for position in find(index.extents)]
+        for position in find(index.payloads):
+            crcs.append(index.payload_crc(position))
+            if index.kind == "tfrecord":
+                extent = index.extent(position)
+                parse_record(store.get(sample.key, extent), rules, sample.key, extent.start)
+        if any(crc is not None and crc32c(raw) != crc for crc in crcs):
+            raise ShardFormatError("got bytes that differ from the checksum of the index")
 
 
 def check_again(
-    store: Store, sample: BadSample, rules: Rules, crcs: IndexedCrcs | None = None
+    store: Store, sample: BadSample, rules: Rules, indexed: IndexedSamples
 ) -> BadSample | None:
     """Look at a sample of a report again; None if nothing is wrong with it any more.
 
@@ -303,7 +293,7 @@ def check_again(
         store: Where the data set lies.
         sample: As the report has it.
         rules: What it has to satisfy.
-        crcs: Checksums that its bytes have to have, where they are known.
+        indexed: What is known of its bytes.
     """
     is_part = sample.byte_range is not None or sample.kind == "tar"
     if is_part and find_kind(sample.key) == "compressed tar":
@@ -315,9 +305,7 @@ def check_again(
             return None
         raw = store.get(sample.key, sample.byte_range)
         start = 0 if sample.byte_range is None else sample.byte_range.start
-        crc = None if crcs is None else crcs.find(sample.key, sample.byte_range)
-        if crc is not None and crc32c(raw) != crc:
-            return sample._replace(error="got bytes that differ from the checksum of the index")
+        indexed.compare(store, sample, raw, rules)
         if sample.kind == "tar":
             for found in read_samples(io.BytesIO(bytes(raw) + END_OF_ARCHIVE), sample.key):
                 check_sample(parse_tar_fields(found.fields, found.key, sample.key), rules)

@@ -316,8 +316,9 @@ class Callers:
         self._maximum = maximum
         self.grow: Callable[[], None] = _do_nothing
         """Called, by any of them, when more may be of use than a moment before; until `close`."""
-        # Guarded by `_lock`.
-        self._lock = threading.Lock()
+        # Guarded by `_lock`, which a thread may take twice: memory that is collected while it is
+        # held may be that of a task that rests.
+        self._lock = threading.RLock()
         self._gates: weakref.WeakSet[Gate] = weakref.WeakSet()
         self._num_resting = 0
 

@@ -56,26 +56,16 @@ def fetch_all(
 
 
 @pytest.mark.parametrize("fetch_impl", ["threaded", "asyncio"])
-def test_the_store_may_let_fewer_through_than_would_fetch(
-    server: ObjectServer, fetch_impl: str
+@pytest.mark.parametrize(("let_through", "number"), [(3, 20), (12, 4)])
+def test_the_store_may_let_fewer_or_more_through_than_would_fetch(
+    server: ObjectServer, fetch_impl: str, let_through: int, number: int
 ) -> None:
-    policy = InFlightPolicy(start=3, maximum=3)
+    policy = InFlightPolicy(start=let_through, maximum=let_through)
 
-    most, num_threads = fetch_all(server, fetch_impl, policy, 20, 40)
+    most, num_threads = fetch_all(server, fetch_impl, policy, number, 40)
 
-    assert most == 3
-    assert num_threads <= (3 if fetch_impl == "threaded" else 1)  # the event loop's own
-
-
-@pytest.mark.parametrize("fetch_impl", ["threaded", "asyncio"])
-def test_the_store_may_let_more_through_than_would_fetch(
-    server: ObjectServer, fetch_impl: str
-) -> None:
-    policy = InFlightPolicy(start=12, maximum=12)
-
-    most, _ = fetch_all(server, fetch_impl, policy, 4, 40)
-
-    assert most == 12
+    assert most == let_through
+    assert num_threads <= (let_through if fetch_impl == "threaded" else 1)  # the loop's own
 
 
 @pytest.mark.parametrize("fetch_impl", ["threaded", "asyncio"])

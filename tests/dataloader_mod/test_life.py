@@ -8,6 +8,7 @@ import faulthandler
 import fcntl
 import io
 import json
+import multiprocessing
 import os
 import pathlib
 import pickle
@@ -157,35 +158,48 @@ def test_a_connection_that_ends_while_all_workers_live_is_told_as_it_is():
 
 
 class UnequalShares(IterableDataset):
-    """One worker has more than a pipe holds, the other nothing."""
+    """One worker has more than a pipe holds, and waits to send it; the other has nothing."""
+
+    def __init__(self, may_send: Any) -> None:
+        self.may_send = may_send
 
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
         if info is not None and info.id == 0:
-            time.sleep(1.0)
+            assert self.may_send.wait(60)
             yield "x" * (4 << 20)
 
 
 def test_a_worker_that_came_to_its_end_is_none_that_died_in_mid_message():
-    iterator: Any = iter(DataLoader(UnequalShares(), batch_size=None, num_workers=2))
-    sender = psutil.Process(iterator._workers[0].pid)
+    may_send = multiprocessing.get_context("fork").Event()
+    iterator: Any = iter(DataLoader(UnequalShares(may_send), batch_size=None, num_workers=2))
+    sender, ended = (psutil.Process(worker.pid) for worker in iterator._workers)
     reader = iterator._worker_result_queue._reader
     receive = reader._recv
-    was_dead = []
+    num_stalls = []
+
+    def send_when_the_other_has_ended():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while ended.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.01)
+        may_send.set()
 
     def receive_slowly(num_bytes):
         if num_bytes > 1 << 20:
             sender.suspend()
             threading.Timer(1.5, sender.resume).start()
-            was_dead.append(not iterator._workers[1].is_alive())
+            num_stalls.append(num_bytes)
         return receive(num_bytes)
 
     reader._recv = receive_slowly
+    watching = threading.Thread(target=send_when_the_other_has_ended)
+    watching.start()
 
     sizes = [len(text) for text in iterator]
 
+    watching.join(60)
     assert sizes == [4 << 20]
-    assert was_dead == [True]
+    assert len(num_stalls) == 1
 
 
 class HandedOver(pickle.Unpickler):

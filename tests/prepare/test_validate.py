@@ -12,6 +12,7 @@ import subprocess
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -486,37 +487,48 @@ def test_a_range_without_a_kind_is_that_of_an_image(
 
 
 @pytest.mark.parametrize("what", ["payload", "extent"])
-def test_bytes_that_decode_and_are_others_are_found_by_the_checksums_of_the_index(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+@pytest.mark.parametrize("kind", ["tar", "tfrecord"])
+def test_bytes_that_decode_and_are_others_are_found_by_the_checksums_of_their_shard(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: Any, what: str
 ) -> None:
     from concurrent_dataloader.shard_index import ShardIndex
 
     shards = tmp_path / "written"
     samples = {f"c{number % 2}/{number}.jpg": encode_image(number) for number in range(6)}
-    write_shards(MemorySource(samples), shards, ShardSettings(max_count=3))
+    write_shards(MemorySource(samples), shards, ShardSettings(kind=kind, max_count=3))
     index = ShardIndex.load(shards / "train-index.npz")
-    path = shards / index.shard_of(0).name
+    path = shards / index.shard_of(4).name
     whole = path.read_bytes()
-    at = index.payload(0).stop - 3  # not seen by decoders
+    at = index.payload(4).stop - 3  # not seen by decoders
     path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-    deep = tmp_path / "deep.jsonl"
-    quarantine = tmp_path / "quarantine.jsonl"
-    byte_range = list(index.payload(0) if what == "payload" else index.extent(0))
-    kind = "bytes" if what == "payload" else "tar"
-    line = {"key": path.name, "range": byte_range, "kind": kind, "sample": "x", "error": "y"}
-    quarantine.write_text(json.dumps(line))
+    deep, quarantine = tmp_path / "deep.jsonl", tmp_path / "quarantine.jsonl"
+    byte_range = list(index.payload(4) if what == "payload" else index.extent(4))
+    line = {"key": path.name, "range": byte_range, "sample": "x", "error": "y"}
+    quarantine.write_text(json.dumps(line | {"kind": "bytes" if what == "payload" else kind}))
 
     assert validate(capsys, shards, "--deep", "--report", deep)[0] == 1
-    reports = [deep, quarantine]
     assert len(deep.read_text().splitlines()) == 1
-    for report in reports:
+    for report in (deep, quarantine):
         status, said = validate(capsys, shards, "--from", report)
         assert status == 1
-        assert "differ from the checksum of the index" in said[0]
+        assert "differ from the checksum of the index" in said[0] or "CRC" in said[0]
 
     path.write_bytes(whole)
-    for report in reports:
+    for report in (deep, quarantine):
         assert validate(capsys, shards, "--from", report)[0] == 0
+
+
+def test_a_damaged_index_beside_the_shards_of_a_report_is_told(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "r.jsonl"
+    report.write_text('{"key": "train-000000.tar", "range": [0, 512], "kind": "bytes"}')
+    (shards / "train-index.npz").write_bytes(b"no index")
+
+    status, said = validate(capsys, shards, "--from", report)
+
+    assert status == 1
+    assert "train-index.npz" in said[0]
 
 
 def test_a_report_that_is_none_is_an_error(

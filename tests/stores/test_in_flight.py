@@ -134,6 +134,27 @@ def test_it_comes_to_what_hides_the_latency(needed: int) -> None:
     assert simulation.num_answered[0] / 40 > 0.9 * needed / 0.1
 
 
+def test_more_are_tried_later_when_the_network_has_become_slower() -> None:
+    near, far = store_of_capacity(2000.0, 0.03), store_of_capacity(2000.0, 0.1)
+    simulation = Simulation(lambda now_s, n: (near if now_s < 20 else far)(now_s, n), [32])
+    simulation.run(20)
+    assert simulation.limits[0].limit < 150
+
+    simulation.run(80)
+    simulation.num_answered = [0]
+    simulation.run(100)
+
+    assert simulation.num_answered[0] / 20 > 0.9 * 2000.0
+
+
+def test_a_store_that_refuses_is_flooded_for_a_few_sets_only() -> None:
+    simulation = Simulation(store_that_refuses(200.0, 0.03), [64])
+
+    simulation.run(2)
+
+    assert simulation.num_refused < 180
+
+
 @pytest.mark.parametrize("latency_s", [0.005, 0.03, 0.1, 0.2])
 def test_it_rises_until_latency_no_longer_limits(latency_s: float) -> None:
     simulation = Simulation(store_of_capacity(1e9, latency_s), [1])
