@@ -20,13 +20,16 @@ log = logging.getLogger(__name__)
 SILENCE_TOLD_AFTER_S = 5.0
 """After which a person is told that a store has fallen silent."""
 
+_SIGN_OF_LIFE_EVERY_S = 1.0
+"""How often a store that gives none is asked for a sign of life."""
+
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class RequestCounts:
     """What one process has asked a store for."""
 
     num_requests: int = 0
-    """All that were made for reading, repeated ones included."""
+    """All that were made for reading, repeated ones and those for a sign of life included."""
 
     num_retries: int = 0
     num_throttled: int = 0
@@ -67,6 +70,9 @@ class Flow:
         self._max_hedges = 0 if hedge is None else hedge.max_hedges
         self._answered_s = -math.inf
         self._silence_told = False
+        self._answered_keys: tuple[str | None, str | None] = (None, None)
+        self._is_asking = False
+        self._asked_s = -math.inf
         self.counts = RequestCounts()
         _flows.add(self)
 
@@ -92,11 +98,15 @@ class Flow:
             if self._hedges is not None:
                 self._hedges.begin()
 
-    def end(self, size_class: int, begun_s: float, now_s: float, outcome: Outcome) -> None:
+    def end(
+        self, key: str, size_class: int, begun_s: float, now_s: float, outcome: Outcome
+    ) -> None:
         """Take in how a request ended."""
         with self._lock:
             if outcome == "answered":
                 self._answered_s, self._silence_told = now_s, False
+                if key != self._answered_keys[0]:
+                    self._answered_keys = key, self._answered_keys[0]
                 self._budget.succeed()
                 if self._hedges is not None:
                     self._hedges.end(size_class, now_s - begun_s)
@@ -122,10 +132,30 @@ class Flow:
         with self._lock:
             self.counts.num_hedges_won += 1
 
-    def has_answered_since(self, since_s: float) -> bool:
-        """Whether the store gave anybody of this process an answer since then."""
+    def is_silent_since(self, since_s: float) -> bool:
+        """Whether a store that has answered gave nobody of this process an answer since then."""
         with self._lock:
-            return self._answered_s >= since_s
+            return -math.inf < self._answered_s < since_s
+
+    def try_sign_of_life(self, key: str, now_s: float) -> str | None:
+        """Take the right to ask for an object, other than this one, that was answered before.
+
+        Returns:
+            Its key; to be followed by `end_sign_of_life`. None: somebody asks, or did so a moment
+            ago in vain, or no other was answered.
+        """
+        with self._lock:
+            others = [each for each in self._answered_keys if each not in (key, None)]
+            is_vain = self._answered_s < self._asked_s > now_s - _SIGN_OF_LIFE_EVERY_S
+            if not others or self._is_asking or is_vain:
+                return None
+            self._is_asking, self._asked_s = True, now_s
+            return others[0]
+
+    def end_sign_of_life(self) -> None:
+        """Let the next one ask."""
+        with self._lock:
+            self._is_asking = False
 
     def take_retry(self, now_s: float, max_wait_s: float) -> float:
         """Count a retry; gives the seconds until the budget has one more."""

@@ -61,6 +61,11 @@ _MAX_THROTTLED_WAIT_S = 1.0
 """A store that refuses what is too much still answers the rest: the limit on requests in flight
 slows down, and one sample must not hold up those after it."""
 
+_SIGN_OF_LIFE_S = 5.0
+"""Within which an object that was answered before is answered again, or the store is away."""
+
+_FIRST_BYTE = ByteRange(0, 1)
+
 _RENEWAL_S = 1.2
 """In which new credentials are noticed: files are looked at once a second, obstore asks again after
 a tenth. A request that came in between is made once more then."""
@@ -73,6 +78,9 @@ class _Request:
     key: str
     byte_range: ByteRange | None
     begun_s: float
+    until_s: float
+    """When its time is up."""
+
     size_class: int = -1
     num_attempts: int = 0
     num_counted: int = 0
@@ -80,6 +88,9 @@ class _Request:
 
     has_expired: bool = False
     """Whether an attempt was refused since the credentials had expired."""
+
+    failure: str = ""
+    """Of the attempt before, in words."""
 
 
 class ResilientStore(ValueObject):
@@ -173,7 +184,7 @@ class ResilientStore(ValueObject):
             finally:
                 place.leave()
             with _resting():
-                self._sleep(self._plan_retry_s(flow, request, failure, place.begun_s))
+                self._rest(flow, request, failure, place.begun_s)
 
     async def get_async(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
         """Read as `get` does, without blocking the event loop; cancelled at once."""
@@ -188,11 +199,16 @@ class ResilientStore(ValueObject):
             finally:
                 place.leave()
             with _resting():
+                sign = self._look_for_life(flow, request, failure, place.begun_s)
+                if sign is not None:
+                    await self._ask_for_life_async(flow, sign)
                 await self._sleep_async(self._plan_retry_s(flow, request, failure, place.begun_s))
 
     def _begin(self, key: str, byte_range: ByteRange | None) -> _Request:
         size_bytes = None if byte_range is None else byte_range.stop - byte_range.start
-        return _Request(key, byte_range, self._clock(), HedgePlan.size_class(size_bytes))
+        begun_s = self._clock()
+        until_s = begun_s + self._deadline_s
+        return _Request(key, byte_range, begun_s, until_s, HedgePlan.size_class(size_bytes))
 
     # -- a place among those under way
 
@@ -232,7 +248,7 @@ class ResilientStore(ValueObject):
             raise
 
     def _left_s(self, request: _Request) -> float:
-        return self._deadline_s - (self._clock() - request.begun_s)
+        return request.until_s - self._clock()
 
     def _crowded_error(self, request: _Request) -> DeadlineError:
         return DeadlineError(
@@ -255,7 +271,7 @@ class ResilientStore(ValueObject):
             except TimeoutError as error:
                 if isinstance(error, StoreError):
                     raise
-                raise self._no_answer(request) from error
+                raise self._no_answer(request, place) from error
         place.succeed()
         return body
 
@@ -272,13 +288,14 @@ class ResilientStore(ValueObject):
         except TimeoutError as error:
             if isinstance(error, StoreError):
                 raise
-            raise self._no_answer(request) from error
+            raise self._no_answer(request, place) from error
         place.succeed()
         return body
 
-    def _no_answer(self, request: _Request) -> DeadlineError:
-        waited_s = self._clock() - request.begun_s
-        return DeadlineError(f"{self.describe(request.key)}: no answer in {waited_s:.2f} s")
+    def _no_answer(self, request: _Request, place: _Place) -> DeadlineError:
+        before = f"; the attempt before: {request.failure}" if request.failure else ""
+        name = self.describe(request.key)
+        return DeadlineError(f"{name}: no answer in {place.age_s:.2f} s{before}")
 
     # -- all but reading
 
@@ -294,8 +311,16 @@ class ResilientStore(ValueObject):
             try:
                 return call()
             except StoreError as error:
-                wait_s = self._plan_retry_s(flow, request, error, begun_s)
-            self._sleep(wait_s)
+                self._rest(flow, request, error, begun_s)
+
+    def _rest(
+        self, flow: Flow, request: _Request, failure: StoreError, attempt_begun_s: float
+    ) -> None:
+        """Wait for the next attempt, or raise if there is to be none."""
+        sign = self._look_for_life(flow, request, failure, attempt_begun_s)
+        if sign is not None:
+            self._ask_for_life(flow, sign)
+        self._sleep(self._plan_retry_s(flow, request, failure, attempt_begun_s))
 
     # -- between attempts
 
@@ -310,6 +335,7 @@ class ResilientStore(ValueObject):
             request.has_expired = True
             return _RENEWAL_S
         elapsed_s = now_s - request.begun_s
+        request.failure = str(error)
         request.num_counted += self._counts_as_attempt(flow, error, attempt_begun_s)
         tried = f"{_count_attempts(request.num_attempts)} in {elapsed_s:.2f} s"
         max_attempts = self._policy.max_attempts or DEFAULT_MAX_ATTEMPTS
@@ -332,8 +358,8 @@ class ResilientStore(ValueObject):
             ) from error
         if flow.is_silence_to_tell(now_s):
             log.warning(
-                "%s; nothing was answered for %g s, and each request is repeated until %g s have "
-                "passed",
+                "%s; nothing was answered for %g s; requests are repeated, each until it is %g s "
+                "old",
                 error,
                 SILENCE_TOLD_AFTER_S,
                 self._deadline_s,
@@ -344,12 +370,57 @@ class ResilientStore(ValueObject):
         self, flow: Flow, error: StoreUnavailableError, attempt_begun_s: float
     ) -> bool:
         """Whether a failure says something of the object, or of an endpoint that is none."""
-        if self._policy.max_attempts is not None or isinstance(error, BodyMismatchError):
-            return True
         if isinstance(error, ThrottledError):
-            return False
-        is_away = not flow.has_answered_since(attempt_begun_s) and flow.has_answered_since(0.0)
-        return not is_away
+            return self._policy.max_attempts is not None
+        return not (
+            self._tells_nothing_of_the_object(error) and flow.is_silent_since(attempt_begun_s)
+        )
+
+    def _tells_nothing_of_the_object(self, error: StoreError) -> bool:
+        """Whether a failure may be that of an outage, which is waited for."""
+        return (
+            self._policy.max_attempts is None
+            and isinstance(error, StoreUnavailableError)
+            and not isinstance(error, BodyMismatchError | ThrottledError)
+        )
+
+    # -- whether the store is away, where nobody else asks: all wait for this object
+
+    def _look_for_life(
+        self, flow: Flow, request: _Request, error: StoreError, attempt_begun_s: float
+    ) -> _Request | None:
+        """Give what is to be asked for, to tell an object that cannot be had from an outage."""
+        now_s = self._clock()
+        left_s = min(_SIGN_OF_LIFE_S, self._left_s(request))
+        is_doubtful = self._tells_nothing_of_the_object(error) and left_s > 0
+        if not (is_doubtful and flow.is_silent_since(attempt_begun_s)):
+            return None
+        key = flow.try_sign_of_life(request.key, now_s)
+        if key is None:
+            return None
+        # As a retry, it is made where it can be cut at the end of its time.
+        size_class = HedgePlan.size_class(1)
+        return _Request(key, _FIRST_BYTE, now_s, now_s + left_s, size_class, num_attempts=1)
+
+    def _ask_for_life(self, flow: Flow, sign: _Request) -> None:
+        place = _Place(flow, None, sign, sign.begun_s)
+        try:
+            self._attempt(flow, sign, place)
+        except StoreError as error:
+            place.fail(error)
+        finally:
+            place.leave()
+            flow.end_sign_of_life()
+
+    async def _ask_for_life_async(self, flow: Flow, sign: _Request) -> None:
+        place = _Place(flow, None, sign, sign.begun_s)
+        try:
+            await self._attempt_async(flow, sign, place)
+        except StoreError as error:
+            place.fail(error)
+        finally:
+            place.leave()
+            flow.end_sign_of_life()
 
 
 class _Place:
@@ -405,7 +476,8 @@ class _Place:
         """Make room for the next."""
         now_s = self._flow.clock()
         if self._outcome is not None:
-            self._flow.end(self._request.size_class, self.begun_s, now_s, self._outcome)
+            request = self._request
+            self._flow.end(request.key, request.size_class, self.begun_s, now_s, self._outcome)
         if self._gate is not None:
             self._gate.leave(self.begun_s, now_s, self._outcome)
 
@@ -456,8 +528,7 @@ class ResilientWritableStore(ResilientStore):
                     request.num_attempts = 1
                 return
             except StoreError as error:
-                wait_s = self._plan_retry_s(flow, request, error, attempt_begun_s)
-            self._sleep(wait_s)
+                self._rest(flow, request, error, attempt_begun_s)
 
     def put(self, key: str, body: Buffer) -> None:
         """Write an object whole."""

@@ -20,7 +20,8 @@ class RetryPolicy:
     """Requests in all, the first one included. None tells an object that cannot be had from a store
     that is away: 6, counting those that failed while the store answered others, or before it ever
     answered this process; those that it refuses for being too many, and those of an outage, are
-    repeated until the deadline."""
+    repeated until the deadline. Where nobody else asks, one byte of an object that was answered
+    before is asked for, to tell which it is."""
 
     first_wait_s: float = 0.1
     """Upper bound of the first wait; about a median request to S3."""

@@ -189,6 +189,36 @@ def test_a_store_that_is_down_for_good_is_a_clear_error_within_the_deadline(
     assert elapsed_s < 2.0 + 5.0
 
 
+@pytest.mark.parametrize("kind", ["internal_error", "reset_before_headers"])
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("fetch_impl", FETCH_IMPLS)
+def test_one_object_that_cannot_be_had_holds_nobody_up_for_the_deadline(
+    object_server: ObjectServer, fetch_impl: Any, num_workers: int, kind: Any
+) -> None:
+    objects = make_objects(200)
+    # Few in flight: all wait for it, nothing else is asked for.
+    loader = open_loader(
+        object_server,
+        objects,
+        {"deadline_s": 60.0},
+        fetch_impl=fetch_impl,
+        num_workers=num_workers,
+        num_fetch_workers=3,
+        batch_pool=1,
+        on_error="skip",
+    )
+    object_server.set_faults([Fault(kind, key_pattern="0105[.]bin")])
+
+    begin_s = time.monotonic()
+    samples = read_epoch(loader)
+    elapsed_s = time.monotonic() - begin_s
+
+    assert samples == [sample for sample in hashes_of(objects) if sample[1] != 105]
+    assert elapsed_s < 30.0
+    gets = object_server.counters(by_key=True).num_gets_by_key
+    assert gets["bucket/train/0105.bin"] <= 8, "six, and what one sign of life a second forgives"
+
+
 def test_a_request_that_stalls_is_asked_for_again_before_it_ends(
     object_server: ObjectServer,
 ) -> None:

@@ -31,7 +31,7 @@ from concurrent_dataloader.stores import (
     RetryPolicy,
     in_flight,
 )
-from concurrent_dataloader.stores._flow import log_counts
+from concurrent_dataloader.stores._flow import Flow, log_counts
 from concurrent_dataloader.stores._memory import MemoryStore
 from concurrent_dataloader.stores.resilience import ResilientWritableStore
 from concurrent_dataloader.stores.retries import draw_wait_s
@@ -216,6 +216,23 @@ def test_an_awaited_read_is_cut_at_the_deadline() -> None:
     assert stalling.num_asked == 1
 
 
+def test_an_attempt_that_is_cut_says_how_the_one_before_failed() -> None:
+    class ThenStalling(StallingStore):
+        async def get_async(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
+            if self.num_asked == 0:
+                self.num_asked += 1
+                raise ThrottledError("scripted://key: status 503")
+            return await super().get_async(key, byte_range)
+
+    store = ResilientStore(ThenStalling([], FakeClock()), RetryPolicy(first_wait_s=0.01), 0.1)
+
+    said = (
+        r"no answer in 0\.\d\d s; the attempt before: scripted://key: status 503; gave up after 2"
+    )
+    with pytest.raises(DeadlineError, match=said):
+        asyncio.run(store.get_async("key"))
+
+
 def test_a_cancelled_read_ends_at_once_and_is_not_repeated() -> None:
     stalling = StallingStore([], FakeClock())
     store = ResilientStore(stalling, RetryPolicy(), 60.0)
@@ -388,6 +405,114 @@ def test_what_fails_while_others_are_answered_is_no_outage() -> None:
         store.get("bad")
 
 
+class KeyedStore(ScriptedStore):
+    """Fails for keys that begin with "bad", and for all while it is away."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        super().__init__([], clock)
+        self.is_away = False
+        self.asked: list[tuple[str, ByteRange | None]] = []
+        self._time = clock
+
+    def get(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
+        self.asked.append((key, byte_range))
+        self._time.now_s += 0.01
+        if self.is_away or key.startswith("bad"):
+            raise fail(f"scripted://{key}: status 500")
+        return b"good"
+
+
+def wrap_keyed(deadline_s: float = 120.0) -> tuple[ResilientStore, KeyedStore, FakeClock]:
+    clock = FakeClock()
+    inner = KeyedStore(clock)
+    store = ResilientStore(
+        inner,
+        RetryPolicy(),
+        deadline_s,
+        clock=clock,
+        sleep=clock.sleep,
+        sleep_async=clock.sleep_async,
+        rng=random.Random(0),
+    )
+    return store, inner, clock
+
+
+def read_key(store: ResilientStore, colour: str, key: str) -> bytes:
+    if colour == "blocking":
+        return bytes(store.get(key))
+    return bytes(asyncio.run(store.get_async(key)))
+
+
+@both_colours
+def test_an_object_that_cannot_be_had_is_no_outage_while_nobody_else_asks(colour: str) -> None:
+    store, inner, clock = wrap_keyed()
+    read_key(store, colour, "good")
+    begin_s = clock.now_s = 10.0
+
+    with pytest.raises(StoreUnavailableError, match="status 500; gave up after 6 attempts"):
+        read_key(store, colour, "bad")
+
+    assert inner.asked[1:] == [("bad", None), ("good", ByteRange(0, 1))] * 6
+    assert clock.now_s - begin_s < 4
+    assert store.counts().num_requests == 13
+
+
+def test_who_asks_for_a_size_asks_for_a_sign_of_life_too() -> None:
+    store, inner, clock = wrap_keyed()
+    store.get("good")
+    clock.now_s = 10.0
+
+    with pytest.raises(StoreUnavailableError, match="gave up after 6 attempts"):
+        store.head("bad")
+
+    assert [key for key, _ in inner.asked].count("good") == 7
+
+
+@both_colours
+def test_a_store_that_is_away_is_asked_for_a_sign_of_life_now_and_then(colour: str) -> None:
+    store, inner, clock = wrap_keyed(60.0)
+    read_key(store, colour, "good")
+    read_key(store, colour, "better")
+    inner.is_away = True
+    begin_s = clock.now_s = 10.0
+
+    with pytest.raises(DeadlineError, match="status 500; gave up after"):
+        read_key(store, colour, "best")
+
+    assert clock.now_s - begin_s > 50, "an outage is waited for"
+    num_signs = sum(byte_range is not None for _, byte_range in inner.asked)
+    num_attempts = sum(key == "best" for key, _ in inner.asked)
+    assert 5 < num_signs <= min(60, num_attempts)
+
+
+def test_the_object_that_fails_is_no_sign_of_life_of_its_own() -> None:
+    store, inner, clock = wrap_keyed(20.0)
+    store.get("only")
+    inner.is_away = True
+    clock.now_s = 10.0
+
+    with pytest.raises(DeadlineError):
+        store.get("only")
+
+    assert {byte_range for _, byte_range in inner.asked} == {None}
+
+
+def test_one_at_a_time_asks_for_a_sign_of_life_and_seldom_in_vain() -> None:
+    flow = Flow("store", None, None, FakeClock())
+    assert flow.try_sign_of_life("bad", 0.0) is None, "nothing was answered yet"
+    for at_s, key in enumerate(["a", "b", "b"]):
+        flow.end(key, -1, at_s, at_s, "answered")
+
+    assert flow.try_sign_of_life("b", 10.0) == "a"
+    assert flow.try_sign_of_life("bad", 10.0) is None, "somebody asks"
+    flow.end_sign_of_life()
+    assert flow.try_sign_of_life("bad", 10.9) is None, "it was in vain"
+    assert flow.try_sign_of_life("bad", 11.0) == "b"
+    flow.end("b", -1, 11.0, 11.1, "answered")
+    flow.end_sign_of_life()
+    assert flow.try_sign_of_life("bad", 11.2) == "b", "it was not in vain"
+
+
 @both_colours
 def test_a_store_that_throttles_is_asked_until_the_deadline(colour: str) -> None:
     busy = ThrottledError("scripted://key: status 503")
@@ -420,7 +545,7 @@ def test_a_long_silence_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
 
     (record,) = [record for record in caplog.records if "nothing was answered" in record.message]
     assert "scripted://key: not now; nothing was answered for 5 s" in record.message
-    assert "until 200 s" in record.message
+    assert "each until it is 200 s old" in record.message
 
 
 @both_colours
