@@ -14,8 +14,11 @@ and of the workers: memory (heaps, stacks and shared memory, each shared page di
 that map it, so that shared memory of batches counts once; not the files of libraries, which others
 map too), open files, and threads. The growth over the second half compares the lowest of the last
 tenth of the epochs with the lowest of the tenth that ends in the middle: what leaks lifts the
-lowest too, and what comes and goes does not. Workers that are made anew begin with nothing, so that
-of these only this process can hold more and more: its figures (``main``) stand apart.
+lowest too, and what comes and goes does not.
+
+Workers that are made anew begin with nothing, and have as many connections and threads as their
+first samples happen to need, more in one epoch and fewer in the next; only this process can hold
+more and more. Its figures (``main``) stand apart; where workers are made anew the bars are on them.
 """
 
 from __future__ import annotations
@@ -95,6 +98,7 @@ def measure_epochs(effort: Effort, *, is_persistent: bool) -> list[Row]:
         "latency_sigma": LATENCY_SIGMA,
         **{f"{fault.kind}_rate": fault.rate for fault in _FAULTS},
     }
+    main = "" if is_persistent else "main_"
     who = f"{num_epochs} epochs with faults, workers {'persist' if is_persistent else 'anew'}"
     return [
         make_row(
@@ -107,7 +111,7 @@ def measure_epochs(effort: Effort, *, is_persistent: bool) -> list[Row]:
                 "memory_mib": memory_mib,
                 "main_memory_mib": main_memory_mib,
             },
-            Bar(figure="growth_share", bound=0.02, direction="at most"),
+            Bar(figure=f"{main}growth_share", bound=0.02, direction="at most"),
         ),
         make_row(
             "soak",
@@ -118,7 +122,7 @@ def measure_epochs(effort: Effort, *, is_persistent: bool) -> list[Row]:
                 "num_more_main_open_files": grow(main_num_open_files),
                 "num_open_files": num_open_files,
             },
-            Bar(figure="num_more_open_files", bound=0, direction="at most"),
+            Bar(figure=f"num_more_{main}open_files", bound=0, direction="at most"),
         ),
         make_row(
             "soak",
@@ -129,7 +133,7 @@ def measure_epochs(effort: Effort, *, is_persistent: bool) -> list[Row]:
                 "num_more_main_threads": grow(main_num_threads),
                 "num_threads": num_threads,
             },
-            Bar(figure="num_more_threads", bound=0, direction="at most"),
+            Bar(figure=f"num_more_{main}threads", bound=0, direction="at most"),
         ),
     ]
 
