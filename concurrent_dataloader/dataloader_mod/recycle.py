@@ -21,13 +21,15 @@ worker's process object lives; hence there is no name in the file system, and no
 
 What cannot travel like that goes torch's way: other kinds of tensors, those that share memory
 already, and what finds no free slot because the user keeps the batches. Small tensors travel inside
-the message, so that keeping all labels of an epoch does not keep the images.
+the message, so that keeping all labels of an epoch does not keep the images. So do all where shared
+memory is short: slower, but a container with 64 MiB of it, Docker's default, loads.
 """
 
 from __future__ import annotations
 
 import functools
 import io
+import logging
 import math
 import multiprocessing
 import os
@@ -43,6 +45,8 @@ import torch
 
 from concurrent_dataloader.dataloader_mod import torch_internals
 from concurrent_dataloader.dataloader_mod.dataset_state import WorkerWatch
+
+log = logging.getLogger(__name__)
 
 _FREE, _LENT, _RETIRED = 0, 1, 2
 
@@ -105,6 +109,10 @@ class SlotPool:
         self._pending: list[_Slot] = []
         self._max_pending = 1
         self._dropped: list[int] = []
+        self.is_short = False
+        """Whether there was no shared memory when it was last asked for."""
+
+        self._is_shortage_told = False
 
     def lend(self, num_bytes: int) -> _Slot | None:
         """Find or make a slot of at least this size; None if all are in use."""
@@ -121,15 +129,39 @@ class SlotPool:
             capacity_bytes = -(-num_bytes // _PAGE_BYTES) * _PAGE_BYTES - _HEADER_BYTES
             if capacity_bytes < num_bytes:
                 capacity_bytes += _PAGE_BYTES
-            best = _Slot(self._num_made, capacity_bytes)
-            self._num_made += 1
-            self._slots[best.number] = best
-            self._by_address[best.storage.data_ptr()] = best
+            best = self._make(capacity_bytes) or best
         if best is not None:
             best.memory[0] = _LENT
             self._pending.append(best)
             self._max_pending = max(self._max_pending, len(self._pending))
         return best
+
+    def _make(self, capacity_bytes: int) -> _Slot | None:
+        try:
+            slot = _Slot(self._num_made, capacity_bytes)
+        except RuntimeError as error:
+            self.note_shortage(error, capacity_bytes)
+            return None
+        self.is_short = False
+        self._num_made += 1
+        self._slots[slot.number] = slot
+        self._by_address[slot.storage.data_ptr()] = slot
+        return slot
+
+    def note_shortage(self, error: RuntimeError, num_bytes: int | None = None) -> None:
+        """Have tensors travel in the message from now on, and tell so once."""
+        self.is_short = True
+        if not self._is_shortage_told:
+            self._is_shortage_told = True
+            wanted = "" if num_bytes is None else f" of {num_bytes / 2**20:.4g} MiB"
+            log.warning(
+                "no shared memory for a tensor%s: %s%s; batches without a place there are copied "
+                "through a pipe, which costs time; give it more (docker run --shm-size=2g or "
+                "--ipc=host), or use smaller batches, fewer workers or a smaller batch_pool",
+                wanted,
+                error,
+                _describe_shared_memory(),
+            )
 
     def _make_room(self) -> bool:
         """Say whether one more slot may be made; one that is free but too small makes way."""
@@ -234,9 +266,12 @@ class _Packer(ForkingPickler):
                 home = _Inline(raw.numpy().tobytes())
             else:
                 home = self._pool.lend(num_bytes)
-                if home is None:
+                if home is not None:
+                    home.view(torch.uint8, (num_bytes,)).copy_(raw)
+                elif self._pool.is_short:
+                    home = _Inline(raw.numpy().tobytes())
+                else:
                     return None
-                home.view(torch.uint8, (num_bytes,)).copy_(raw)
             self._homes[storage._cdata] = home, storage
         return home
 
@@ -293,7 +328,7 @@ class RecyclingQueue:
         """Send ``(number, batch)``; a signal or an error of torch's passes as it is."""
         number, data = item
         try:
-            packed = self._pool.pack(data)
+            packed = self._pack(data)
         except Exception:  # noqa: BLE001 - goes to the training loop, as all errors of a worker
             if isinstance(data, torch_internals.ExceptionWrapper):
                 # Its class is known to this process only; its words and traceback are text.
@@ -308,6 +343,15 @@ class RecyclingQueue:
         if states is not None:
             self._target.put((states, None))
         self._target.put((number, packed))
+
+    def _pack(self, data: Any) -> _Packed:
+        try:
+            return self._pool.pack(data)
+        except RuntimeError as error:
+            if self._pool.is_short or not _is_shortage(error):
+                raise
+            self._pool.note_shortage(error)
+        return self._pool.pack(data)
 
     def _wrap_error(self, doing: str = "sending its batch") -> Any:
         where = f"in DataLoader worker process {self._worker_id}, {doing}"
@@ -341,9 +385,34 @@ def _collate_tensors(pool: SlotPool, batch: list[torch.Tensor], *, collate_fn_ma
     if num_bytes <= _MAX_INLINE_BYTES:
         return torch.stack(batch, 0)
     slot = pool.lend(num_bytes)
+    if slot is None and not pool.is_short:
+        try:
+            return torch_internals.collate_tensor_fn(batch, collate_fn_map=collate_fn_map)
+        except RuntimeError as error:
+            if not _is_shortage(error):
+                raise
+            pool.note_shortage(error, num_bytes)
     if slot is None:
-        return torch_internals.collate_tensor_fn(batch, collate_fn_map=collate_fn_map)
+        return torch.stack(batch, 0)
     return torch.stack(batch, 0, out=slot.view(first.dtype, (len(batch), *first.size())))
+
+
+def _is_shortage(error: RuntimeError) -> bool:
+    """Say whether torch could have no shared memory; it has no class for that."""
+    return "unable to" in str(error) and any(
+        word in str(error) for word in ("shared memory", "shm", "mmap", "resize file")
+    )
+
+
+def _describe_shared_memory() -> str:
+    try:
+        system = os.statvfs("/dev/shm")
+    except OSError:
+        return ""
+    size_mib, free_mib = (
+        blocks * system.f_frsize / 2**20 for blocks in (system.f_blocks, system.f_bavail)
+    )
+    return f" (/dev/shm has {size_mib:.4g} MiB, of which {free_mib:.4g} MiB are free)"
 
 
 # ---- the parent's side ----

@@ -3,8 +3,13 @@
 import collections
 import dataclasses
 import gc
+import logging
 import multiprocessing
 import os
+import pathlib
+import resource
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -17,7 +22,7 @@ from concurrent_dataloader.dataloader_mod import recycle
 from concurrent_dataloader.dataloader_mod.dataloader import DataLoader
 from concurrent_dataloader.dataloader_mod.recycle import RecyclingQueue, SlotPool
 from tests.dataloader_mod import doubles
-from tests.dataloader_mod.conftest import is_same
+from tests.dataloader_mod.conftest import is_same, read_epochs
 
 NUM_FLOATS = 30_000
 """So many that a batch is larger than what travels inside a message."""
@@ -271,6 +276,76 @@ def test_a_failure_to_pickle_frees_the_slots_of_the_batch():
         pool.pack([torch.ones(100_000), threading.Lock()])
 
     assert pool.lend(100_000) is not None
+
+
+def forbid_shared_memory(worker_id):
+    """Let the system refuse this worker files, as /dev/shm holds, of more than 100 kB."""
+    del worker_id
+    # Where pytest does not take it away.
+    logging.getLogger("concurrent_dataloader").addHandler(
+        logging.StreamHandler(open(2, "w", closefd=False))  # noqa: SIM115 - as long as the worker
+    )
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+@pytest.mark.parametrize("collate_fn", [None, torch.utils.data.default_convert])
+def test_batches_arrive_where_there_is_no_shared_memory(capfd, collate_fn):
+    settings = {"batch_size": 4, "num_workers": 2, "collate_fn": collate_fn}
+    expected = read_epochs(torch.utils.data.DataLoader, Constant(40), 1, **settings)
+
+    batches = read_epochs(
+        DataLoader, Constant(40), 1, worker_init_fn=forbid_shared_memory, **settings
+    )
+
+    assert is_same(batches, expected)
+    batches[0][0][0].fill_(7)  # a batch can be written to
+    told = capfd.readouterr().err
+    assert told.count("no shared memory for a tensor") == 2, told
+    assert "--shm-size" in told
+
+
+class ForbidLater(Constant):
+    """Shared memory is there at first, and then no more, as others use it up."""
+
+    def apply_transform(self, decoded):
+        if decoded == 20:
+            forbid_shared_memory(0)
+        return super().apply_transform(decoded)
+
+
+def test_shared_memory_that_gives_out_in_the_middle_loses_nothing():
+    kept = [(labels, images) for images, labels in DataLoader(ForbidLater(160), 4, num_workers=1)]
+
+    assert len(kept) == 40
+    for labels, images in kept:
+        assert torch.equal(images[:, 0], labels.float())
+        assert torch.equal(images[:, -1], labels.float())
+
+
+@pytest.mark.slow
+def test_a_container_with_little_shared_memory_loads():
+    code = (
+        "import torch\n"
+        "from concurrent_dataloader import DataLoader\n"
+        "from tests.dataloader_mod.test_recycle import Constant\n"
+        "batches = list(DataLoader(Constant(160), 4, num_workers=2))\n"
+        "assert all(torch.equal(images[:, 0], labels.float()) for images, labels in batches)\n"
+        "assert sum(len(labels) for _, labels in batches) == 160\n"
+    )
+    small = 'mount -t tmpfs -o size=2m tmpfs /dev/shm && exec "$0" -c "$1"'
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0:
+        pytest.skip("unshare: needs the right to mount")
+
+    ended = subprocess.run(
+        ["unshare", "-m", "bash", "-c", small, sys.executable, code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=pathlib.Path(__file__).parents[2],
+    )
+
+    assert ended.returncode == 0, ended.stderr
+    assert "/dev/shm has 2 MiB" in ended.stderr
 
 
 def test_resident_and_shared_memory_stay_flat_over_epochs():
