@@ -51,15 +51,18 @@ class InFlightLimit:
     Decides once a round, which lasts for two sets of requests, and half a second or more once
     doubling is over; after a change, one set goes by before it begins, if few of it are refused:
 
-    - more than a tenth refused (429, 503): fewer by that share, at most half at once; some refused:
-      as many;
+    - more than a tenth refused (429, 503): fewer by that share, a quarter of them at least; some
+      refused: as many. Requests that were begun before such a cut count no more: they are those of
+      the flood that it ended;
     - latency eight times the lowest, and no more throughput than in the round before: a tenth
       fewer, but not below 16, since latency rises on a busy machine too;
     - else, if all that were allowed were used: twice as many as long as throughput rises by a
       tenth; the doubling that brings no more is taken back. From then on a quarter more is tried
       for some rounds now and then, and kept if throughput follows: beyond what hides the latency,
       requests cost the client and the store more, and bring nothing;
-    - but for a minute after a refusal, one more, or a twentieth, a round.
+    - but for a minute after a refusal, one more, or a twentieth, a round; two more, four, and so on
+      as long as no round brings a refusal, since a store that refused all for a second takes as
+      many as before.
 
     Workers that share a store which refuses come to fair shares by themselves, since a cut takes
     more from those that have more, and each rises by the same steps in the same time.
@@ -71,6 +74,7 @@ class InFlightLimit:
 
     _MAX_REFUSED_SHARE = 0.1
     _SOME_REFUSED_SHARE = 0.02
+    _MAX_CUT = 0.25
     _CAREFUL_S = 60.0
     _SLOW_FACTOR = 8.0
     _SLOW_CUT = 0.9
@@ -90,6 +94,8 @@ class InFlightLimit:
         """What the last doubling that brought more came to."""
         self._trial = _Trial()
         self._careful_until_s = -math.inf
+        self._careful_step = 1.0
+        self._cut_s = -math.inf
         self._lowest_s = math.inf
         self._throughput_before = 0.0
         self._begin_round(now_s)
@@ -106,7 +112,7 @@ class InFlightLimit:
     @property
     def limit(self) -> int:
         """Requests under way, at most; 1 or more."""
-        return int(self._limit)
+        return int(self._limit + 0.5)
 
     def hold_back(self) -> None:
         """Note that a request had to wait: all that are allowed are under way."""
@@ -114,6 +120,8 @@ class InFlightLimit:
 
     def end(self, begun_s: float, now_s: float, outcome: Outcome) -> None:
         """Take in how one request ended, and move the limit when the round is over."""
+        if begun_s < self._cut_s:
+            return
         self._num_ended += 1
         if outcome == "throttled":
             self._num_refused += 1
@@ -150,8 +158,10 @@ class InFlightLimit:
         throughput = len(self._latencies_s) / lasted_s
         if refused_share > self._SOME_REFUSED_SHARE:
             self._careful_until_s = now_s + self._CAREFUL_S
+            self._careful_step = 1.0
         if self._is_refused_much():
-            self._cut(max(0.5, 1.0 - refused_share))
+            self._cut(max(self._MAX_CUT, 1.0 - refused_share))
+            self._cut_s = now_s
         elif refused_share <= self._SOME_REFUSED_SHARE and self._latencies_s:
             self._follow_latency(throughput, is_careful=now_s < self._careful_until_s)
         self._throughput_before = throughput
@@ -172,7 +182,8 @@ class InFlightLimit:
                 self._is_doubling = False
                 self._set(self._proved)
             elif is_careful:
-                self._set(self._limit + max(1.0, self._limit * 0.05))
+                self._set(self._limit + max(self._careful_step, self._limit * 0.05))
+                self._careful_step *= 2
             else:
                 self._set(self._trial.next(self._limit, throughput))
 

@@ -155,6 +155,36 @@ def test_a_store_that_refuses_is_flooded_for_a_few_sets_only() -> None:
     assert simulation.num_refused < 180
 
 
+@pytest.mark.parametrize("num_clients", [1, 2, 4])
+def test_a_flood_that_was_cut_is_no_reason_to_cut_on(num_clients: int) -> None:
+    """Its requests ended after the cut, and brought a store of 1000 a second to a third of that."""
+    simulation = Simulation(store_that_refuses(1000.0, 0.03), [64] * num_clients)
+
+    simulation.run(5)
+
+    assert sum(simulation.num_answered) > 0.8 * 5 * 1000.0
+
+
+@pytest.mark.parametrize(("num_clients", "per_s"), [(1, 600.0), (1, 2000.0), (2, 2000.0)])
+def test_a_store_that_refused_all_for_a_second_is_soon_used_as_before(
+    num_clients: int, per_s: float
+) -> None:
+    well, rng = store_of_capacity(per_s, 0.03), random.Random(1)
+
+    def answer(now_s: float, num_under_way: int) -> Answer:
+        if 20.0 < now_s < 21.0:
+            return 0.03 * rng.uniform(0.5, 1.5), "throttled"
+        return well(now_s, num_under_way)
+
+    simulation = Simulation(answer, [64] * num_clients)
+    simulation.run(21)
+    assert max(limit.limit for limit in simulation.limits) <= 4
+    simulation.num_answered = [0] * num_clients
+    simulation.run(31)
+
+    assert sum(simulation.num_answered) > 0.6 * 10 * per_s
+
+
 @pytest.mark.parametrize("latency_s", [0.005, 0.03, 0.1, 0.2])
 def test_it_rises_until_latency_no_longer_limits(latency_s: float) -> None:
     simulation = Simulation(store_of_capacity(1e9, latency_s), [1])
