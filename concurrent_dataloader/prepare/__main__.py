@@ -6,8 +6,10 @@ import argparse
 import errno
 import importlib
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 from concurrent_dataloader import __version__
 from concurrent_dataloader.errors import LoaderError
@@ -27,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     verb = given[0] if given else ""
-    options = _parser(verb).parse_args(given)
+    options, unknown = _parser(verb).parse_known_args(given)
+    if unknown:
+        options.parser.error(f"got {' '.join(unknown)}, which are no arguments of it")
     try:
         return options.run(options) or 0
     except LoaderError as error:
@@ -79,8 +83,27 @@ def _name_argument(
     return f"{(typed or long or names)[0]}: got {rest}"
 
 
+_REWORDED = (
+    (re.compile(r"invalid int value: (.*)"), r"got \1, expected a whole number"),
+    (re.compile(r"invalid float value: (.*)"), r"got \1, expected a number"),
+    (re.compile(r"invalid choice: (.*) \(choose from (.*)\)"), r"got \1, expected one of \2"),
+)
+"""What argparse says in its own way, which may be another one in another release of Python."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in a line; argparse's list of all options would push it off the screen."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the line, with the command that lists the options, and exit with 2."""
+        wrong = message.removeprefix("argument ")
+        for pattern, ours in _REWORDED:
+            wrong = pattern.sub(ours, wrong)
+        self.exit(2, f"{self.prog}: error: {wrong}; see `{self.prog} --help`\n")
+
+
 def _parser(verb: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=_PROGRAM, description="Prepare a data set for training.")
+    parser = _Parser(prog=_PROGRAM, description="Prepare a data set for training.")
     parser.add_argument("--version", action="version", version=f"{_PROGRAM} {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     for name, summary in SUMMARIES.items():
@@ -90,7 +113,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
             verb_parser.description = module.DESCRIPTION
             module.add_arguments(verb_parser)
             names = _names_of_arguments(verb_parser, getattr(module, "CALLED_IN_MESSAGES", {}))
-            verb_parser.set_defaults(run=module.run, names_of_arguments=names)
+            verb_parser.set_defaults(run=module.run, parser=verb_parser, names_of_arguments=names)
     return parser
 
 

@@ -198,7 +198,29 @@ def test_wrong_arguments_are_status_2(
         main(arguments)
 
     assert caught.value.code == 2
-    assert "usage: concurrent-dataloader" in capsys.readouterr().err
+    assert "--help`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--maxcount", "many"], "--maxcount: got 'many', expected a whole number"),
+        (["--maxsize", "1q"], "--maxsize: got '1q', expected a size such as"),
+        (["--format", "zip"], "--format: got 'zip', expected one of 'tar', 'tfrecord'"),
+        (["--nothing", "1"], "got --nothing 1, which are no arguments of it"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_that_names_where_all_are_listed(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["shard", "pets", "out", *arguments])
+
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert error.startswith(f"concurrent-dataloader shard: error: {said}")
+    assert error.endswith("; see `concurrent-dataloader shard --help`\n")
+    assert error.count("\n") == 1
 
 
 def test_each_option_says_its_default(capsys: pytest.CaptureFixture[str]) -> None:
