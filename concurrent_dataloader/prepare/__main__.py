@@ -84,8 +84,8 @@ def _name_argument(
 
 
 _REWORDED = (
-    (re.compile(r"invalid int value: (.*)"), r"got \1, expected a whole number"),
     (re.compile(r"invalid float value: (.*)"), r"got \1, expected a number"),
+    (re.compile(r"invalid \w+ value: (.*)"), r"got \1, expected a whole number"),
     (re.compile(r"invalid choice: (.*) \(choose from (.*)\)"), r"got \1, expected one of \2"),
 )
 """What argparse says in its own way, which may be another one in another release of Python."""

@@ -195,7 +195,7 @@ def distribute(
         ShardFormatError: A shard is damaged, or its index is another set's.
         StoreError: The store cannot be read or written.
     """
-    _check_instances(num_instances)
+    check_instances(num_instances)
     shard_set = open_shard_set(location, split, open_root)
     with contextlib.closing(shard_set.store):
         shards = describe_shards(shard_set.index)
@@ -329,7 +329,7 @@ def check_distribution(
     Raises:
         As `distribute`.
     """
-    _check_instances(num_instances)
+    check_instances(num_instances)
     shard_set = open_shard_set(location, split, open_root)
     with contextlib.closing(shard_set.store):
         manifest = read_manifest(shard_set.store, split, num_instances)
@@ -410,7 +410,12 @@ def shards_of_instance(
     return InstanceShards(tuple(read), num_skipped)
 
 
-def _check_instances(num_instances: int) -> None:
+def check_instances(num_instances: int) -> None:
+    """Raise unless there are instances to share shards between.
+
+    Raises:
+        ValueError: There is one, or none.
+    """
     if num_instances < 2:
         raise ValueError(f"num_instances: got {num_instances}, expected 2 or more")
 

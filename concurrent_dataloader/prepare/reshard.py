@@ -105,7 +105,8 @@ class ReshardSettings:
                 " start from 0 on and a stop behind it"
             )
         nothing = np.zeros(0, np.int64)
-        split_by_size(nothing, nothing, self.max_bytes or 1, max_count=self.max_count)
+        least_bytes = 1 if self.max_bytes is None else self.max_bytes
+        split_by_size(nothing, nothing, least_bytes, max_count=self.max_count)
         shuffle_positions(0, self.seed)
         self.names.names(1)
 

@@ -362,6 +362,49 @@ def test_a_message_calls_things_as_the_user_does(
     assert said.count("\n") == 1, "one line"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["shard", "pets", "shards", "--processes", "0"], "--processes: got 0, expected 1 or more"),
+        (["shard", "pets", "shards", "--limit", "-1"], "--limit: got -1, expected 1 or more"),
+        (["shard", "pets", "shards", "--limit-seed", "-1"], "--limit-seed: got -1, expected 0 to"),
+        (["shard", "pets", "shards", "--label-rule", "foo"], "--label-rule: got 'foo', expected"),
+        (["shard", "pets", "shards", "--class-map", "no"], "--class-map: got 'no', where there is"),
+        (["shard", "pets", "shards", "--boxes", "no"], "--boxes: got 'no', where there is nothing"),
+        (["shard", "pets", "shards", "--scratch", "no/a"], "--scratch: got 'no/a', expected a"),
+        (["lmdb", "nowhere", "out", "--readers", "0"], "--readers: got 0, expected 1 or more"),
+        (["lmdb", "nowhere", "out", "--seed", "-1"], "--seed: got -1, expected 0 to"),
+        (["lmdb", "nowhere", "out", "--scratch", "pets/dog/1.JPG"], "expected a folder that is"),
+        (["folders", "nowhere", "out", "--concurrency", "0"], "--concurrency: got 0, expected 1"),
+        (["copy", "nowhere", "out", "--concurrency", "0"], "--concurrency: got 0, expected 1"),
+        (["reshard", "nowhere", "out", "--maxsize", "0"], "--maxsize: got 0, expected 1 or more"),
+        (["reshard", "nowhere", "out", "--shards", "0"], "--shards: got 0, expected 1 or more"),
+        (["reshard", "nowhere", "out", "--seed", "-1"], "--seed: got -1, expected 0 to"),
+        (["map", "nowhere", "out", "--function", "a:b", "--processes", "0"], "--processes: got 0"),
+        (["distribute", "shards", "-n", "2", "1"], "-n: got 1, expected 2 or more"),
+        (["validate", "nowhere", "--num-classes", "0"], "--num-classes: got 0, expected 1 or more"),
+        (["advise", "nowhere", "--ranks", "0"], "--ranks: got 0, expected 1 or more"),
+    ],
+)
+def test_an_option_that_cannot_be_is_told_before_anything_is_looked_at(
+    folder: Path,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    assert main(["shard", "pets", "shards"]) == 0
+    before = sorted(folder.parent.rglob("*"))
+    capsys.readouterr()
+
+    status = main(arguments)
+
+    assert status == 1
+    assert message in capsys.readouterr().err
+    assert sorted(folder.parent.rglob("*")) == before
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 @pytest.mark.parametrize("verb", ["shard", "lmdb", "folders", "copy"])
 def test_a_folder_that_may_not_be_written_is_named_with_what_to_do(

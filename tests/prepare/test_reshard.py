@@ -257,6 +257,7 @@ def test_a_damaged_shard_leaves_no_shard_of_its_name(source: Path, tmp_path: Pat
     ("how", "message"),
     [
         ({"max_count": 0}, "maxcount: got 0"),
+        ({"max_bytes": 0}, "maxsize: got 0 bytes"),
         ({"num_shards": 0}, "shards: got 0"),
         ({"num_shards": 2, "max_count": 3}, "given together with maxcount"),
         ({"start": 5, "stop": 5}, "slice: got 5:5"),

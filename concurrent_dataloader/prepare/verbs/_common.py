@@ -62,6 +62,22 @@ def store_settings(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def check_at_least(options: argparse.Namespace, **least: int) -> None:
+    """Raise for a number that is too small, before anything is looked at.
+
+    Args:
+        options: The arguments given.
+        least: By the option's name, the smallest number that it may be; None is always right.
+
+    Raises:
+        ValueError: One is smaller.
+    """
+    for name, smallest in least.items():
+        value = getattr(options, name)
+        if value is not None and value < smallest:
+            raise ValueError(f"{name}: got {value}, expected {smallest} or more")
+
+
 @contextlib.contextmanager
 def count_progress(what: str) -> Generator[Callable[[int], None]]:
     """Show a running count: in place on a terminal, else a line now and then."""

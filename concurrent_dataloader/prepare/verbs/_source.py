@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import get_args
 
-from concurrent_dataloader.labels import LabelSpace
+from concurrent_dataloader.labels import LabelSpace, check_label_rule
+from concurrent_dataloader.prepare.index import is_folder
 from concurrent_dataloader.prepare.sources import (
+    AUTO_BOXES,
     IMAGE_SUFFIXES,
+    NO_LABELS,
     OnStray,
     SampleTable,
     open_source,
 )
-from concurrent_dataloader.prepare.verbs._common import store_settings
+from concurrent_dataloader.prepare.verbs._common import check_at_least, store_settings
 from concurrent_dataloader.prepare.verbs._config import BOOL, INT, TEXT, Kind, list_of, one_of
 
 OWN_BOXES = "own"
@@ -144,6 +148,31 @@ def _add_class_options(group: argparse._ArgumentGroup) -> None:
         default="error",
         help="what to do about a sample whose class is not known (default: %(default)s)",
     )
+
+
+def check_source_options(options: argparse.Namespace) -> None:
+    """Raise for what cannot be, before the samples are listed, which may take minutes.
+
+    Raises:
+        ValueError: A number or a rule cannot be, or a file or folder that is named is not there.
+    """
+    check_at_least(options, limit=1)
+    if options.limit_seed is not None and not 0 <= options.limit_seed < 1 << 32:
+        raise ValueError(f"limit_seed: got {options.limit_seed}, expected 0 to {(1 << 32) - 1}")
+    if options.label_rule not in (None, NO_LABELS):
+        check_label_rule(options.label_rule)
+    for name in ("class_map", "meta_mat", "ground_truth", "boxes"):
+        text: str | None = getattr(options, name)
+        if text is None or (name == "boxes" and text in (OWN_BOXES, AUTO_BOXES)):
+            continue
+        is_path = is_folder(text) and not any(sign in text for sign in "*?{")
+        if is_path and not os.path.exists(os.path.expanduser(text.removeprefix("file://"))):
+            raise ValueError(f"{name}: got {text!r}, where there is nothing; check the path")
+    scratch: os.PathLike[str] | str | None = options.scratch
+    if scratch is not None and not os.path.isdir(scratch):
+        raise ValueError(
+            f"scratch: got '{scratch}', expected a folder that is there; make it, or leave it out"
+        )
 
 
 def open_samples(options: argparse.Namespace, text: str, split: str | None) -> SampleTable:

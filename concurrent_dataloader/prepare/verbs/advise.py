@@ -8,6 +8,7 @@ import re
 from concurrent_dataloader.prepare.advise import GB, Advice, Amount, advise, measure
 from concurrent_dataloader.prepare.verbs._common import (
     add_store_options,
+    check_at_least,
     count_progress,
     store_opener,
 )
@@ -65,6 +66,7 @@ def parse_bytes(text: str) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """Count if need be, and print the advice."""
+    check_at_least(options, bytes=1, samples=1, ranks=1, workers=0)
     amount = _find_amount(options)
     advice = advise(amount, options.ranks, options.workers)
     samples = "" if amount.num_samples is None else f", {amount.num_samples} samples"

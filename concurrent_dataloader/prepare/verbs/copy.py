@@ -23,7 +23,11 @@ from concurrent_dataloader.prepare.copy import (
 )
 from concurrent_dataloader.prepare.index import is_folder
 from concurrent_dataloader.prepare.verbs._bar import Progress, show_progress
-from concurrent_dataloader.prepare.verbs._common import add_store_options, store_settings
+from concurrent_dataloader.prepare.verbs._common import (
+    add_store_options,
+    check_at_least,
+    store_settings,
+)
 from concurrent_dataloader.stores import Store, WritableStore, open_store, open_writable_store
 
 DESCRIPTION = (
@@ -81,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Copy, and say what became of it."""
+    check_at_least(options, concurrency=1)
     _refuse_itself(options)
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(

@@ -6,7 +6,11 @@ import argparse
 import contextlib
 
 from concurrent_dataloader.errors import KeyNotFoundError
-from concurrent_dataloader.prepare.distribute import check_distribution, distribute
+from concurrent_dataloader.prepare.distribute import (
+    check_distribution,
+    check_instances,
+    distribute,
+)
 from concurrent_dataloader.prepare.metadata import ShardMetadata
 from concurrent_dataloader.prepare.shard_set import OpenRoot, find_splits
 from concurrent_dataloader.prepare.verbs._bar import show_progress
@@ -51,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Distribute each split for each number of instances."""
+    for count in options.instances:
+        check_instances(count)
     open_root = store_opener(options)
     splits: list[str] = options.split or splits_there(options.shards, open_root)
     work = [(split, count) for split in splits for count in options.instances]

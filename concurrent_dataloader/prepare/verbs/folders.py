@@ -12,8 +12,16 @@ from concurrent_dataloader.prepare.copy import Copied
 from concurrent_dataloader.prepare.folders import sort_into_folders
 from concurrent_dataloader.prepare.index import is_folder
 from concurrent_dataloader.prepare.verbs._bar import Progress, show_progress
-from concurrent_dataloader.prepare.verbs._common import add_store_options, store_settings
-from concurrent_dataloader.prepare.verbs._source import add_source_options, open_samples
+from concurrent_dataloader.prepare.verbs._common import (
+    add_store_options,
+    check_at_least,
+    store_settings,
+)
+from concurrent_dataloader.prepare.verbs._source import (
+    add_source_options,
+    check_source_options,
+    open_samples,
+)
 from concurrent_dataloader.stores import open_writable_store
 
 DESCRIPTION = (
@@ -55,6 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Copy, and say what became of it."""
+    check_at_least(options, concurrency=1)
+    check_source_options(options)
     with contextlib.ExitStack() as stack:
         source = open_samples(options, options.source, options.split)
         stack.enter_context(contextlib.closing(source))

@@ -14,10 +14,11 @@ from concurrent_dataloader.prepare.lmdb import (
     database_name,
     write_lmdb,
 )
+from concurrent_dataloader.prepare.plan import shuffle_positions
 from concurrent_dataloader.prepare.source import check_same_classes
 from concurrent_dataloader.prepare.sources import SampleTable
 from concurrent_dataloader.prepare.verbs._bar import show_progress
-from concurrent_dataloader.prepare.verbs._common import add_store_options
+from concurrent_dataloader.prepare.verbs._common import add_store_options, check_at_least
 from concurrent_dataloader.prepare.verbs._config import (
     BOOL,
     INT,
@@ -33,6 +34,7 @@ from concurrent_dataloader.prepare.verbs._config import (
 from concurrent_dataloader.prepare.verbs._source import (
     SOURCE_KINDS,
     add_source_options,
+    check_source_options,
     open_samples,
     parse_splits,
 )
@@ -127,6 +129,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Write each split."""
     apply_config(options, KINDS)
+    check_at_least(options, readers=1, map_size=1)
+    check_source_options(options)
+    shuffle_positions(0, options.seed)  # raises for a seed that cannot be
     if options.boxes is not None:
         raise ValueError(
             f"--boxes: got {options.boxes!r}, but LMDB records hold no boxes; leave it out, or"

@@ -11,7 +11,11 @@ from concurrent_dataloader.prepare.metadata import ShardMetadata
 from concurrent_dataloader.prepare.reshard import SplitAt
 from concurrent_dataloader.prepare.shard_set import OpenRoot
 from concurrent_dataloader.prepare.verbs._bar import show_progress
-from concurrent_dataloader.prepare.verbs._common import add_store_options, store_opener
+from concurrent_dataloader.prepare.verbs._common import (
+    add_store_options,
+    check_at_least,
+    store_opener,
+)
 from concurrent_dataloader.prepare.verbs.distribute import splits_there
 
 DESCRIPTION = (
@@ -56,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Map each split."""
+    check_at_least(options, processes=1)
     open_root = store_opener(options)
     if os.getcwd() not in sys.path:  # where users have their module; an installed command lacks it
         sys.path.append(os.getcwd())

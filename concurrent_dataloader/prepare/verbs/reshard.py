@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 
 from concurrent_dataloader.prepare.metadata import ShardMetadata
 from concurrent_dataloader.prepare.reshard import ReshardSettings, SplitAt, reshard
 from concurrent_dataloader.prepare.shard_set import OpenRoot
 from concurrent_dataloader.prepare.verbs._bar import show_progress
-from concurrent_dataloader.prepare.verbs._common import add_store_options, store_opener
+from concurrent_dataloader.prepare.verbs._common import (
+    add_store_options,
+    check_at_least,
+    store_opener,
+)
 from concurrent_dataloader.prepare.verbs._config import parse_size
 from concurrent_dataloader.prepare.verbs.distribute import splits_there
 
@@ -99,6 +104,8 @@ def parse_slice(text: str) -> tuple[int, int | None]:
 
 def run(options: argparse.Namespace) -> None:
     """Write each split."""
+    check_at_least(options, processes=1, maxcount=1, maxsize=1, shards=1)
+    settings = _settings(options)
     open_root = store_opener(options)
     found = {source: splits_there(source, open_root) for source in options.sources}
     wanted: list[str] = options.split or sorted(
@@ -116,15 +123,12 @@ def run(options: argparse.Namespace) -> None:
     if options.target_split is not None:
         taken = {options.target_split: [source for sources in taken.values() for source in sources]}
     for split, sources in taken.items():
-        _reshard(options, split, sources, open_root)
+        _reshard(options, dataclasses.replace(settings, split=split), sources, open_root)
 
 
-def _reshard(
-    options: argparse.Namespace, split: str, sources: Sequence[SplitAt], open_root: OpenRoot
-) -> None:
+def _settings(options: argparse.Namespace) -> ReshardSettings:
     start, stop = options.slice
-    settings = ReshardSettings(
-        split=split,
+    return ReshardSettings(
         max_count=options.maxcount,
         max_bytes=options.maxsize,
         num_shards=options.shards,
@@ -132,6 +136,15 @@ def _reshard(
         stop=stop,
         seed=options.seed,
     )
+
+
+def _reshard(
+    options: argparse.Namespace,
+    settings: ReshardSettings,
+    sources: Sequence[SplitAt],
+    open_root: OpenRoot,
+) -> None:
+    split = settings.split
     with show_progress(f"writing {split}", "shards", None, log_every=1) as progress:
 
         def report(shard: ShardMetadata, num_shards: int) -> None:

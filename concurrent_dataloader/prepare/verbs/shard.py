@@ -30,6 +30,7 @@ from concurrent_dataloader.prepare.survey import check_splits, survey_source
 from concurrent_dataloader.prepare.target import ShardTarget
 from concurrent_dataloader.prepare.verbs._common import (
     add_store_options,
+    check_at_least,
     store_opener,
     store_settings,
 )
@@ -48,6 +49,7 @@ from concurrent_dataloader.prepare.verbs._config import (
 from concurrent_dataloader.prepare.verbs._source import (
     SOURCE_KINDS,
     add_source_options,
+    check_source_options,
     open_samples,
     parse_list,
     parse_splits,
@@ -283,6 +285,8 @@ def _add_run_options(group: argparse._ArgumentGroup) -> None:
 def run(options: argparse.Namespace) -> None:
     """Pack each split."""
     apply_config(options, KINDS)
+    check_at_least(options, processes=1, readers=1)
+    check_source_options(options)
     if os.getcwd() not in sys.path:  # where users have their module; an installed command lacks it
         sys.path.append(os.getcwd())
     settings = {split: _settings(options, split) for split in options.splits or _DEFAULT_SPLITS}

@@ -23,7 +23,11 @@ from concurrent_dataloader.prepare.metadata import checksum
 from concurrent_dataloader.prepare.samples import BadSample, read_report
 from concurrent_dataloader.prepare.validate import Report
 from concurrent_dataloader.prepare.verbs._bar import LOG_EVERY, show_progress
-from concurrent_dataloader.prepare.verbs._common import add_store_options, store_settings
+from concurrent_dataloader.prepare.verbs._common import (
+    add_store_options,
+    check_at_least,
+    store_settings,
+)
 from concurrent_dataloader.stores import WritableStore, open_writable_store
 
 DESCRIPTION = (
@@ -123,6 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Check, and say what is wrong."""
+    check_at_least(options, concurrency=1, num_classes=1)
     place = locate(options.source)
     with contextlib.closing(open_writable_store(place.root, **store_settings(options))) as store:
         if options.write_checksums is not None:
