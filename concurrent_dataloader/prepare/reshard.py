@@ -251,11 +251,17 @@ def plan_shards(index: ShardIndex, settings: ReshardSettings) -> ShardPlan:
         ValueError: The slice holds nothing, or there are fewer samples than shards.
     """
     stop = len(index) if settings.stop is None else min(settings.stop, len(index))
-    num_samples = stop - settings.start
-    if num_samples < max(1, settings.num_shards or 1):
+    num_samples = max(0, stop - settings.start)
+    if num_samples == 0:
         raise ValueError(
-            f"slice: got {max(0, num_samples)} samples for {settings.num_shards or 1} or more"
-            f" shards, since the sources hold {len(index)}; expected a sample for each at least"
+            f"slice: got a start of {settings.start}, expected less than {len(index)}, which is how"
+            " many samples the sources hold"
+        )
+    if settings.num_shards is not None and num_samples < settings.num_shards:
+        whole = "the sources" if num_samples == len(index) else "the slice of the sources"
+        raise ValueError(
+            f"shards: got {settings.num_shards}, expected {num_samples} or fewer, since {whole}"
+            f" hold{'s' * (num_samples < len(index))} {num_samples} samples"
         )
     order = shuffle_positions(num_samples, settings.seed) + settings.start
     if settings.num_shards is not None:

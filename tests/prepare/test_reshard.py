@@ -271,11 +271,21 @@ def test_settings_that_cannot_be_are_refused(how: dict[str, Any], message: str) 
         ReshardSettings(**how)
 
 
-@pytest.mark.parametrize("how", [{"start": 60}, {"num_shards": 61}, {"start": 59, "num_shards": 2}])
-def test_fewer_samples_than_shards_are_refused(
-    source: Path, tmp_path: Path, how: dict[str, int]
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"start": 60}, "slice: got a start of 60, expected less than 60"),
+        ({"num_shards": 61}, "shards: got 61, expected 60 or fewer, since the sources hold 60 "),
+        (
+            {"start": 59, "num_shards": 2},
+            "shards: got 2, expected 1 or fewer, since the slice of the sources holds 1 ",
+        ),
+    ],
+)
+def test_what_leaves_shards_without_samples_is_named(
+    source: Path, tmp_path: Path, how: dict[str, int], message: str
 ) -> None:
-    with pytest.raises(ValueError, match="since the sources hold 60"):
+    with pytest.raises(ValueError, match=message):
         run(source, tmp_path / "new", **how)
 
 
