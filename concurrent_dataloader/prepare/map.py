@@ -32,9 +32,10 @@ from concurrent_dataloader.formats.tar import (
 from concurrent_dataloader.prepare.distribute import describe_shards
 from concurrent_dataloader.prepare.extents import read_extents
 from concurrent_dataloader.prepare.metadata import ShardMetadata, SplitMetadata
+from concurrent_dataloader.prepare.nesting import refuse_target_in_source
 from concurrent_dataloader.prepare.plan import NamePattern
 from concurrent_dataloader.prepare.pool import open_pool
-from concurrent_dataloader.prepare.reshard import SplitAt, check_target_keys, refuse_same_place
+from concurrent_dataloader.prepare.reshard import SplitAt, check_target_keys
 from concurrent_dataloader.prepare.shard_set import (
     FoundSample,
     OpenRoot,
@@ -76,7 +77,7 @@ def map_shards(
 
     Args:
         source: The split to read.
-        target: Folder or URL of the new shards; not that of the old ones.
+        target: Folder or URL of the new shards; not that of the old ones, and not below it.
         function: ``module:function``, a `SampleFunction`; imported in each process.
         open_root: Opens the stores; pickles if there are several processes.
         num_processes: Each works on whole shards.
@@ -91,18 +92,19 @@ def map_shards(
     Raises:
         FileNotFoundError: The source has no such shards.
         FileExistsError: The target holds this split already.
-        ValueError: There is no such function, or it drops all samples.
+        ValueError: There is no such function, it drops all samples, or the target lies in the
+            source.
         LoaderError: The function raised, or gave what cannot be written; names shard and key.
         ShardFormatError: A shard is damaged, or two new samples share a key.
         StoreError: A store cannot be read or written.
     """
     load_function(function)
+    refuse_target_in_source(source.location, os.fspath(target), in_buckets=False)
     with contextlib.ExitStack() as stack:
         old = open_shard_set(source.location, source.split, open_root)
         stack.callback(old.store.close)
         place = ShardTarget(open_root(os.fspath(target)), source.split)
         stack.callback(place.store.close)
-        refuse_same_place(old.store, place.store)
         recipe = _Recipe(old.index, places_of(old), place, function)
         names = [shard.name for shard in old.index.shards]
         num_shards = len(names)

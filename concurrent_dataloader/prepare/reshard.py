@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +22,7 @@ from concurrent_dataloader.index import Index
 from concurrent_dataloader.prepare.distribute import describe_shards, share
 from concurrent_dataloader.prepare.extents import Copies, add_copies
 from concurrent_dataloader.prepare.metadata import ShardMetadata, SplitMetadata
+from concurrent_dataloader.prepare.nesting import refuse_target_in_source
 from concurrent_dataloader.prepare.plan import (
     NamePattern,
     ShardPlan,
@@ -45,7 +45,7 @@ from concurrent_dataloader.prepare.shard_set import (
 )
 from concurrent_dataloader.prepare.target import HashedFile, ShardTarget, WrittenShard
 from concurrent_dataloader.shard_index import NO_LABEL, Shard, ShardIndex, ShardIndexBuilder
-from concurrent_dataloader.stores import WritableStore, open_writable_store
+from concurrent_dataloader.stores import open_writable_store
 
 DEFAULT_MAX_BYTES = 300_000_000
 """As of `shard.write_shards`."""
@@ -131,7 +131,7 @@ def reshard(
 
     Args:
         sources: Sets, taken one after the other.
-        target: Folder or URL of the new shards; not one of the sources.
+        target: Folder or URL of the new shards; not one of the sources, and in none of them.
         settings: What is taken and how it is cut; None: the defaults of `ReshardSettings`.
         open_root: Opens the stores; pickles if there are several processes.
         num_processes: Each writes whole shards.
@@ -145,19 +145,21 @@ def reshard(
     Raises:
         FileNotFoundError: A source has no such shards.
         FileExistsError: The target holds this split already.
-        ValueError: The sources do not go together, or the slice holds nothing.
+        ValueError: The sources do not go together, the slice holds nothing, or the target lies in a
+            source.
         ShardFormatError: A key stands twice, or a shard is damaged.
         StoreError: A store cannot be read or written.
     """
     settings = ReshardSettings() if settings is None else settings
     with contextlib.ExitStack() as stack:
+        for source in sources:
+            refuse_target_in_source(source.location, os.fspath(target), in_buckets=False)
         place = ShardTarget(open_root(os.fspath(target)), settings.split)
         stack.callback(place.store.close)
         sets: list[ShardSet] = []
         for source in sources:
             sets.append(open_shard_set(source.location, source.split, open_root))
             stack.callback(sets[-1].store.close)
-            refuse_same_place(sets[-1].store, place.store)
         described = _describe(sets, settings)
         recipe = _Recipe(*merge_sets(sets), place)
         plan = plan_shards(recipe.index, settings)
@@ -197,21 +199,6 @@ def reshard(
 
 
 # -- before anything is written
-
-
-def refuse_same_place(source: WritableStore, target: WritableStore) -> None:
-    """Raise if shards would be written over those that are read.
-
-    Raises:
-        ValueError: They would.
-    """
-    here, there = source.describe(""), target.describe("")
-    if source == target or (
-        "://" not in here and "://" not in there and Path(here).resolve() == Path(there).resolve()
-    ):
-        raise ValueError(
-            f"target: got {there!r}, which is a source too; choose another folder or prefix"
-        )
 
 
 def merge_sets(sets: Sequence[ShardSet]) -> tuple[ShardIndex, list[Place]]:

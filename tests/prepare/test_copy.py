@@ -491,7 +491,7 @@ def test_a_target_within_the_source_is_refused(
 
     assert main(["copy", str(tmp_path / "set"), str(tmp_path / target)]) == 1
 
-    assert "expected another place" in capsys.readouterr().err
+    assert "the source" in capsys.readouterr().err
     assert files_below(tmp_path / "set") == {"a": b"1"}
 
 

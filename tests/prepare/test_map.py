@@ -246,7 +246,7 @@ def test_shards_of_a_function_and_of_its_mended_form_are_never_mixed(
 def test_the_source_is_never_overwritten(source: Path) -> None:
     before = digests(source)
 
-    with pytest.raises(ValueError, match="which is a source too"):
+    with pytest.raises(ValueError, match="which is the source too"):
         run(source, source, "keep", overwrite=True)
 
     assert digests(source) == before

@@ -237,7 +237,7 @@ def test_the_source_is_never_overwritten(source: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(source)
 
     for target in (source, tmp_path / "link"):
-        with pytest.raises(ValueError, match="which is a source too"):
+        with pytest.raises(ValueError, match="which is the source too"):
             reshard([SplitAt(str(source))], target, overwrite=True)
     assert digests(source) == before
 
@@ -465,7 +465,7 @@ def test_the_command_fails_with_a_reason(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["reshard", str(source), str(source)]) == 1
-    assert "which is a source too" in capsys.readouterr().err
+    assert "which is the source too" in capsys.readouterr().err
     assert main(["reshard", str(source), str(tmp_path / "new"), "--split", "test"]) == 1
     assert "--split: got 'test', expected one of train" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):

@@ -162,6 +162,7 @@ def test_a_target_that_is_there_is_refused_and_replaced_on_demand(
     [
         (".", [], "which is the source too"),
         ("../pets", ["--suffix", ""], "which is the source too"),
+        ("shards", [], "lies in the source"),
         ("shards", ["--suffix", ""], "lies in the source"),
         ("shards", ["--suffix", ".JPEG,.TAR"], "lies in the source"),
         ("cat/shards", ["--suffix", "", "--splits", "cat"], "lies in the source"),
@@ -178,11 +179,11 @@ def test_a_target_whose_shards_would_be_samples_is_refused_before_anything_is_wr
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("flags", [[], ["--suffix", "", "--splits", "cat"]])
-def test_a_target_in_the_source_that_is_no_part_of_it_is_written(
-    flags: list[str], folder: Path
-) -> None:
-    assert shard(folder, folder / "shards", *flags, "--label-rule", "none") == 0
+@pytest.mark.parametrize("flags", [[], ["--suffix", ""]])
+def test_a_target_beside_the_folder_of_the_split_is_written(flags: list[str], folder: Path) -> None:
+    more = ["--splits", "cat", "--label-rule", "none"]
+
+    assert shard(folder, folder / "shards", *more, *flags) == 0
 
     assert list((folder / "shards").glob("*.tar"))
 

@@ -35,6 +35,9 @@ from concurrent_dataloader.shard_names import find_split
 from concurrent_dataloader.stores import ObjectInfo, Store, WritableStore
 
 SPLIT_FOLDERS = ("train", "val", "validation", "test")
+KAGGLE_IMAGES = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
+"""Folders of the splits in Kaggle's layout."""
+
 _ALIASES = {"val": ("val", "validation"), "validation": ("validation", "val")}
 _SPLIT_WORD = re.compile(r"(?<![a-z])(train|val|validation|test)(?![a-z])", re.IGNORECASE)
 _KAGGLE_SETS = {"train": "train_cls.txt", "val": "val.txt", "test": "test.txt"}
@@ -186,9 +189,9 @@ class Search:
                 " folder, .tar, .tar.gz, .tar.bz2, .tar.xz, .json or .packed"
             )
         with contextlib.closing(self.files.open_folder(text)) as store:
-            for base in ("ILSVRC/", ""):
-                if _has(store, f"{base}Data/CLS-LOC/"):
-                    return self._find_kaggle(text, base, store)
+            for place in KAGGLE_IMAGES:
+                if _has(store, f"{place}/"):
+                    return self._find_kaggle(text, place.removesuffix("Data/CLS-LOC"), store)
             folder = self._choose_split(text, store)
         if folder is None:
             return self._find_in_folder(text, (text,), holds_splits=self.split is not None)
@@ -204,7 +207,7 @@ class Search:
                     " these"
                 )
             return None
-        for name in _ALIASES.get(self.split, (self.split,)):
+        for name in split_folders(self.split):
             if name in there or (name not in SPLIT_FOLDERS and _has(store, f"{name}/")):
                 return name
         return None
@@ -257,7 +260,7 @@ class Search:
                     " expected one of these"
                 )
             return list(names)
-        wanted = set(_ALIASES.get(self.split, (self.split,)))
+        wanted = set(split_folders(self.split))
         chosen = [name for name, split in splits.items() if split in wanted]
         if not chosen and present:
             raise KeyNotFoundError(
@@ -286,6 +289,11 @@ class Search:
             xml_folder=join(text, f"{base}Annotations/CLS-LOC/{split}"),
             has_classes=split != "test",
         )
+
+
+def split_folders(split: str) -> tuple[str, ...]:
+    """Give what the folder of a split may be called."""
+    return _ALIASES.get(split, (split,))
 
 
 def find_xml(search: Search, text: str, names: Index, *, is_merged: bool) -> XmlBoxes:

@@ -175,14 +175,24 @@ def check_source_options(options: argparse.Namespace) -> None:
         )
 
 
+def is_sample(options: argparse.Namespace, name: str) -> bool:
+    """Tell whether a file of this name in the source would count as a sample, by its ending."""
+    suffixes = _suffixes(options)
+    return not suffixes or name.lower().endswith(tuple(suffix.lower() for suffix in suffixes))
+
+
+def _suffixes(options: argparse.Namespace) -> tuple[str, ...]:
+    suffixes: str | tuple[str, ...] = options.suffix
+    return parse_list(suffixes) if isinstance(suffixes, str) else suffixes
+
+
 def open_samples(options: argparse.Namespace, text: str, split: str | None) -> SampleTable:
     """Open the samples that the arguments mean; the caller closes them."""
-    suffixes = options.suffix
     return open_source(
         text,
         split=split,
         root=options.root,
-        suffixes=parse_list(suffixes) if isinstance(suffixes, str) else suffixes,
+        suffixes=_suffixes(options),
         on_stray=options.on_stray,
         label_rule=options.label_rule,
         class_map=options.class_map,

@@ -22,6 +22,7 @@ from concurrent_dataloader.prepare.copy import (
     place_index,
 )
 from concurrent_dataloader.prepare.index import is_folder
+from concurrent_dataloader.prepare.nesting import refuse_target_in_source
 from concurrent_dataloader.prepare.verbs._bar import Progress, show_progress
 from concurrent_dataloader.prepare.verbs._common import (
     add_store_options,
@@ -127,16 +128,9 @@ def run(options: argparse.Namespace) -> int:
 
 def _refuse_itself(options: argparse.Namespace) -> None:
     """Raise for a target in the source, which would have the copies copied."""
-    places: list[str] = []
-    for text in (options.source, options.target):
-        is_path = is_folder(text)
-        path = Path(text.removeprefix("file://")).expanduser() if is_path else None
-        places.append(f"{text.rstrip('/') if path is None else path.resolve()}/")
     is_elsewhere = any(getattr(options, name) is not None for name in _TARGET_OPTIONS)
-    if places[1].startswith(places[0]) and (is_folder(options.target) or not is_elsewhere):
-        raise ValueError(
-            f"target: got {options.target}, which lies in {options.source}, expected another place"
-        )
+    if is_folder(options.target) or not is_elsewhere:
+        refuse_target_in_source(options.source, options.target)
 
 
 def _tell(progress: Progress, copied: Copied) -> None:

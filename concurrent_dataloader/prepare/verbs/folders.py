@@ -11,6 +11,7 @@ from pathlib import Path
 from concurrent_dataloader.prepare.copy import Copied
 from concurrent_dataloader.prepare.folders import sort_into_folders
 from concurrent_dataloader.prepare.index import is_folder
+from concurrent_dataloader.prepare.nesting import refuse_target_in_samples
 from concurrent_dataloader.prepare.verbs._bar import Progress, show_progress
 from concurrent_dataloader.prepare.verbs._common import (
     add_store_options,
@@ -65,6 +66,8 @@ def run(options: argparse.Namespace) -> int:
     """Copy, and say what became of it."""
     check_at_least(options, concurrency=1)
     check_source_options(options)
+    splits = () if options.split is None else (options.split,)
+    refuse_target_in_samples(options.source, options.target, splits=splits, is_taken=True)
     with contextlib.ExitStack() as stack:
         source = open_samples(options, options.source, options.split)
         stack.enter_context(contextlib.closing(source))

@@ -14,6 +14,7 @@ from concurrent_dataloader.prepare.lmdb import (
     database_name,
     write_lmdb,
 )
+from concurrent_dataloader.prepare.nesting import refuse_target_in_samples
 from concurrent_dataloader.prepare.plan import shuffle_positions
 from concurrent_dataloader.prepare.source import check_same_classes
 from concurrent_dataloader.prepare.sources import SampleTable
@@ -35,6 +36,7 @@ from concurrent_dataloader.prepare.verbs._source import (
     SOURCE_KINDS,
     add_source_options,
     check_source_options,
+    is_sample,
     open_samples,
     parse_splits,
 )
@@ -147,6 +149,12 @@ def run(options: argparse.Namespace) -> None:
             f"--name: got {options.name!r}, which is the same for {', '.join(paths)}; let it hold"
             f" {_SPLIT}"
         )
+    refuse_target_in_samples(
+        options.source,
+        str(options.target),
+        splits=options.splits,
+        is_taken=any(is_sample(options, path.name) for path in paths.values()),
+    )
     with contextlib.ExitStack() as stack:
         sources: dict[str, SampleTable] = {}
         for split in paths:

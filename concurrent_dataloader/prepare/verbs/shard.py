@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 from concurrent_dataloader.prepare.metadata import Metadata, Payload, ShardMetadata, SplitMetadata
+from concurrent_dataloader.prepare.nesting import refuse_target_in_samples
 from concurrent_dataloader.prepare.shard import write_shards
 from concurrent_dataloader.prepare.shard_settings import (
     DEFAULT_MAX_BYTES,
@@ -32,7 +33,6 @@ from concurrent_dataloader.prepare.verbs._common import (
     add_store_options,
     check_at_least,
     store_opener,
-    store_settings,
 )
 from concurrent_dataloader.prepare.verbs._config import (
     BOOL,
@@ -50,12 +50,12 @@ from concurrent_dataloader.prepare.verbs._source import (
     SOURCE_KINDS,
     add_source_options,
     check_source_options,
+    is_sample,
     open_samples,
     parse_list,
     parse_splits,
 )
 from concurrent_dataloader.shard_index import ShardKind
-from concurrent_dataloader.stores import open_store
 
 DESCRIPTION = (
     "Pack the samples of SOURCE into shards in TARGET, shuffled as a whole by a seed, with an index"
@@ -290,7 +290,13 @@ def run(options: argparse.Namespace) -> None:
     if os.getcwd() not in sys.path:  # where users have their module; an installed command lacks it
         sys.path.append(os.getcwd())
     settings = {split: _settings(options, split) for split in options.splits or _DEFAULT_SPLITS}
-    _refuse_target_in_source(options, settings)
+    names = [wanted.names.names(1)[0] for wanted in settings.values()]
+    refuse_target_in_samples(
+        options.source,
+        options.target,
+        splits=options.splits or (),
+        is_taken=any(is_sample(options, name) for name in names),
+    )
     finished = {} if options.overwrite else _find_finished(options, settings)
     with contextlib.ExitStack() as stack:
         sources: dict[str, SampleTable] = {}
@@ -308,40 +314,6 @@ def run(options: argparse.Namespace) -> None:
                 print(f"{options.target}: {split}: there already")
             else:
                 _write(options, sources[split], settings[split])
-
-
-def _refuse_target_in_source(
-    options: argparse.Namespace, settings: dict[str, ShardSettings]
-) -> None:
-    """Raise before anything is written if the shards would be samples of the source.
-
-    Raises:
-        ValueError: They would; a second run would pack them, or take the source for shards.
-    """
-    source, target = (_describe_place(options, text) for text in (options.source, options.target))
-    if source == target:
-        raise ValueError(
-            f"target: got {options.target!r}, which is the source too; choose another folder or "
-            "prefix"
-        )
-    suffixes = options.suffix
-    suffixes = parse_list(suffixes) if isinstance(suffixes, str) else suffixes
-    for split, wanted in settings.items():
-        part = f"{source}/{split}" if options.splits else source
-        name = wanted.names.names(1)[0].lower()
-        is_taken = not suffixes or name.endswith(tuple(suffix.lower() for suffix in suffixes))
-        if f"{target}/".startswith(f"{part}/") and is_taken:
-            raise ValueError(
-                f"target: got {options.target!r}, which lies in the source {options.source!r}, so "
-                f"that its shards would be samples by --suffix {','.join(suffixes)!r}; choose a "
-                "folder or prefix outside of it"
-            )
-
-
-def _describe_place(options: argparse.Namespace, text: str) -> str:
-    with contextlib.closing(open_store(text, **store_settings(options))) as store:
-        place = store.describe("")
-    return place.rstrip("/") if "://" in place else str(Path(place).resolve())
 
 
 def _find_finished(
