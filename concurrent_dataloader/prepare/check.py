@@ -118,6 +118,14 @@ class Place(NamedTuple):
     root: str
     name: str | None
 
+    @property
+    def source(self) -> str:
+        """What is checked, as the user calls it."""
+        if self.name is None:
+            return self.root
+        is_path = is_folder(self.root)
+        return str(Path(self.root) / self.name) if is_path else f"{self.root}/{self.name}"
+
     def path(self, key: str) -> Path | None:
         """Give the file of this machine that a key stands for; None in a bucket."""
         if not is_folder(self.root):
@@ -162,7 +170,7 @@ def list_place(store: WritableStore, place: Place) -> list[ObjectInfo]:
         if place.name is None or info.key in (place.name, f"{place.name}/data.mdb")
     ]
     if not infos:
-        raise KeyNotFoundError(f"{place.root}: holds no file; check the path")
+        raise KeyNotFoundError(f"{place.source}: holds no file; check the path")
     return infos
 
 
@@ -204,7 +212,7 @@ class _Check:
         elif is_packed(self._infos):
             self._check_shards()
         elif not self._settings.deep:
-            raise ValueError(f"{self._place.root}: {_NO_EXPECTATION}")
+            raise ValueError(f"{self._place.source}: {_NO_EXPECTATION}")
         else:
             self._report.notes.append("nothing says which files should be there: only decoded")
             self._report.count([info for info in self._infos if _is_image(info.key)])
@@ -271,7 +279,7 @@ class _Check:
 
     def _find_checksums(self) -> Iterator[tuple[str, str, list[ObjectInfo]]]:
         if self._settings.checksum is not None:
-            yield self._place.root, self._settings.checksum.lower(), self._infos
+            yield self._place.source, self._settings.checksum.lower(), self._infos
         if not self._settings.imagenet:
             return
         is_found = False
@@ -282,7 +290,7 @@ class _Check:
                 yield folder, IMAGENET_TREES[tree], members
         if not is_found:
             raise KeyNotFoundError(
-                f"{self._place.root}: got no folder train, val or validation, expected one for"
+                f"{self._place.source}: got no folder train, val or validation, expected one for"
                 " --imagenet"
             )
 

@@ -543,6 +543,38 @@ def test_a_report_that_is_none_is_an_error(
     assert f"{report}, line 2: no bad sample (KeyError: 'key')" in said[0]
 
 
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_of_a_report_that_names_no_sample_nothing_was_checked(
+    content: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "bad.jsonl"
+    report.write_text(content)
+
+    status = main(["validate", str(shards), "--from", str(report)])
+
+    said = capsys.readouterr().out
+    assert status == 0, "a loader's quarantine file is empty when nothing failed"
+    assert said.startswith(f"{shards}: nothing was checked: {report} names no sample; ")
+    assert "OK" not in said
+
+
+@pytest.mark.parametrize("flag", ["--report", "--write-checksums"])
+@pytest.mark.parametrize(
+    ("name", "message"), [("there", "a folder, expected"), ("no/such/file", "whose folder is not")]
+)
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_read(
+    flag: str, name: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "there").mkdir()
+
+    status, said = validate(capsys, tmp_path / "nowhere", flag, tmp_path / name)
+
+    assert status == 1
+    assert said[0].startswith(f"concurrent-dataloader: error: {flag}: got '{tmp_path / name}', ")
+    assert message in said[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
 def test_damage_in_a_shard_does_not_hide_the_samples_behind_it(
     shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1018,6 +1050,32 @@ def test_what_cannot_be_checked_is_one_line_and_status_1(
     assert status == 1
     assert said in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [[], ["--imagenet"]])
+def test_a_single_file_that_cannot_be_checked_is_named(
+    flags: list[str],
+    tree: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tree / "ant")
+
+    status, said = validate(capsys, "ü 0.jpg", *flags)
+
+    assert status == 1
+    assert said[0].startswith("concurrent-dataloader: error: ü 0.jpg: ")
+
+
+def test_a_checksum_of_a_single_file_names_it(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tree / "ant")
+
+    status, lines = validate(capsys, "ü 0.jpg", "--checksum", "0" * 32)
+
+    assert status == 1
+    assert lines[0].startswith("ü 0.jpg: content: ")
 
 
 def test_in_a_log_each_shard_is_a_line(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,6 +78,27 @@ def check_at_least(options: argparse.Namespace, **least: int) -> None:
             raise ValueError(f"{name}: got {value}, expected {smallest} or more")
 
 
+def check_output_files(options: argparse.Namespace, *names: str) -> None:
+    """Raise for a file that could not be written after all work, before any.
+
+    The folder of such a file is not made: it is a detail of the command, and a wrong name of it
+    should not lead to a report that nobody finds.
+
+    Raises:
+        ValueError: It is a folder, or its folder is not there.
+    """
+    for name in names:
+        path: Path | None = getattr(options, name)
+        if path is None:
+            continue
+        if path.is_dir():
+            raise ValueError(f"{name}: got '{path}', a folder, expected the name of a file")
+        if not path.parent.is_dir():
+            raise ValueError(
+                f"{name}: got '{path}', whose folder is not there; make it, or choose another one"
+            )
+
+
 @contextlib.contextmanager
 def count_progress(what: str) -> Generator[Callable[[int], None]]:
     """Show a running count: in place on a terminal, else a line now and then."""

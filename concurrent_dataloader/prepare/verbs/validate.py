@@ -26,6 +26,7 @@ from concurrent_dataloader.prepare.verbs._bar import LOG_EVERY, show_progress
 from concurrent_dataloader.prepare.verbs._common import (
     add_store_options,
     check_at_least,
+    check_output_files,
     store_settings,
 )
 from concurrent_dataloader.stores import WritableStore, open_writable_store
@@ -128,6 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Check, and say what is wrong."""
     check_at_least(options, concurrency=1, num_classes=1)
+    check_output_files(options, "report", "write_checksums")
     place = locate(options.source)
     with contextlib.closing(open_writable_store(place.root, **store_settings(options))) as store:
         if options.write_checksums is not None:
@@ -142,6 +144,13 @@ def run(options: argparse.Namespace) -> int:
                 _print_counts(outcome)
     if options.report is not None:
         write_whole(options.report, (sample.to_line() for sample in bad))
+    if options.from_report is not None and not report.counted:
+        # It is no failure: a loader whose samples were all well leaves an empty file.
+        print(
+            f"{options.source}: nothing was checked: {options.from_report} names no sample; leave"
+            " --from out to look at all"
+        )
+        return 0
     return _conclude(options.source, report)
 
 
