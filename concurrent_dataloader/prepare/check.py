@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -44,6 +45,9 @@ _NO_EXPECTATION = (
     " decode all with --deep, or record checksums with --write-checksums"
 )
 _BUILDERS_BASE = 1
+_PARTIAL_DATABASE = re.compile(r"\.((?!.*\.\d+-[0-9a-f]{8}\.partial$).+)\.partial")
+"""What `write_lmdb` calls a database until it is whole; others are left of `files.write_whole`."""
+
 _TREES = {"train": "train", "validation": "validation", "val": "validation"}
 """Folder below the root -> key of `IMAGENET_TREES`."""
 
@@ -204,35 +208,48 @@ class _Check:
         self._names: dict[str, Sequence[str]] = {}
 
     def run(self) -> Outcome:
+        unfinished = self._find_unfinished()
         databases = [info for info in self._infos if _is_database(info.key)]
+        has_shards = is_packed(self._infos)
         if self._settings.compares_files:
             self._compare_files()
-        elif databases:
-            self._check_databases(databases)
-        elif is_packed(self._infos):
-            self._check_shards()
-        elif not self._settings.deep:
-            raise ValueError(f"{self._place.source}: {_NO_EXPECTATION}")
-        else:
+        elif databases or has_shards:
+            if has_shards:
+                self._check_shards()
+            if databases:
+                self._check_databases(databases)
+        elif self._settings.deep:
             self._report.notes.append("nothing says which files should be there: only decoded")
             self._report.count([info for info in self._infos if _is_image(info.key)])
             self._decode_files()
-        self._find_unfinished()
+        elif not unfinished:
+            raise ValueError(f"{self._place.source}: {_NO_EXPECTATION}")
+        self._report.findings += unfinished
         self._find_gone()
         self._report.findings += self._tally.findings
+        if self._tally.num_shared_keys:
+            num_shared = self._tally.num_shared_keys
+            note = f"{num_shared} keys stand in two splits, for different samples"
+            self._report.notes.append(note)
         if self._tally.num_copies:
             note = f"{self._tally.num_copies} samples hold the same bytes as another one"
             self._report.notes.append(note)
         return Outcome(self._report, self._tally, self._names)
 
-    def _find_unfinished(self) -> None:
+    def _find_unfinished(self) -> list[Finding]:
         begun = sorted(
             {info.key.partition("/")[0] for info in self._infos if info.key.startswith(UNFINISHED)}
         )
+        findings: list[Finding] = []
         for folder in begun:
             split = folder.removeprefix(UNFINISHED)
             detail = f"a run that writes split {split!r} has not ended; give its command again"
-            self._report.findings.append(Finding(folder, "unfinished", detail))
+            findings.append(Finding(folder, "unfinished", detail))
+        for info in self._infos:
+            if match := _PARTIAL_DATABASE.fullmatch(info.key.rpartition("/")[2]):
+                detail = f"a run that writes {match[1]} has not ended; give its command again"
+                findings.append(Finding(info.key, "unfinished", detail))
+        return findings
 
     def _find_gone(self) -> None:
         """Name links to nothing, unless whatever names the files has said that they are missing."""
@@ -390,14 +407,13 @@ class _Check:
                     notes.append(f"{split}: {num_empty} of {len(classes)} classes have no sample")
         if self._tally.num_unchecked:
             notes.append(f"{self._tally.num_unchecked} samples hold no image file: not decoded")
-        if self._tally.num_shared_keys:
-            num_shared = self._tally.num_shared_keys
-            notes.append(f"{num_shared} keys stand in two splits, for different samples")
 
     def _check_databases(self, databases: Sequence[ObjectInfo]) -> None:
         from concurrent_dataloader.prepare.deep_lmdb import check_database
 
         rules = Rules(num_classes=self._settings.num_classes)
+        num_others = self._tally.num_samples
+        self._tally.forget_keys()
         with self._settings.steps("reading", len(databases), "databases") as advance:
             for info in databases:
                 path = self._place.path(info.key.removesuffix("/data.mdb"))
@@ -414,8 +430,15 @@ class _Check:
                 )
                 self._tally.add(find_split(path.name) or path.name, result)
                 advance(info.key)
+        num_records = self._tally.num_samples - num_others
+        if not self._report.counted:
+            self._report.num_samples = num_records
+        elif self._report.num_samples is not None:
+            self._report.num_samples += num_records
         self._report.count(databases)
-        self._report.num_samples = self._tally.num_samples
+        num_images = sum(_is_image(info.key) for info in self._infos)
+        if num_images:
+            self._report.notes.append(f"{num_images} image files beside databases: not looked at")
 
 
 def check_samples_again(

@@ -45,7 +45,7 @@ from concurrent_dataloader.prepare.samples import (
 )
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.shard_index import NO_LABEL, ShardIndex
-from concurrent_dataloader.shard_names import find_kind
+from concurrent_dataloader.shard_names import find_kind, find_split
 from concurrent_dataloader.stores import RangedFile
 from concurrent_dataloader.stores.base import ObjectInfo, Store
 
@@ -304,6 +304,17 @@ def check_files(
 # -- all of them together
 
 
+class _Known(NamedTuple):
+    """A sample that was looked at."""
+
+    split: str
+    where: str
+    """Shard or database."""
+
+    digest: bytes
+    key: str
+
+
 class SampleTally:
     """Puts what was found in shards together: classes, and keys that come again.
 
@@ -320,13 +331,19 @@ class SampleTally:
         """Keys that stand in two splits, with other content."""
         self.num_copies = 0
         """Samples that hold the same bytes as an earlier one, under another key."""
-        self._places: dict[str, tuple[str, str, bytes]] = {}
+        self._places: dict[str, _Known] = {}
+        """By key, without the folder of the split, which shards have in keys and databases not."""
         self._digests: set[bytes] = set()
 
     @property
     def num_samples(self) -> int:
         """Samples that were looked at."""
         return sum(count.total() for count in self.counts.values())
+
+    def forget_keys(self) -> None:
+        """Forget the keys so far: what comes now is other data, or the same in another form."""
+        self._places.clear()
+        self._digests.clear()
 
     def add(self, split: str, result: ShardResult) -> None:
         """Add what was found in a shard of a split."""
@@ -336,18 +353,24 @@ class SampleTally:
         counts = self.counts.setdefault(split, collections.Counter())
         for key, digest, label in result.seen:
             counts[label] += 1
-            known = self._places.get(key)
-            if known is None:
-                self._places[key] = (split, result.name, digest)
+            name = _without_split(key, split)
+            here = _Known(split, result.name, digest, key)
+            known = self._places.setdefault(name, here)
+            if known.split == split and known.key == key and known is not here:
+                detail = f"key {key!r} stands in {known.where} too"
+                self.findings.append(Finding(result.name, "duplicate", detail))
+            elif known.split != split and known.digest == digest:
+                detail = f"sample {name!r} stands in {known.where} of split {known.split!r} too"
+                self.findings.append(Finding(result.name, "duplicate", detail))
+            elif known.split != split and known.key == key:
+                self.num_shared_keys += 1
+            else:
                 self.num_copies += digest in self._digests
                 self._digests.add(digest)
-                continue
-            other_split, other_name, other_digest = known
-            if other_split == split:
-                detail = f"key {key!r} stands in {other_name} too"
-                self.findings.append(Finding(result.name, "duplicate", detail))
-            elif other_digest == digest:
-                detail = f"sample {key!r} stands in {other_name} of split {other_split!r} too"
-                self.findings.append(Finding(result.name, "duplicate", detail))
-            else:
-                self.num_shared_keys += 1
+
+
+def _without_split(key: str, split: str) -> str:
+    """Give the key within its split: ``val/n01/1`` of the split val is ``n01/1``."""
+    top, slash, rest = key.partition("/")
+    is_split = top == split or (find_split(top) or top) == (find_split(split) or split)
+    return rest if slash and is_split else key

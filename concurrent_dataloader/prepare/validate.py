@@ -264,7 +264,11 @@ def validate_shards(
         }
         recorded = {key: facts for key, facts in found.items() if key not in unrecorded}
         report.findings += compare_files(expected, recorded, by=_names_of_records(files))
-    report.findings += find_duplicates(unrecorded)
+    # Shards without samples, as `map` writes where all of one were dropped, are all alike.
+    alike = find_duplicates(unrecorded)
+    infos = [present[finding.where] for finding in alike]
+    lengths = count_samples(store, infos, [], concurrency=concurrency)
+    report.findings += [finding for finding in alike if lengths.get(finding.where) != 0]
     report.findings += _find_gaps(list(unrecorded))
     report.count(list(present.values()))
     bad = {finding.where for finding in report.findings}
@@ -276,6 +280,9 @@ def validate_shards(
         and expected.get(key, FileFacts()).content is None
     ]
     counts = count_samples(store, unsure, report.findings, concurrency=concurrency)
+    num_empty = sum(count == 0 for count in counts.values())
+    if num_empty:
+        report.notes.append(f"{num_empty} shards hold no sample")
     _check_lengths(files, expected, counts, report)
     _check_old_checksum(store, files, found, report, concurrency)
     return report

@@ -40,6 +40,7 @@ from concurrent_dataloader.prepare.checksums import (
     read_checksums,
     write_checksums,
 )
+from concurrent_dataloader.prepare.lmdb import write_lmdb
 from concurrent_dataloader.prepare.metadata import Metadata, ShardMetadata, SplitMetadata
 from concurrent_dataloader.prepare.shard import write_shards
 from concurrent_dataloader.prepare.shard_settings import ShardSettings
@@ -365,6 +366,20 @@ def test_shards_without_any_record_are_counted_and_duplicates_found(
     assert lines[0] == "train-000001.tar: duplicate: the same content as train-000000.tar"
 
 
+def test_shards_without_samples_are_no_duplicates_of_each_other(
+    older_set: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (older_set / "metadata.json").unlink()
+    for number in (3, 4):
+        write_tar(older_set / f"train-{number:06d}.tar", [])
+
+    status, lines = validate(capsys, older_set)
+
+    assert status == 0, lines
+    assert "note: 2 shards hold no sample" in lines
+    assert "6 files, 16 samples" in lines[-1]
+
+
 def test_one_shard_alone_can_be_validated(
     older_set: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -684,6 +699,34 @@ def test_keys_that_come_again_are_named_unless_they_are_numbers_of_another_split
     assert "val-1.tar: duplicate: sample '1' stands in train-0.tar of split 'train' too" in lines
 
 
+@pytest.mark.parametrize("form", ["shards with split", "shards without", "databases", "files"])
+def test_the_same_sample_in_two_splits_is_a_duplicate_in_every_form(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, other = encode_image(1), encode_image(2)
+    for split, second in (("train", encode_image(3)), ("val", other)):
+        images = {"ant/0": image, "bee/1": second}
+        if form == "databases":
+            records = [(f"{key}.jpg", raw, n) for n, (key, raw) in enumerate(images.items())]
+            write_records(tmp_path / f"ILSVRC-{split}.lmdb", records, split)
+        elif form == "files":
+            for key, raw in images.items():
+                path = tmp_path / split / f"{key}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(raw)
+        else:
+            begin = f"{split}/" if form == "shards with split" else ""
+            members = [(f"{begin}{key}.jpg", raw) for key, raw in images.items()]
+            write_tar(tmp_path / f"{split}-0.tar", members)
+
+    status, lines = validate(capsys, tmp_path, "--deep", "--concurrency", 1)
+
+    assert status == 1
+    (found,) = [line for line in lines if ": duplicate: " in line]
+    assert f"sample 'ant/0{'' if form.startswith('shards') else '.jpg'}' stands in " in found
+    assert "of split 'train' too" in found
+
+
 def test_without_an_index_damage_ends_the_shard_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -808,11 +851,16 @@ def test_tfrecords_cut_short_are_found_without_reading_payloads(
 
 
 def write_database(path: Path, images: Sequence[bytes], labels: Sequence[int]) -> None:
-    metadata = DatabaseMetadata(len(images), "list", None, "train", CLASSES, None, "plan", True)
+    named = [f"{number}.jpg" for number in range(len(images))]
+    write_records(path, list(zip(named, images, labels, strict=True)), "train")
+
+
+def write_records(path: Path, records: Sequence[tuple[str, bytes, int]], split: str) -> None:
+    metadata = DatabaseMetadata(len(records), "list", None, split, CLASSES, None, "plan", True)
     with LmdbWriter(path) as writer:
-        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-            writer.put_record(number, pack_record(Record(f"{number}.jpg", label, image)))
-        writer.put_metadata(metadata, pack_labels(labels))
+        for number, (name, image, label) in enumerate(records):
+            writer.put_record(number, pack_record(Record(name, label, image)))
+        writer.put_metadata(metadata, pack_labels([label for *_, label in records]))
 
 
 def test_databases_are_checked_record_by_record(
@@ -833,6 +881,65 @@ def test_databases_are_checked_record_by_record(
     path.unlink()
     write_database(path, images, [0, 1, 2, 0])
     assert validate(capsys, tmp_path, "--from", report, "--num-classes", 3)[0] == 0
+
+
+def test_a_database_whose_run_has_not_ended_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[str] = []
+
+    def stop(name: str) -> None:
+        seen.append(name)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_lmdb(
+            MemorySource(make_samples(8)),
+            tmp_path / "ILSVRC-val.lmdb",
+            split="val",
+            order="list",
+            commit_bytes=1,
+            on_record=stop,
+        )
+    (tmp_path / ".labels.json.123-0123abcd.partial").touch()
+
+    status, lines = validate(capsys, tmp_path)
+
+    assert status == 1
+    assert lines[0] == (
+        ".ILSVRC-val.lmdb.partial: unfinished: a run that writes ILSVRC-val.lmdb has not ended;"
+        " give its command again"
+    )
+    write_database(tmp_path / "ILSVRC-train.lmdb", [encode_image(0)], [0])
+    assert validate(capsys, tmp_path)[1][:-1] == lines[:-1]
+
+
+def test_databases_beside_shards_hide_none_of_the_two(
+    shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (shards / "db").mkdir()
+    write_database(shards / "db" / "train.lmdb", [encode_image(n) for n in range(3)], [0, 1, 2])
+
+    status, lines = validate(capsys, shards)
+
+    assert status == 0
+    assert "5 files, 19 samples" in lines[-1]
+    assert "5 files, 19 samples" in validate(capsys, shards, "--deep")[1][-1]
+
+    (shards / "train-000001.tar").unlink()
+    assert validate(capsys, shards)[0] == 1
+
+
+def test_files_that_were_not_looked_at_beside_databases_are_counted(
+    tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_database(tree / "train.lmdb", [encode_image(0)], [0])
+
+    status, lines = validate(capsys, tree)
+
+    assert status == 0
+    assert "note: 6 image files beside databases: not looked at" in lines
 
 
 def test_a_database_cut_short_is_an_error(
@@ -982,6 +1089,8 @@ def test_row_157_folders_are_the_classes_of_a_tree_without_a_classes_file(
     shutil.copytree(tree / "ant", tmp_path / "root" / "train" / "ant")
     shutil.copytree(tree / "cat", tmp_path / "root" / "train" / "cat")
     shutil.copytree(tree / "cat", tmp_path / "root" / "val" / "cat")
+    for path in (tmp_path / "root" / "val" / "cat").iterdir():
+        path.rename(path.with_name(f"val {path.name}"))
 
     status, lines = validate(capsys, tmp_path / "root", "--deep")
 
