@@ -16,6 +16,7 @@ from typing_extensions import Buffer
 from concurrent_dataloader.errors import KeyNotFoundError, LoaderError, StoreError
 from concurrent_dataloader.index import Index
 from concurrent_dataloader.prepare.index import is_folder, split_url
+from concurrent_dataloader.prepare.made_folders import make_folders
 from concurrent_dataloader.prepare.parallel import ByteBudget, call_concurrently
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.shard_names import check_finished
@@ -177,8 +178,8 @@ def copy_to_folder(
             failures.append(copied)
         on_object(copied)
 
-    os.makedirs(folder, exist_ok=True)
     with (
+        make_folders(Path(folder).expanduser()),
         contextlib.closing(open_root(os.fspath(url))) as source,
         contextlib.closing(open_store(folder)) as target,
     ):

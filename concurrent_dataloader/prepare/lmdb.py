@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import errno
 import functools
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import numpy as np
 import orjson
 from typing_extensions import Buffer
 
-from concurrent_dataloader.errors import ShardFormatError
+from concurrent_dataloader.errors import LoaderError, ShardFormatError
 from concurrent_dataloader.formats.lmdb_file import LmdbFile
 from concurrent_dataloader.formats.lmdb_record import (
     DatabaseMetadata,
@@ -27,6 +28,7 @@ from concurrent_dataloader.formats.lmdb_record import (
     pack_record,
 )
 from concurrent_dataloader.formats.lmdb_writer import COMMIT_BYTES, DEFAULT_MAP_BYTES, LmdbWriter
+from concurrent_dataloader.prepare.made_folders import make_folders
 from concurrent_dataloader.prepare.plan import shuffle_positions
 from concurrent_dataloader.prepare.source import Source
 from concurrent_dataloader.threads import FutureThreads
@@ -106,9 +108,12 @@ def write_lmdb(
     metadata = metadata._replace(plan=_digest_plan(source, positions, metadata))
     if path.exists():
         return _check_same(path, metadata)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    with _open_partial(partial, metadata, map_bytes, commit_bytes) as writer:
+    with (
+        make_folders(path.parent),
+        _open_partial(partial, metadata, map_bytes, commit_bytes) as writer,
+        _removing_if_empty(partial, writer),
+    ):
         num_found = writer.count_records()
         if on_record is not None:
             for position in positions[:num_found]:
@@ -172,6 +177,18 @@ def _open_partial(
         writer.close()
         raise
     return writer
+
+
+@contextlib.contextmanager
+def _removing_if_empty(partial: Path, writer: LmdbWriter) -> Generator[None]:
+    """Remove what is written on an error, if there is no record in it to go on after."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(LoaderError, OSError):  # the first error is the one to tell
+            if not writer.count_records():
+                partial.unlink()
+        raise
 
 
 def _read_plan(writer: LmdbWriter) -> str | None:

@@ -21,7 +21,7 @@ from typing import Any, cast
 import numpy as np
 from typing_extensions import Buffer
 
-from concurrent_dataloader.errors import LoaderError
+from concurrent_dataloader.errors import LoaderError, ShardFormatError
 from concurrent_dataloader.formats.tar import (
     END_OF_ARCHIVE,
     Sample,
@@ -193,6 +193,7 @@ def _finish(
     samples: Sequence[Sequence[FoundSample]],
 ) -> None:
     if result.num_samples == 0:
+        place.discard()
         raise ValueError(
             f"function: {result.function!r} dropped all samples of {old.location}; expected one to"
             " be left at least"
@@ -204,7 +205,13 @@ def _finish(
             builder.add_sample(*sample)
         builder.add_shard(Shard(shard.name, shard.size_bytes, shard.md5, shard.crc32c))
     index = builder.build(old.index.classes, old.index.label_space)
-    check_target_keys(place, index.names, lambda at: place.store.describe(index.shard_of(at).name))
+    try:
+        check_target_keys(
+            place, index.names, lambda at: place.store.describe(index.shard_of(at).name)
+        )
+    except ShardFormatError:
+        place.discard()
+        raise
     place.finish(index.to_bytes(), None, lambda metadata: metadata.with_split(old.split, result))
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from typing_extensions import Buffer
 
 from concurrent_dataloader.errors import KeyNotFoundError, LoaderError
+from concurrent_dataloader.prepare.made_folders import make_folders
 from concurrent_dataloader.prepare.metadata import METADATA_NAME, Metadata, ShardMetadata
 from concurrent_dataloader.prepare.plan import NamePattern
 from concurrent_dataloader.shard_index import ShardIndex
@@ -224,6 +225,7 @@ class ShardTarget:
         self.split = split
         self._in_memory = in_memory
         self._scratch = scratch
+        self._planned: tuple[Sequence[str], NamePattern] | None = None
 
     @property
     def state(self) -> str:
@@ -288,20 +290,34 @@ class ShardTarget:
     def lock(self) -> Generator[None]:
         """Keep other runs from writing the same split into the same folder.
 
+        What is of no use to a later run is removed at the end: a plan of which no shard was
+        written, and folders that were made for nothing.
+
         Raises:
             BlockingIOError: Another run is writing there.
             OSError: The folder cannot be made or written.
         """
-        if self.folder is None:
-            yield
-            return
-        state = self.folder / self.state
+        with contextlib.ExitStack() as stack:
+            if self.folder is not None:
+                self._lock_folder(self.folder, stack)
+            try:
+                yield
+            except BaseException:
+                with contextlib.suppress(
+                    LoaderError, OSError
+                ):  # the first error is the one to tell
+                    self._forget_fruitless_plan()
+                raise
+
+    def _lock_folder(self, folder: Path, stack: contextlib.ExitStack) -> None:
+        state = folder / self.state
         try:
-            state.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(make_folders(folder))
+            state.mkdir(exist_ok=True)
             descriptor = os.open(state / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise type(error)(
-                error.errno, f"{error.strerror}; check the target and its rights", str(self.folder)
+                error.errno, f"{error.strerror}; check the target and its rights", str(folder)
             ) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -312,11 +328,8 @@ class ShardTarget:
             ) from error
         except OSError:  # a file system without locks: nobody is kept out
             pass
-        try:
-            yield
-        finally:
-            os.close(descriptor)
-            self._remove_empty_state()
+        stack.callback(self._remove_empty_state)
+        stack.callback(os.close, descriptor)
 
     def _remove_empty_state(self) -> None:
         if self.folder is not None:
@@ -325,6 +338,25 @@ class ShardTarget:
                 if set(os.listdir(state)) <= {"lock"}:
                     (state / "lock").unlink(missing_ok=True)
                     state.rmdir()
+
+    def _forget_fruitless_plan(self) -> None:
+        """Remove the plan of this run, unless a shard of it is there, with a receipt or without."""
+        if self._planned is None:  # it did not come so far, and what is there is another run's
+            return
+        names, pattern = self._planned
+        if not set(self._list(pattern.begin)) & set(names):
+            self._clean_state()
+
+    def discard(self) -> None:
+        """Remove the shards of this run, if a run after it would do the same and fail as it did.
+
+        For callers that then raise; an error of the store is not raised in the place of theirs.
+        """
+        if self._planned is not None:
+            names, pattern = self._planned
+            with contextlib.suppress(LoaderError, OSError):
+                for name in set(self._list(pattern.begin)) & set(names):
+                    self.store.delete(name)
 
     def read_metadata(self) -> Metadata | None:
         """Read ``metadata.json``, if it is there.
@@ -397,10 +429,12 @@ class ShardTarget:
             self._clean(metadata, present)
         elif begun is not None and resume and self._is_same_plan(begun, fingerprint, present):
             self._refuse([name for name in present if name not in names])
+            self._planned = names, pattern
             return self._read_receipts(names)
         else:
             self._refuse(present)
         self._clean_state()
+        self._planned = names, pattern
         self.store.put(f"{self.state}/plan.json", orjson.dumps({"fingerprint": fingerprint}))
         return {}
 

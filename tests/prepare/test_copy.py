@@ -500,6 +500,7 @@ def test_a_source_with_nothing_in_it_is_an_error(
 ) -> None:
     (tmp_path / "empty").mkdir()
 
-    assert main(["copy", str(tmp_path / "empty"), str(tmp_path / "out")]) == 1
+    assert main(["copy", str(tmp_path / "empty"), str(tmp_path / "out" / "deep")]) == 1
 
     assert "holds nothing to copy" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -79,6 +79,18 @@ def test_a_tree_sorted_anew_is_the_same_to_torchvision(tmp_path: Path) -> None:
     assert ours.targets == theirs.targets
 
 
+def test_a_folder_into_which_nothing_came_is_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = write_tree(tmp_path / "tree", IMAGES)
+    command = ["folders", str(tree), str(tmp_path / "new" / "val"), "--label-rule", "none"]
+
+    assert main(command) == 1
+
+    assert "its samples have no classes" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_what_would_be_lost_is_refused(tmp_path: Path) -> None:
     target = open_writable_store("memory://folders")
     tree = write_tree(tmp_path / "tree", {"a/x/1.jpg": b"1", "a/y/1.jpg": b"2"})

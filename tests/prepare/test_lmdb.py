@@ -25,6 +25,7 @@ from concurrent_dataloader.prepare.lmdb import (
     measure_sequential,
     write_lmdb,
 )
+from concurrent_dataloader.prepare.plan import shuffle_positions
 from tests.prepare.listed_source import ListedSource
 
 MIB = 1 << 20
@@ -145,6 +146,16 @@ def test_b_10_a_run_that_fails_leaves_no_final_name_and_the_next_one_goes_on(
     assert content(path) == list(_expected())
 
 
+def test_a_run_that_fails_before_a_record_is_written_leaves_nothing(tmp_path: Path) -> None:
+    source = ListedSource(PAYLOADS)
+    source.fail_at = 3
+
+    with pytest.raises(ConnectionError):
+        write(tmp_path / "deep" / "x.lmdb", source, order="list")
+
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_run_that_is_resumed_writes_the_same_records(
     tmp_path: Path,
 ) -> None:
@@ -163,14 +174,12 @@ def test_a_run_that_is_resumed_writes_the_same_records(
 def test_what_another_run_left_is_replaced(tmp_path: Path, other: str) -> None:
     path, partial = tmp_path / "x.lmdb", tmp_path / ".x.lmdb.partial"
     failing = ListedSource([*PAYLOADS, b"more"] if other == "samples" else PAYLOADS)
-    failing.fail_at = 35
+    order: Order = "list" if other == "order" else "shuffled"
+    seed = 1 if other == "seed" else 0
+    positions = shuffle_positions(len(failing), None if order == "list" else seed)
+    failing.fail_at = int(positions[35])
     with pytest.raises(ConnectionError):
-        write(
-            path,
-            failing,
-            order="list" if other == "order" else "shuffled",
-            seed=1 if other == "seed" else 0,
-        )
+        write(path, failing, order=order, seed=seed)
     if other == "damage":
         partial.write_bytes(partial.read_bytes()[:20_000])
     if other == "garbage":

@@ -186,12 +186,39 @@ def test_what_cannot_be_written_names_shard_and_key(
 def test_two_samples_of_one_key_are_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ShardFormatError, match=r"train-000000.tar: key 'same' stands in"):
         run(source, tmp_path / "new", "one_key")
-    assert not (tmp_path / "new/metadata.json").exists()
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_set_of_which_nothing_is_left_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="dropped all samples"):
         run(source, tmp_path / "new", "drop_all")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_function_that_fails_in_the_first_shard_leaves_nothing_behind(
+    source: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "deep" / "new"
+    with pytest.raises(LoaderError, match="expected bytes"):
+        run(source, target, "text")
+    assert not target.parent.exists()
+
+    with pytest.raises(LoaderError, match="no such thing"):
+        run(source, target, "fail")
+    assert (target / ".unfinished-train" / "train-000000.tar.json").exists(), "to go on after"
+
+
+def test_what_an_earlier_run_left_stays_when_another_one_is_refused(
+    source: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "new", "flip", on_shard=stop_at_two)
+    before = sorted((tmp_path / "new").rglob("*"))
+
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        run(source, tmp_path / "new", "keep")
+
+    assert sorted((tmp_path / "new").rglob("*")) == before
 
 
 def test_a_process_that_dies_is_named(source: Path, tmp_path: Path) -> None:

@@ -252,6 +252,11 @@ def test_a_damaged_shard_leaves_no_shard_of_its_name(source: Path, tmp_path: Pat
     assert [path.name for path in (tmp_path / "new").glob("*.tar")] == ["train-000000.tar"]
     assert not (tmp_path / "new/metadata.json").exists()
 
+    with pytest.raises(ShardFormatError, match=r"train-000001.tar \[0, \d+\): no header"):
+        run(source, tmp_path / "one", num_shards=1)
+
+    assert not (tmp_path / "one").exists(), "no shard came of it, so there is nothing to go on with"
+
 
 @pytest.mark.parametrize(
     ("how", "message"),

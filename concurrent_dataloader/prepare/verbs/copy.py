@@ -22,6 +22,7 @@ from concurrent_dataloader.prepare.copy import (
     place_index,
 )
 from concurrent_dataloader.prepare.index import is_folder
+from concurrent_dataloader.prepare.made_folders import make_folders
 from concurrent_dataloader.prepare.nesting import refuse_target_in_source
 from concurrent_dataloader.prepare.verbs._bar import Progress, show_progress
 from concurrent_dataloader.prepare.verbs._common import (
@@ -92,6 +93,9 @@ def run(options: argparse.Namespace) -> int:
         source = stack.enter_context(
             contextlib.closing(open_store(options.source, **store_settings(options)))
         )
+        if is_folder(options.target):
+            folder = Path(options.target.removeprefix("file://")).expanduser()
+            stack.enter_context(make_folders(folder))
         target = stack.enter_context(contextlib.closing(_open_target(options)))
         sized = check_sized(source, options.source)
         index = _find_index(options, source, stack)
@@ -140,8 +144,6 @@ def _tell(progress: Progress, copied: Copied) -> None:
 
 
 def _open_target(options: argparse.Namespace) -> WritableStore:
-    if is_folder(options.target):
-        Path(options.target.removeprefix("file://")).expanduser().mkdir(parents=True, exist_ok=True)
     own = {name.removeprefix("target_"): getattr(options, name) for name in _TARGET_OPTIONS}
     if all(value is None for value in own.values()):
         return open_writable_store(options.target, **store_settings(options))

@@ -11,6 +11,7 @@ from pathlib import Path
 from concurrent_dataloader.prepare.copy import Copied
 from concurrent_dataloader.prepare.folders import sort_into_folders
 from concurrent_dataloader.prepare.index import is_folder
+from concurrent_dataloader.prepare.made_folders import make_folders
 from concurrent_dataloader.prepare.nesting import refuse_target_in_samples
 from concurrent_dataloader.prepare.verbs._bar import Progress, show_progress
 from concurrent_dataloader.prepare.verbs._common import (
@@ -72,9 +73,8 @@ def run(options: argparse.Namespace) -> int:
         source = open_samples(options, options.source, options.split)
         stack.enter_context(contextlib.closing(source))
         if is_folder(options.target):
-            Path(options.target.removeprefix("file://")).expanduser().mkdir(
-                parents=True, exist_ok=True
-            )
+            folder = Path(options.target.removeprefix("file://")).expanduser()
+            stack.enter_context(make_folders(folder))
         target = open_writable_store(options.target, **store_settings(options))
         stack.enter_context(contextlib.closing(target))
         progress = stack.enter_context(
