@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import itertools
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from torch.utils.data import Dataset
 
 from concurrent_dataloader.datasets._places import (
     INDEX_SUFFIX,
@@ -23,8 +29,10 @@ from concurrent_dataloader.datasets.shard_opening import (
     open_shards,
     take_store_options,
 )
+from concurrent_dataloader.datasets.shards import ShardDataset
 from concurrent_dataloader.errors import IndexFormatError
 from concurrent_dataloader.shard_names import Split, find_split
+from concurrent_dataloader.stores import open_store
 
 if TYPE_CHECKING:
     from concurrent_dataloader.datasets.lmdb import LmdbDataset
@@ -55,16 +63,17 @@ def open_dataset(
         A `ShardDataset`, `LmdbDataset`, `S3Dataset` or `ScratchDataset`.
 
     Raises:
+        TypeError: It is no path or URL, or what lies there does not take an option; says what does.
         ValueError: The URL is of a kind that is not known here.
         FileNotFoundError: There is nothing there, or shards have no index.
         IndexFormatError: Nothing of what was looked for is there, or more than one kind of it.
         StoreError: The place cannot be listed.
     """
-    text = os.fspath(path_or_url)
+    text = _check_path_or_url(path_or_url)
     if is_local(text):
         return _open_local(text, split, options)
     if text.endswith(".npz") or names_shards(text) or text.startswith(("http://", "https://")):
-        return open_shards(text, split=split, **options)
+        return _open_shards(text, split, options)
     if text.startswith("s3://"):
         return _open_bucket(text, split, options)
     raise ValueError(
@@ -82,10 +91,10 @@ def _open_local(
     if path.name.endswith((".lmdb", ".mdb")) and path.exists():
         return open_lmdb(path, options)
     if path.is_file() and path.suffix in (".json", ".packed"):
-        options.setdefault("data_path", path.parent)
-        return ScratchDataset(index_file=path, **_without_remote(options))
+        given = {"data_path": path.parent, **options}
+        return _open_images(text, given.pop("data_path"), given | {"index_file": path})
     if path.suffix == ".npz" or names_shards(text):
-        return open_shards(text, split=split, **options)
+        return _open_shards(text, split, options)
     if not path.exists():
         raise FileNotFoundError(f"{text}: nothing there, expected {LOOKED_FOR}")
     raise ValueError(f"{text}: no kind of data set that is known, expected {LOOKED_FOR}")
@@ -96,19 +105,19 @@ def _open_folder(
 ) -> IndexedDataset | LmdbDataset:
     index_file = options.get("index_file")
     if index_file is not None and not os.fspath(index_file).endswith(".npz"):
-        return ScratchDataset(path, **_without_remote(options))
+        return _open_images(str(path), path, options)
     place = look_into(str(path), open_place(str(path), {}))
     assert place is not None, "folders can be listed"
     split_folder = _split_folder(place, split)
     contents = find_contents(place, str(path), in_split_folder=split_folder is not None)
     if contents == "shards":
-        return open_shards(path, split=split, **options)
+        return _open_shards(str(path), split, options)
     if contents == "lmdb":
         return open_lmdb_split(path, split, options)
     if split_folder is not None:
         return _open_folder(path / split_folder, None, options)
     _check_split(str(path), split)
-    return ScratchDataset(path, **_without_remote(options))
+    return _open_images(str(path), path, options)
 
 
 def _open_bucket(
@@ -119,7 +128,8 @@ def _open_bucket(
     prefix = prefix.rstrip("/")
     if index_file is not None:
         if os.fspath(index_file).endswith(".npz"):
-            return open_shards(url, split=split, **options)
+            return _open_shards(url, split, options)
+        _check_options(url, "images in a bucket", options)
         return S3Dataset(bucket_name, prefix=prefix, split=_as_split(split), **options)
     given = dict(options)
     settings = take_store_options(given) | {"credentials": options.get("s3_credential_file")}
@@ -128,7 +138,7 @@ def _open_bucket(
     split_folder = _split_folder(place, split)
     contents = find_contents(place, url, in_split_folder=split_folder is not None)
     if contents == "shards":
-        return open_shards(url, split=split, **options)
+        return _open_shards(url, split, options)
     if contents == "lmdb":
         raise IndexFormatError(
             f"{url}: holds {', '.join(place.databases)}, which are read from a disk only; copy "
@@ -138,6 +148,7 @@ def _open_bucket(
         prefix = f"{prefix}/{split_folder}".lstrip("/")
     else:
         _check_split(url, split)
+    _check_options(url, "images in a bucket", options)
     return S3Dataset(bucket_name, prefix=prefix, split=_as_split(split), **options)
 
 
@@ -246,7 +257,78 @@ def open_lmdb(path: Path, options: dict[str, Any]) -> LmdbDataset:
     elsewhere = ("index_file", "classes_file", "classes", "label_rule")
     given = _without_remote(options).items()
     kept = {name: value for name, value in given if name not in elsewhere or value is not None}
+    _check_options(str(path), "an LMDB database", kept)
     return LmdbDataset(path, **kept)
+
+
+def _open_shards(where: str, split: str | None, options: dict[str, Any]) -> IndexedDataset:
+    _check_options(where, "shards", options)
+    return open_shards(where, split=split, **options)
+
+
+def _open_images(where: str, folder: Any, options: dict[str, Any]) -> IndexedDataset:
+    given = _without_remote(options)
+    _check_options(where, "images in a folder", given)
+    return ScratchDataset(folder, **given)
+
+
+def _check_path_or_url(path_or_url: object) -> str:
+    if isinstance(path_or_url, (str, os.PathLike)):
+        return str(os.fspath(cast("str | os.PathLike[str]", path_or_url)))
+    kind = type(path_or_url).__name__
+    if isinstance(path_or_url, Dataset):
+        raise TypeError(
+            f"path_or_url: got a {kind}, expected a path or a URL; what is open already is given to"
+            " a loader as it is"
+        )
+    raise TypeError(
+        f"path_or_url: got a {kind}, expected a path or a URL such as 's3://bucket/prefix'"
+    )
+
+
+_Taker = Literal["images in a folder", "images in a bucket", "shards", "an LMDB database"]
+
+
+def _check_options(where: str, taker: _Taker, options: dict[str, Any]) -> None:
+    """Raise for an option that a data set does not take, with what does.
+
+    Raises:
+        TypeError: There is one.
+    """
+    options_of = _list_options()
+    for name in options:
+        if name in options_of[taker]:
+            continue
+        others = [other for other, names in options_of.items() if name in names]
+        if others:
+            raise TypeError(
+                f"{where}: got the option {name!r}, which is for {' or '.join(others)}, but this is"
+                f" {taker}; leave it out"
+            )
+        expected = ", ".join(sorted(options_of[taker]))
+        raise TypeError(f"{where}: got the option {name!r} for {taker}, expected one of {expected}")
+
+
+@functools.cache
+def _list_options() -> dict[_Taker, frozenset[str]]:
+    from concurrent_dataloader.datasets.lmdb import LmdbDataset
+
+    def names(*takers: Callable[..., Any]) -> set[str]:
+        taken = [inspect.signature(taker).parameters.values() for taker in takers]
+        return {each.name for each in itertools.chain(*taken) if each.kind is not each.VAR_KEYWORD}
+
+    # But for what says where it lies, which the path does, and what is found there.
+    store = names(open_store) - {"url"}
+    found = {"location", "split", "index", "store", "index_name"}
+    shards = names(open_shards, ShardDataset) - found
+    return {
+        "images in a folder": frozenset(names(ScratchDataset) - {"data_path"}),
+        "images in a bucket": frozenset(
+            names(S3Dataset) - {"bucket_name", "prefix", "split"} | store
+        ),
+        "shards": frozenset(shards | store - {"credentials"}),
+        "an LMDB database": frozenset(names(LmdbDataset) - {"path"}),
+    }
 
 
 def _without_remote(options: dict[str, Any]) -> dict[str, Any]:

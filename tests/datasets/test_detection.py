@@ -19,6 +19,7 @@ from concurrent_dataloader.datasets.lmdb import LmdbDataset
 from concurrent_dataloader.errors import IndexFormatError, KeyNotFoundError
 from concurrent_dataloader.formats.tfrecord import TFRecordWriter
 from concurrent_dataloader.shard_index import Shard, ShardIndexBuilder
+from concurrent_dataloader.stores import open_store
 from concurrent_dataloader.testing import ObjectServer
 from tests.datasets.conftest import IMAGES
 from tests.datasets.test_lmdb import write_database
@@ -259,3 +260,51 @@ def test_a_web_server_gives_shards(tmp_path: Path, object_server: ObjectServer) 
     object_server.put_folder("open", write_split(tmp_path, "train", 3))
 
     assert len(open_dataset(f"{object_server.endpoint_url}/open")) == 3
+
+
+# What cannot be opened
+
+
+def test_an_option_of_another_kind_of_data_is_named_with_that_kind(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    shards, databases = tmp_path / "shards", tmp_path / "databases"
+    write_split(shards, "train")
+    databases.mkdir()
+    write_database(databases / "train.lmdb", [IMAGES["cat/1.jpg"]])
+
+    remote = r"'cache', which is for images in a bucket or shards, but this is "
+    for place, option, message in (
+        (image_folder, "cache", f"{remote}images in a folder; leave it out"),
+        (databases, "cache", f"{remote}an LMDB database; leave it out"),
+        (shards, "allow_pickle", "'allow_pickle', which is for an LMDB database, but this is sh"),
+        ("s3://a/b", "max_gap_bytes", "'max_gap_bytes', which is for shards, but this is images"),
+    ):
+        more = {"index_file": "x.json"} if place == "s3://a/b" else {}
+        with pytest.raises(TypeError, match=rf"^{place}.*: got the option {message}"):
+            open_dataset(place, **{option: None}, **more)
+
+
+def test_an_option_that_nothing_takes_is_named_with_all_that_there_are(image_folder: Path) -> None:
+    with pytest.raises(TypeError, match=r"'limits' for images in a folder, .* label_rule, limit, "):
+        open_dataset(image_folder, limits=3)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "got a NoneType, expected a path or a URL such as"),
+        (["a.tar"], "got a list, expected a path or a URL such as"),
+        (open_store("memory://x"), "got a MemoryStore, expected a path or a URL such as"),
+    ],
+)
+def test_what_is_no_path_and_no_url_is_named(given: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        open_dataset(given)
+
+
+def test_a_data_set_is_not_opened_again(image_folder: Path) -> None:
+    dataset: Any = open_dataset(image_folder)
+
+    with pytest.raises(TypeError, match=r"got a ScratchDataset, .* is given to a loader as it is"):
+        open_dataset(dataset)
