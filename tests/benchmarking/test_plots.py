@@ -4,9 +4,10 @@ import pathlib
 import pytest
 from PIL import Image
 
-from benchmarking.plots.demo import Epoch, draw_demo, read_epochs
+from benchmarking.plots.demo import Epoch, _caption, draw_demo, read_epochs
 from benchmarking.plots.latency import draw_latency
 from benchmarking.results import Row, make_row
+from benchmarking.statistics import paired_ratio
 
 pytest.importorskip("matplotlib", reason="draws the figures")
 
@@ -72,6 +73,23 @@ def test_the_demo_figure_is_drawn_without_a_screen(tmp_path: pathlib.Path) -> No
 
     with Image.open(path) as image:
         assert image.size == (1500, 690)
+
+
+def test_the_caption_of_the_demo_says_what_its_bars_show() -> None:
+    ours, ram = [70.0, 78.0, 80.0], [96.0, 100.0, 110.0]
+    row = make_demo_row()
+    figures = {
+        "ratio": [rate / 2.0 for rate in ours],
+        "ram_ratio": paired_ratio(ours, ram),  # its median is 0.73
+        "ours_images_per_s": ours,
+        "torch_images_per_s": 2.0,
+        "ram_images_per_s": ram,
+    }
+    row = make_row("demo", "ours and torch's", row.settings, figures)
+
+    text = _caption(row, [])
+
+    assert "ours is 39 times as fast as torch's DataLoader, 0.78 times as fast" in text
 
 
 def test_epochs_are_read_from_the_trainers_log_in_order(tmp_path: pathlib.Path) -> None:
