@@ -313,7 +313,7 @@ class ShardTarget:
         state = folder / self.state
         try:
             stack.enter_context(make_folders(folder))
-            state.mkdir(exist_ok=True)
+            state.mkdir(parents=True, exist_ok=True)  # another run may just have removed it
             descriptor = os.open(state / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise type(error)(

@@ -291,11 +291,20 @@ def test_a_bucket_is_mapped_as_a_folder_is(
     )
     run(source, tmp_path / "new", "flip")
 
+    for fails in ("text", "drop_all"):
+        with pytest.raises((LoaderError, ValueError)):
+            map_shards(
+                SplitAt("s3://data"),
+                "s3://data/new",
+                f"functions_of_a_user:{fails}",
+                open_root=open_root,
+            )
+    remote = open_root("s3://data/new")
+    assert list(remote.list()) == [], "nothing to go on after"
     map_shards(
         SplitAt("s3://data"), "s3://data/new", "functions_of_a_user:flip", open_root=open_root
     )
 
-    remote = open_root("s3://data/new")
     found = {info.key: hashlib.md5(remote.get(info.key)).hexdigest() for info in remote.list()}
     remote.close()
     assert found == digests(tmp_path / "new")
