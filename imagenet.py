@@ -333,7 +333,7 @@ def open_split(args: Args, split: str, classes: Any = None) -> Any:
         split,  # pyright: ignore[reportArgumentType]: one of the two above
         limit=args.dataset_limit,
         sample_seed=0,  # the head of an index that is sorted by class holds few classes
-        use_cache=args.use_cache or bool(args.cache_dir or args.cache_limit),
+        use_cache=args.use_cache or bool(args.cache_dir) or args.cache_limit is not None,
         cache_endpoint_url=args.cache_endpoint_url if args.use_cache else None,
         cache_dir=args.cache_dir,
         cache_limit_bytes=None if args.cache_limit is None else int(args.cache_limit * 1e9),

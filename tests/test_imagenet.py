@@ -742,6 +742,7 @@ def test_a_stream_goes_on_after_an_image_that_is_damaged(
         ("--index-file gone.json", "nowhere: no such folder"),
         ("--dataset s3 --use-cache", "use_cache: got True without cache_endpoint_url"),
         ("--dataset s3 --cache-limit 1", "cache_limit_bytes: got 1000000000 without cache_dir"),
+        ("--dataset s3 --cache-limit 0", "cache_limit_bytes: got 0 without cache_dir"),
         ("--cache-dir a --copy-to b", "--copy-to: copies all of the data, expected no --dummy"),
         ("--dataset s3 --cache-dir a --cache-limit 0", "limit_bytes: got 0 bytes"),
         ("--dataset s3 --index-file gone.json", "gone.json: no such index file"),
