@@ -10,6 +10,7 @@ from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime
 from torch.utils.data import Dataset
 from typing_extensions import Buffer
 
+from concurrent_dataloader.errors import StoreUnavailableError
 from concurrent_dataloader.ranges import ByteRange
 
 D = TypeVar("D")
@@ -131,3 +132,35 @@ class StagedDataset(Dataset[S], abc.ABC, Generic[D, S]):
     def __getitem__(self, position: int) -> S:
         """Fetch, decode and transform one sample, as torch's own loader would have it."""
         return self.apply_transform(self.decode(position, self.fetch(position)))
+
+    @property
+    def __getitems__(self) -> Callable[[Sequence[int]], list[S]] | None:
+        """What torch's own loader asks for a batch; None where it is to ask for each sample.
+
+        Requests are then made as `plan_requests` says, one after the other; decoding and transforms
+        follow in the order of the positions, so that batches are those of ``__getitem__``. None
+        where each sample is a request of its own, and for a class that overrides ``__getitem__``,
+        since what that adds would be left out.
+        """
+        kind = type(self)
+        merges = kind.plan_requests is not StagedDataset.plan_requests
+        return self._get_batch if merges and kind.__getitem__ is StagedDataset.__getitem__ else None
+
+    def _get_batch(self, positions: Sequence[int]) -> list[S]:
+        raws: dict[int, Buffer] = {}
+        for numbers in self.plan_requests(positions):
+            raws |= zip(numbers, self._fetch_group([positions[n] for n in numbers]), strict=True)
+        return [
+            self.apply_transform(self.decode(position, raws.pop(number)))
+            for number, position in enumerate(positions)
+        ]
+
+    def _fetch_group(self, positions: Sequence[int]) -> Sequence[Buffer]:
+        if len(positions) == 1:
+            return [self.fetch(positions[0])]
+        try:
+            return self.fetch_many(positions)
+        except StoreUnavailableError:
+            raise
+        except Exception:  # noqa: BLE001 - raised again by the sample that it belongs to
+            return [self.fetch(position) for position in positions]

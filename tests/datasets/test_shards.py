@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import itertools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -210,6 +211,54 @@ def test_near_samples_come_by_one_request_each_with_its_own_bytes() -> None:
         assert [bytes(raw) for raw in raws] == [IMAGES[KEYS[position]] for position in chosen]
         again = asyncio.run(dataset.fetch_many_async(chosen))
         assert list(map(bytes, again)) == list(map(bytes, raws))
+
+
+@pytest.mark.parametrize("wrap", [None, torch.utils.data.Subset])
+def test_torchs_own_loader_merges_near_samples_too(wrap: Any) -> None:
+    dataset = open_shards(transform=pil_to_tensor)
+    alone = [dataset[position] for position in range(7)]
+    asked(dataset).clear()
+    given = dataset if wrap is None else wrap(dataset, range(7))
+
+    batches = list(torch.utils.data.DataLoader(given, batch_size=3, collate_fn=list))
+
+    assert len(asked(dataset)) == 4, "two shards in the second batch, one in each other"
+    for (image, label), (expected, its_label) in zip(itertools.chain(*batches), alone, strict=True):
+        assert torch.equal(image, expected)
+        assert label == its_label
+
+
+def test_torchs_own_loader_asks_a_class_that_overrides_getitem_for_each_sample() -> None:
+    class Numbered(ShardDataset):
+        def __getitem__(self, position: int) -> Any:
+            return position, super().__getitem__(position)[1]
+
+    bodies, index = pack_tars(SHARDS, classes=CLASSES)
+    dataset = Numbered(index, CountingStore(bodies))
+
+    batches = list(torch.utils.data.DataLoader(dataset, batch_size=7, collate_fn=list))
+
+    assert [position for position, _ in batches[0]] == list(range(7))
+    assert ScratchDataset.__getitem__ is ShardDataset.__getitem__
+
+
+def test_in_torchs_own_loader_an_error_is_that_of_its_sample() -> None:
+    dataset = open_shards(decode=None)
+    whole = dataset.shard_index.payload(4)
+    _, shards = pack_tars(SHARDS, classes=CLASSES)
+    assert shards.shard_of(4).name == "train-000002.tar"
+    bodies, index = pack_tars(SHARDS, classes=CLASSES)
+    body = bytearray(bodies["train-000002.tar"])
+    body[whole.start] ^= 1
+    broken = ShardDataset(
+        index, CountingStore(bodies | {"train-000002.tar": bytes(body)}), decode=None
+    )
+
+    get_batch = dataset.__getitems__
+    assert get_batch is not None
+    assert [raw for raw, _ in get_batch([0, 1, 2])] == [IMAGES[key] for key in KEYS[:3]]
+    with pytest.raises(ChecksumError, match="it is position 4 of"):
+        list(torch.utils.data.DataLoader(broken, batch_size=7, collate_fn=list))
 
 
 def test_the_gap_and_the_length_bound_what_is_merged() -> None:
@@ -570,6 +619,34 @@ def test_reading_in_order_takes_few_requests_and_shuffled_one_a_sample(
     assert count_gets(remote(transform=pil_to_tensor), shuffle=False) <= 48 * 0.3
     apart = remote(transform=pil_to_tensor, max_gap_bytes=0)
     assert count_gets(apart, shuffle=True) == 48
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_goes_on_in_the_middle_without_reading_again(
+    remote: Callable[..., ShardDataset], object_server: ObjectServer, num_workers: int
+) -> None:
+    dataset = remote(transform=pil_to_tensor, max_gap_bytes=0)
+
+    def open_loader(num_workers: int) -> DataLoader[Any]:
+        return DataLoader(dataset, batch_size=8, num_workers=num_workers, shuffle=True)
+
+    torch.manual_seed(5)
+    whole = list(open_loader(2))
+    torch.manual_seed(5)
+    loader = open_loader(2)
+    begun = list(itertools.islice(loader, 2))
+    state = loader.state_dict()
+    loader.close()
+    object_server.reset_counters()
+    loader = open_loader(num_workers)
+    loader.load_state_dict(state)
+    rest = list(loader)
+
+    assert len(begun + rest) == len(whole) == 6
+    for (images, labels), (their_images, their_labels) in zip(begun + rest, whole, strict=True):
+        assert torch.equal(images, their_images)
+        assert torch.equal(labels, their_labels)
+    assert object_server.counters().num_gets == 48 - 16
 
 
 def test_json_and_bytes_of_fields_are_those_written() -> None:
