@@ -42,6 +42,7 @@ from benchmarking.misc.init_benchmarking import DATASETS, get_dataset
 from concurrent_dataloader import (
     DataLoader,
     ElasticDistributedSampler,
+    MemoryCachedDataset,
     ShardDataset,
     StreamedShards,
     open_store,
@@ -77,6 +78,14 @@ def at_least_zero(text: str) -> float:
         number = math.nan
     if not number >= 0:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a number from 0 on")
+    return number
+
+
+def ratio(text: str) -> float:
+    """Read a share, from 0 to 1."""
+    number = at_least_zero(text)
+    if number > 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected 0 to 1")
     return number
 
 
@@ -121,6 +130,7 @@ def add_own_arguments(add: Callable[..., Any]) -> None:
     add("--cache-endpoint-url", help="of an HTTP cache in front of the store")
     add("--cache-dir", type=Path, help="folder of this machine to keep in what was read")
     add("--cache-limit", type=at_least_zero, help="the most it may take, in GB (10^9 bytes)")
+    add("--memory-cache", type=ratio, help="share of the training images to keep in memory, 0 to 1")
     add("--copy-to", type=Path, help="folder of this machine to copy the data to, and read it from")
     add("--loader", choices=("ours", "torch"), default="ours")
     add("--fetch-impl", choices=("threaded", "asyncio", "vanilla"), default="threaded")
@@ -211,6 +221,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Args:
         parser.error(f"argument --stream: got --dataset {args.dataset}, expected shards")
     if args.stream and args.dataset_limit is not None:
         parser.error("argument --stream: reads all shards, expected no --dataset-limit with it")
+    if args.memory_cache and (args.stream or args.dummy):
+        parser.error("argument --memory-cache: keeps single samples, expected no --stream, --dummy")
     beside_copy = (args.dummy, args.index_file, args.val_index_file, args.cache_dir)
     if args.copy_to is not None and any(beside_copy):
         parser.error(
@@ -382,6 +394,13 @@ def make_loader(args: Args, dataset: Any, place: Place, *, is_train: bool) -> Lo
         # Not a DistributedSampler, which counts images twice to make all shares equal.
         sampler = range(place.rank, len(dataset), place.world_size)
     else:
+        if args.memory_cache:
+            try:
+                dataset = MemoryCachedDataset(dataset, args.memory_cache)
+            except (TypeError, MemoryError) as error:
+                raise ValueError(f"--memory-cache: {error}") from error
+            if place.rank == 0:
+                print(f"training images: {dataset.describe()}")
         # The order of a DistributedSampler; an epoch may go on over other processes.
         ranks = (place.world_size, place.rank)
         sampler = ElasticDistributedSampler(dataset, *ranks, seed=args.seed)

@@ -674,6 +674,18 @@ def test_several_processes_may_not_leave_out_images_in_training() -> None:
     imagenet.make_loader(args, noise, place, is_train=False)
 
 
+def test_images_that_are_kept_in_memory_train_as_others(
+    train: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = train("plain", "--epochs", "2")
+    kept = train("kept", "--epochs", "2", "--memory-cache", "0.5")
+
+    assert losses_of(kept) == losses_of(plain)
+    num_kept, num_images = round(0.5 * 3 * NUM_TRAIN), 3 * NUM_TRAIN
+    said = f"training images: {num_kept} of {num_images} samples are kept in memory once they were"
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("on_error", ["skip", "replace"])
 def test_bad_images_are_passed_over_and_written_down(
     on_error: str, train: Callable[..., Path], image_folder: Path, tmp_path: Path
@@ -743,6 +755,8 @@ def test_a_stream_goes_on_after_an_image_that_is_damaged(
         ("--dataset s3 --use-cache", "use_cache: got True without cache_endpoint_url"),
         ("--dataset s3 --cache-limit 1", "cache_limit_bytes: got 1000000000 without cache_dir"),
         ("--dataset s3 --cache-limit 0", "cache_limit_bytes: got 0 without cache_dir"),
+        ("--memory-cache 1.5", "argument --memory-cache: got '1.5', expected 0 to 1"),
+        ("--memory-cache 1 --stream --dataset webdataset", "keeps single samples, expected no"),
         ("--cache-dir a --copy-to b", "--copy-to: copies all of the data, expected no --dummy"),
         ("--dataset s3 --cache-dir a --cache-limit 0", "limit_bytes: got 0 bytes"),
         ("--dataset s3 --index-file gone.json", "gone.json: no such index file"),

@@ -12,7 +12,7 @@ import concurrent_dataloader
 
 PACKAGE = Path(concurrent_dataloader.__file__).parent
 LAYERS = [
-    {"errors", "ranges", "threads"},
+    {"errors", "ranges", "threads", "shared_memory"},
     {"files", "packed", "shard_names"},
     {"stores", "formats", "index", "labels"},
     {"shard_index"},
@@ -30,7 +30,7 @@ CLIENTS = {
     "lmdb": {"lmdb_file", "lmdb_writer"},
     "obstore": {"_obstore"},
 }
-MAY_IMPORT_TORCH = {"datasets", "dataloader_mod", "formats", "imagenet_loader"}
+MAY_IMPORT_TORCH = {"datasets", "dataloader_mod", "formats", "imagenet_loader", "shared_memory"}
 
 
 def room_of(path: Path) -> str:

@@ -43,6 +43,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from concurrent_dataloader import shared_memory
 from concurrent_dataloader.dataloader_mod import torch_internals
 from concurrent_dataloader.dataloader_mod.dataset_state import WorkerWatch
 
@@ -65,7 +66,7 @@ class _Slot:
     def __init__(self, number: int, capacity_bytes: int) -> None:
         self.number = number
         self.capacity_bytes = capacity_bytes
-        self.storage = torch.UntypedStorage._new_shared(_HEADER_BYTES + capacity_bytes)
+        self.storage = shared_memory.reserve(_HEADER_BYTES + capacity_bytes)
         self.memory = _map_storage(self.storage)
         self.is_known = False
         """Whether the parent has got the storage."""
@@ -151,16 +152,17 @@ class SlotPool:
     def note_shortage(self, error: RuntimeError, num_bytes: int | None = None) -> None:
         """Have tensors travel in the message from now on, and tell so once."""
         self.is_short = True
+        shared_memory.remove_name(error)
         if not self._is_shortage_told:
             self._is_shortage_told = True
             wanted = "" if num_bytes is None else f" of {num_bytes / 2**20:.4g} MiB"
             log.warning(
-                "no shared memory for a tensor%s: %s%s; batches without a place there are copied "
-                "through a pipe, which costs time; give it more (docker run --shm-size=2g or "
-                "--ipc=host), or use smaller batches, fewer workers or a smaller batch_pool",
+                "no shared memory for a tensor%s: %s (%s); batches without a place there are "
+                "copied through a pipe, which costs time; give it more (docker run --shm-size=2g "
+                "or --ipc=host), or use smaller batches, fewer workers or a smaller batch_pool",
                 wanted,
                 error,
-                _describe_shared_memory(),
+                shared_memory.describe(),
             )
 
     def _make_room(self) -> bool:
@@ -348,7 +350,7 @@ class RecyclingQueue:
         try:
             return self._pool.pack(data)
         except RuntimeError as error:
-            if self._pool.is_short or not _is_shortage(error):
+            if self._pool.is_short or not shared_memory.is_shortage(error):
                 raise
             self._pool.note_shortage(error)
         return self._pool.pack(data)
@@ -389,30 +391,12 @@ def _collate_tensors(pool: SlotPool, batch: list[torch.Tensor], *, collate_fn_ma
         try:
             return torch_internals.collate_tensor_fn(batch, collate_fn_map=collate_fn_map)
         except RuntimeError as error:
-            if not _is_shortage(error):
+            if not shared_memory.is_shortage(error):
                 raise
             pool.note_shortage(error, num_bytes)
     if slot is None:
         return torch.stack(batch, 0)
     return torch.stack(batch, 0, out=slot.view(first.dtype, (len(batch), *first.size())))
-
-
-def _is_shortage(error: RuntimeError) -> bool:
-    """Say whether torch could have no shared memory; it has no class for that."""
-    return "unable to" in str(error) and any(
-        word in str(error) for word in ("shared memory", "shm", "mmap", "resize file")
-    )
-
-
-def _describe_shared_memory() -> str:
-    try:
-        system = os.statvfs("/dev/shm")
-    except OSError:
-        return ""
-    size_mib, free_mib = (
-        blocks * system.f_frsize / 2**20 for blocks in (system.f_blocks, system.f_bavail)
-    )
-    return f" (/dev/shm has {size_mib:.4g} MiB, of which {free_mib:.4g} MiB are free)"
 
 
 # ---- the parent's side ----

@@ -6,6 +6,7 @@ from concurrent_dataloader.datasets.detection import open_dataset
 from concurrent_dataloader.datasets.indexed import IndexedDataset
 from concurrent_dataloader.datasets.labelled import SampleMetadata
 from concurrent_dataloader.datasets.lmdb import LmdbDataset, SequentialLmdb
+from concurrent_dataloader.datasets.memory_cache import MemoryCachedDataset
 from concurrent_dataloader.datasets.opening import (
     S3_Dataset,
     S3Dataset,
@@ -20,6 +21,7 @@ from concurrent_dataloader.datasets.windows import SlidingWindow
 __all__ = [
     "IndexedDataset",
     "LmdbDataset",
+    "MemoryCachedDataset",
     "Rebatch",
     "S3Dataset",
     "S3_Dataset",

@@ -168,10 +168,14 @@ class IndexedDataset(LabelledDataset):
         self.classes = self.classes.converted(label_space)
         self._labels = self.classes.labels_of(self.index.keys())
 
+    def size_bytes(self, position: int) -> int | None:
+        """Give the size of what is fetched for a sample, as the index says; None if it does not."""
+        return self.index.size_bytes(position)
+
     def metadata(self, position: int) -> SampleMetadata:
         """Say where the sample at ``position`` is, without asking the store."""
         key = self.index.key(position)
-        size_bytes = self.index.size_bytes(position)
+        size_bytes = self.size_bytes(position)
         return SampleMetadata(
             key, -1 if size_bytes is None else size_bytes, self.store.describe(key)
         )

@@ -293,6 +293,12 @@ class ShardDataset(IndexedDataset):
         return index.shard_of(position).name, byte_range
 
     @override
+    def size_bytes(self, position: int) -> int:
+        """Give the size of what is fetched for a sample."""
+        _, (start, stop) = self._locate(position)
+        return stop - start
+
+    @override
     def metadata(self, position: int) -> SampleMetadata:
         """Say where the sample at ``position`` is, without asking the store."""
         shard, (start, stop) = self._locate(position)

@@ -292,12 +292,14 @@ def forbid_shared_memory(worker_id):
 def test_batches_arrive_where_there_is_no_shared_memory(capfd, collate_fn):
     settings = {"batch_size": 4, "num_workers": 2, "collate_fn": collate_fn}
     expected = read_epochs(torch.utils.data.DataLoader, Constant(40), 1, **settings)
+    names = set(os.listdir("/dev/shm"))
 
     batches = read_epochs(
         DataLoader, Constant(40), 1, worker_init_fn=forbid_shared_memory, **settings
     )
 
     assert is_same(batches, expected)
+    assert set(os.listdir("/dev/shm")) <= names, "torch leaves the names of what it could not have"
     batches[0][0][0].fill_(7)  # a batch can be written to
     told = capfd.readouterr().err
     assert told.count("no shared memory for a tensor") == 2, told
