@@ -225,7 +225,11 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         """
         state = self._epoch_state
         self._check_resumable(state)
-        return (order.describe_between_epochs(self) if state.begin is None else state).to_dict()
+        if state.begin is None:
+            state = order.describe_between_epochs(self)
+        elif not self._resumes:
+            state = order.describe_unasked(self, state)
+        return state.to_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Let the next iteration go on where `state_dict` was called.

@@ -9,6 +9,7 @@ state is read after each answer, and the one that belongs to the last batch take
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import weakref
 from collections.abc import Iterator
@@ -83,6 +84,19 @@ def describe_between_epochs(loader: Any) -> EpochState:
         batch_size=loader.batch_size,
         place=find_place(loader),
     )
+
+
+def describe_unasked(loader: Any, state: EpochState) -> EpochState:
+    """Say with which draws an epoch's sampler will begin that was not asked yet.
+
+    Without workers it is asked with the first batch, after torch drew a seed for workers, and
+    whatever the training loop drew; with workers it was asked at once.
+    """
+    is_map = loader._dataset_kind == torch_internals.DatasetKind.Map
+    if state.first is not None or not is_map:
+        return state
+    generators = [generator.get_state() for generator in find_generators(loader)]
+    return dataclasses.replace(state, first=read_generators(), first_generators=generators)
 
 
 def take_over(loader: Any, state: EpochState) -> None:

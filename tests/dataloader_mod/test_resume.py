@@ -1,6 +1,7 @@
 """An epoch that is left in the middle goes on elsewhere as if nothing had happened."""
 
 import io
+import itertools
 from typing import Any
 
 import pytest
@@ -224,6 +225,31 @@ def test_the_order_stays_with_and_without_workers(sampler, numbers):
     last.load_state_dict(state)
 
     assert is_same([*got, *last], first)
+
+
+@pytest.mark.parametrize("sampler", ["shuffled", "a generator", "eager"])
+@pytest.mark.parametrize("num_taken", ["no iterator", 0, 2])
+@pytest.mark.parametrize("after", [0, 1, 2])
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_the_order_is_that_which_the_saved_loader_goes_on_with(before, after, num_taken, sampler):
+    if num_taken == "no iterator" and sampler == "eager":
+        return  # torch makes two iterators of a sampler with workers, and one without
+    loader = make_plain(before, sampler)
+    rest: Any = loader
+    if num_taken != "no iterator":
+        rest = iter(loader)
+        torch.rand(3)  # the training loop draws too
+        list(itertools.islice(rest, num_taken))
+    state, generators = through_a_file(loader.state_dict()), read_generators()
+    expected = list(rest)
+    loader.close()
+
+    other = make_plain(after, sampler)
+    other.load_state_dict(state)
+    if num_taken == "no iterator":  # the epoch begins with the generators of this process
+        write_generators(generators)
+
+    assert is_same([labels for _, labels in other], [labels for _, labels in expected])
 
 
 def test_a_state_of_another_dataset_is_refused():
