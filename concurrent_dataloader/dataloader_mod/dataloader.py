@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing.context import BaseContext
 from typing import Any, Self, TypeVar
 
 import torch
 import torch.utils.data
 
-from concurrent_dataloader.dataloader_mod import order, torch_internals
+from concurrent_dataloader.dataloader_mod import order, parting, torch_internals
 from concurrent_dataloader.dataloader_mod.failures import (
     EpochFailures,
     ErrorBudget,
@@ -231,7 +231,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             state = order.describe_unasked(self, state)
         return state.to_dict()
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Let the next iteration go on where `state_dict` was called.
 
         It gives the batches after those that were taken, which are not fetched again; what was
@@ -239,15 +239,23 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         ``state_dict`` and ``load_state_dict`` is put into its state when the iteration begins; any
         other is asked again for what was taken. The order stays also with another number of
         workers. With as many workers, on the same rank, their transforms also draw the same random
-        numbers; draws in the main process are the caller's to restore. Another number of ranks
-        needs an `ElasticDistributedSampler`. A sampler has to be told its epoch, as ever. Ends
-        iterators that are under way.
+        numbers; draws in the main process are the caller's to restore, and other workers are
+        seeded as new ones. Another number of ranks needs an `ElasticDistributedSampler`. A sampler
+        has to be told its epoch, as ever. Ends iterators that are under way.
+
+        Of an iterable dataset that is an `ElasticStream`, as `StreamedShards` with an index, the
+        rest of the epoch goes on with another number of workers, and of ranks if the states of all
+        ranks are given. Other iterable datasets go on with as many only.
+
+        Args:
+            state_dict: This rank's, or a list of those of all ranks, saved at the same step, in any
+                order. Of a list of as many ranks as there are now each takes its own.
 
         Raises:
             ValueError: As `state_dict`; this is no state of a loader, or that of one which was made
-                otherwise, so that the order would be another.
+                otherwise, so that the order would be another; or a rank's is missing.
         """
-        state = EpochState.from_dict(state_dict)
+        state = parting.choose_state(self, parting.read_states(state_dict))
         self._check_resumable(state)
         order.take_over(self, state)
         self.close()

@@ -303,7 +303,7 @@ class MainStreamIter(PlainMainProcessIter):
         order.Order(loader, state, resumes).begin()
         self._failures = loader._failures
         self._log = make_failure_log(settings.on_error)
-        saved = state.datasets.get(0) if resumes else None
+        saved = state.datasets.get(0, state.dataset) if resumes else None
         self._source = StreamSource(loader.dataset, saved, self._log)
         super().__init__(_StreamView(loader, self._source))
 

@@ -29,6 +29,7 @@ from concurrent_dataloader.dataloader_mod.resume import (
     thaw,
     write_generators,
 )
+from concurrent_dataloader.datasets.contract import ElasticStream
 
 
 def find_generators(loader: Any) -> list[torch.Generator]:
@@ -48,9 +49,17 @@ def find_place(loader: Any) -> tuple[int, int]:
     sampler = _find_distributed(loader)
     if sampler is not None:
         return sampler.rank, sampler.num_replicas
+    if is_elastic(loader):
+        return loader.dataset.find_place()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
+
+
+def is_elastic(loader: Any) -> bool:
+    """Tell whether the rest of an epoch can be parted anew by the dataset."""
+    is_stream = loader._dataset_kind == torch_internals.DatasetKind.Iterable
+    return is_stream and isinstance(loader.dataset, ElasticStream)
 
 
 def count_samples(loader: Any) -> int | None:
@@ -157,7 +166,9 @@ def _check_dataset(loader: Any, state: EpochState) -> None:
             "state: each rank has a state of its own, which others cannot part; let the "
             "epoch come to its end on as many ranks".format(*place, *state.place)
         )
-    if state.begin is not None and loader.num_workers != state.num_workers:
+    # Elastic ones were parted anew, but where one reader goes on in another process.
+    is_other = loader.num_workers != state.num_workers and not is_elastic(loader)
+    if state.begin is not None and is_other:
         raise ValueError(
             f"num_workers: got {loader.num_workers}, expected {state.num_workers} as in the state: "
             "each worker's dataset has a state of its own, which others cannot part among them; "

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from concurrent_dataloader.datasets._shard_streams import (
     is_compressed,
     skip,
 )
-from concurrent_dataloader.datasets._split import Segment
+from concurrent_dataloader.datasets._split import MAX_GAP_BYTES, Segment
 from concurrent_dataloader.datasets.contract import BytesKind, Loss, SampleLocation
 from concurrent_dataloader.errors import LoaderError, ShardFormatError
 from concurrent_dataloader.formats.tar import Sample, parse_sample, read_samples
@@ -41,9 +42,6 @@ from concurrent_dataloader.stores.base import Store
 MIN_BUFFERED = 100
 """Samples in the buffer when the first is drawn of it: the first batch does not wait for it to be
 full. It grows by one with each sample drawn."""
-
-_MAX_GAP_BYTES = 64 << 10
-"""What is read for nothing, when a buffer is fetched again, rather than asked for apart."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,16 +180,24 @@ class ShardList:
         return again
 
     def iter_samples(
-        self, segment: Segment, stream: Stream | None, offset: int | None
+        self, segment: Segment, stream: Stream | None, offset: int | None, num_read: int
     ) -> Iterator[Sample]:
-        """Read the samples of a segment from where it begins, or from ``offset``."""
+        """Read the samples of a segment from where it begins, or after ``num_read`` of them.
+
+        Args:
+            segment: What to read.
+            stream: Its bytes, from ``offset`` on.
+            offset: Where the next sample may begin; None: at the begin of the segment.
+            num_read: Samples before it.
+        """
         if self.repeated is not None:
-            assert segment.byte_range is not None, "made-up shards are cut by counts"
-            start, stop = segment.byte_range
-            for place in range(offset or start, stop):
+            for place in _each_place(segment, num_read):
                 yield self.repeated._replace(extent=ByteRange(place, place + 1))
             return
         assert stream is not None, "only made-up shards have none"
+        if segment.picked:
+            yield from self._iter_picked(segment, stream, offset, num_read)
+            return
         where = self.describe(segment.shard)
         if self.sizes[segment.shard] == 0:
             raise ShardFormatError(
@@ -211,6 +217,20 @@ class ShardList:
         yield from read_samples(file, where, offset=here)
         if not self.has_ranges:
             file.read_to_end()  # how a command ends, or a checksum, says whether it is whole
+
+    def _iter_picked(
+        self, segment: Segment, stream: Stream, offset: int | None, num_read: int
+    ) -> Iterator[Sample]:
+        """Read samples between which others lie: these are passed over without being looked at."""
+        assert segment.byte_range is not None, "there is an index"
+        assert self.extents is not None, "there is an index"
+        here = segment.byte_range.start if offset is None else offset
+        for place in _each_place(segment, num_read):
+            extent = ByteRange(*self.extents[place].tolist())
+            skip(stream, extent.start - here)
+            raw = stream.read(extent.stop - extent.start)
+            here = extent.stop
+            yield self.parse(segment.shard, raw)._replace(extent=extent)
 
 
 class _Slot:
@@ -234,7 +254,11 @@ class _Slot:
         self._segment = segment
         self._ahead = ahead
         self._stream = None if shards.repeated is not None else ahead.open_next()
-        self._samples = shards.iter_samples(segment, self._stream, offset)
+        self._samples = shards.iter_samples(segment, self._stream, offset, num_read)
+        # Of the samples that are left; without end, since there may be more than the index says.
+        self._places: Iterator[int | None] = itertools.repeat(None)
+        if segment.first is not None:
+            self._places = itertools.chain(_each_place(segment, num_read), self._places)
         self._last_key: str | None = None
 
     def read(self) -> RawSample | None:
@@ -244,7 +268,7 @@ class _Slot:
             LoaderError: One cannot be had, and nobody wants a report instead.
         """
         while True:
-            place = None if self._segment.first is None else self._segment.first + self.num_read
+            place = next(self._places)
             try:
                 sample = next(self._samples, None)
                 self._check_count(is_over=sample is None)
@@ -522,7 +546,7 @@ class ShardReader:
         for shard, members in by_shard.items():
             ranges = [ByteRange(*places[at][2:]) for at in members]
             for group in merge_near(
-                ranges, max_gap_bytes=_MAX_GAP_BYTES, max_length_bytes=self._settings.part_bytes
+                ranges, max_gap_bytes=MAX_GAP_BYTES, max_length_bytes=self._settings.part_bytes
             ):
                 chosen = [ranges[member] for member in group]
                 requests.append((shard, [members[member] for member in group], cover(chosen)))
@@ -544,6 +568,11 @@ class ShardReader:
                         raise
                     self._report(Loss(error, shards.locate(shard, extent), place, 1))
         return [found[at] for at in range(len(places)) if at in found]
+
+
+def _each_place(segment: Segment, num_read: int) -> Iterator[int]:
+    """Give the places in the index of a segment's samples, but for the first ones."""
+    return itertools.chain(*itertools.starmap(range, segment.spans_after(num_read)))
 
 
 def _iter_record_samples(file: Any, where: str, offset: int) -> Iterator[Sample]:

@@ -11,7 +11,8 @@ segments  | 2 [0, 6)   | 2 [6, 8), 0 [0, 4) | ...
 ```
 
 So there may be fewer shards than readers, and nobody idles. Where it is not known how many samples
-a shard has, readers get whole shards.
+a shard has, readers get whole shards. What is left of an epoch that others began is a row of pieces
+of shards, and parted alike.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ Uneven = Literal["drop", "pad", "exact"]
 have one more."""
 
 
+MAX_GAP_BYTES = 64 << 10
+"""What is read for nothing, where samples are picked out, rather than asked for apart."""
+
+
 class Span(NamedTuple):
     """Part of a row of samples: ``start`` up to, not including, ``stop``."""
 
@@ -47,8 +52,16 @@ class Reader(NamedTuple):
     num_workers: int = 1
 
 
+class Piece(NamedTuple):
+    """Samples of a shard that stand side by side: numbers ``start`` up to ``stop`` in it."""
+
+    shard: int
+    start: int
+    stop: int
+
+
 class Segment(NamedTuple):
-    """Samples of a shard that stand side by side."""
+    """Samples of a shard that are read in one piece."""
 
     shard: int
     """Its number in the list of shards."""
@@ -61,6 +74,21 @@ class Segment(NamedTuple):
 
     first: int | None = None
     """Place of its first sample in the index; None without one."""
+
+    picked: tuple[Span, ...] = ()
+    """Places in the index of its samples, if others lie between them; empty: none do."""
+
+    def spans_after(self, num_read: int) -> list[Span]:
+        """Give the places in the index of all samples but the first ones."""
+        assert self.first is not None, "there is an index"
+        assert self.num_samples is not None, "there is an index"
+        found: list[Span] = []
+        for start, stop in self.picked or (Span(self.first, self.first + self.num_samples),):
+            passed = min(num_read, stop - start)
+            num_read -= passed
+            if start + passed < stop:
+                found.append(Span(start + passed, stop))
+        return found
 
 
 class ShardTable:
@@ -78,7 +106,7 @@ class ShardTable:
                 order of its bytes.
         """
         self.counts = counts
-        self._firsts = firsts
+        self.firsts = firsts
         self._extents = extents
         self.num_samples = int(counts.sum())
         self.num_indexed = len(extents)
@@ -100,11 +128,30 @@ class ShardTable:
         firsts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)[:-1]])
         return cls(sizes, firsts, np.stack([places, places + 1], axis=1))
 
-    def segment(self, shard: int, start: int, stop: int) -> Segment:
-        """Give samples ``[start, stop)`` of a shard; at least one."""
-        first = int(self._firsts[shard])
+    def find_bytes(self, shard: int, start: int, stop: int) -> ByteRange:
+        """Give the bytes of samples ``[start, stop)`` of a shard; at least one."""
+        first = int(self.firsts[shard])
         begin, end = self._extents[first + start, 0], self._extents[first + stop - 1, 1]
-        return Segment(shard, ByteRange(int(begin), int(end)), stop - start, first + start)
+        return ByteRange(int(begin), int(end))
+
+    def segment(self, pieces: Sequence[Piece]) -> Segment:
+        """Join pieces of one shard, in their order; at least one."""
+        shard, start, _ = pieces[0]
+        first, stop = int(self.firsts[shard]), pieces[-1].stop
+        picked: tuple[Span, ...] = ()
+        if len(pieces) > 1:
+            picked = tuple(Span(first + piece.start, first + piece.stop) for piece in pieces)
+        return Segment(
+            shard,
+            self.find_bytes(shard, start, stop),
+            sum(piece.stop - piece.start for piece in pieces),
+            first + start,
+            picked,
+        )
+
+    def whole_row(self, order: Iterable[int]) -> list[Piece]:
+        """Give all samples, shard after shard."""
+        return [Piece(shard, 0, int(self.counts[shard])) for shard in order]
 
 
 def draw_order(num_shards: int, seed: int, epoch: int | None) -> list[int]:
@@ -167,49 +214,77 @@ def worker_spans(
     return [Span(start, stop)] if stop > start else []
 
 
-def cut_at_shards(
-    spans: Iterable[Span], order: Sequence[int], counts: NDArray[np.int64]
-) -> list[tuple[int, int, int]]:
-    """Cut spans of the row into ``(shard, start, stop)``, samples of one shard each.
+def cut_row(spans: Iterable[Span], row: Sequence[Piece]) -> list[Piece]:
+    """Cut spans of a row where its pieces end.
 
     A span that reaches beyond the end goes on in front. Spans that touch are joined.
     """
-    ends = np.cumsum(counts[np.asarray(order, np.int64)]) if len(order) else np.zeros(0, np.int64)
+    ends = np.cumsum([stop - start for _, start, stop in row], dtype=np.int64)
     total = int(ends[-1]) if len(ends) else 0
-    found: list[tuple[int, int, int]] = []
+    found: list[Piece] = []
     for start, stop in spans:
         while start < stop and total:
             at = start % total
             place = int(np.searchsorted(ends, at, side="right"))
-            shard, end = order[place], int(ends[place])
-            first = at - (end - int(counts[shard]))
-            size = min(stop - start, end - at)
-            if found and found[-1][0] == shard and found[-1][2] == first:
-                found[-1] = (shard, found[-1][1], first + size)
+            shard, _, end = row[place]
+            left = int(ends[place]) - at
+            first, size = end - left, min(stop - start, left)
+            if found and found[-1].shard == shard and found[-1].stop == first:
+                found[-1] = Piece(shard, found[-1].start, first + size)
             else:
-                found.append((shard, first, first + size))
+                found.append(Piece(shard, first, first + size))
             start += size
     return found
 
 
-def halve_largest(
-    pieces: list[tuple[int, int, int]], num_wanted: int
-) -> list[tuple[int, int, int]]:
+def halve_largest(pieces: Sequence[Piece], num_wanted: int) -> list[Piece]:
     """Cut pieces of shards in halves, the largest first, until there are so many of them."""
     pieces = list(pieces)
     while pieces and len(pieces) < num_wanted:
-        shard, start, stop = max(pieces, key=lambda piece: piece[2] - piece[1])
+        largest = max(pieces, key=lambda piece: piece.stop - piece.start)
+        shard, start, stop = largest
         if stop - start < 2:
             break
-        at = pieces.index((shard, start, stop))
+        at = pieces.index(largest)
         middle = (start + stop) // 2
-        pieces[at : at + 1] = [(shard, start, middle), (shard, middle, stop)]
+        pieces[at : at + 1] = [Piece(shard, start, middle), Piece(shard, middle, stop)]
     return pieces
+
+
+def join_near(
+    pieces: Sequence[Piece], table: ShardTable, *, max_gap_bytes: int, max_samples: int
+) -> list[list[Piece]]:
+    """Join pieces that follow one another in a shard, to be read in one go.
+
+    Args:
+        pieces: In the order of the row.
+        table: Where the samples lie.
+        max_gap_bytes: The longest gap between two of them to read over.
+        max_samples: Of pieces that are joined, so that there is something left to mix.
+    """
+    groups: list[list[Piece]] = []
+    last_bytes, num_samples = ByteRange(0, 0), 0
+    for piece in pieces:
+        size = piece.stop - piece.start
+        place = table.find_bytes(*piece)
+        is_near = (
+            bool(groups)
+            and groups[-1][-1].shard == piece.shard
+            and 0 <= place.start - last_bytes.stop <= max_gap_bytes
+        )
+        if is_near and num_samples + size <= max_samples:
+            groups[-1].append(piece)
+            num_samples += size
+        else:
+            groups.append([piece])
+            num_samples = size
+        last_bytes = place
+    return groups
 
 
 def plan_segments(
     table: ShardTable,
-    order: Sequence[int],
+    row: Sequence[Piece],
     reader: Reader,
     *,
     uneven: Uneven,
@@ -221,14 +296,15 @@ def plan_segments(
 
     Args:
         table: Where the samples lie.
-        order: The shards, as all readers have them.
+        row: The samples, as all readers have them.
         reader: Who reads.
         uneven: As of `rank_span`.
         batch_size: As of `worker_spans`.
         shuffle: Shuffles the segments; None: batches of all workers come in the order of the row.
         num_open: Segments that are read at once, of which shuffled samples are mixed.
     """
-    span = rank_span(table.num_samples, reader.rank, reader.world_size, uneven)
+    num_samples = sum(stop - start for _, start, stop in row)
+    span = rank_span(num_samples, reader.rank, reader.world_size, uneven)
     spans = worker_spans(
         span,
         reader.worker,
@@ -236,11 +312,18 @@ def plan_segments(
         batch_size,
         strided=shuffle is None and batch_size is not None,
     )
-    pieces = cut_at_shards(spans, order, table.counts)
-    if shuffle is not None:
-        pieces = halve_largest(pieces, num_open)
-        shuffle.shuffle(pieces)
-    return [table.segment(*piece) for piece in pieces]
+    pieces = cut_row(spans, row)
+    if shuffle is None:
+        return [table.segment([piece]) for piece in pieces]
+    if len(pieces) < num_open:
+        groups = [[piece] for piece in halve_largest(pieces, num_open)]
+    else:
+        num_mine = sum(stop - start for _, start, stop in pieces)
+        groups = join_near(
+            pieces, table, max_gap_bytes=MAX_GAP_BYTES, max_samples=-(-num_mine // num_open)
+        )
+    shuffle.shuffle(groups)
+    return [table.segment(group) for group in groups]
 
 
 def plan_whole_shards(order: Sequence[int], reader: Reader) -> list[Segment]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from torch.utils.data import Dataset
@@ -65,6 +65,48 @@ class SkippingStream(Protocol):
         Args:
             report: Called in the iterating thread, before the next sample that comes; raises what
                 must not be passed over, which then ends the iteration.
+        """
+        ...
+
+
+class ReaderState(NamedTuple):
+    """Where a stream stood in one of the processes that read it: a worker of a rank."""
+
+    state: Mapping[str, Any]
+    """What its ``state_dict`` gave there; or in the main process, if nothing was taken of it."""
+
+    rank: int
+    world_size: int
+    worker: int
+
+    num_workers: int
+    """1 also without workers."""
+
+    is_over: bool
+    """Whether it had given all that it was to give in the epoch."""
+
+
+@runtime_checkable
+class ElasticStream(Protocol):
+    """An iterable dataset whose epoch may go on with other ranks and workers."""
+
+    def find_place(self) -> tuple[int, int]:
+        """Give the rank that this process reads for, and the number of ranks."""
+        ...
+
+    def merge_states(self, readers: Sequence[ReaderState]) -> Mapping[str, Any]:
+        """Part the rest of an epoch anew.
+
+        Args:
+            readers: All of this rank; or of all ranks, if there were as many as there are now no
+                more. Those of other ranks may be among the former.
+
+        Returns:
+            A state for ``load_state_dict``, the same for each reader that goes on.
+
+        Raises:
+            ValueError: A reader is missing or came twice, they are in different epochs, or it
+                cannot be parted.
         """
         ...
 

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 from typing_extensions import override
 
+from concurrent_dataloader.datasets import _rest, _stream_state
 from concurrent_dataloader.datasets._items import DEFAULT_FIELDS, Fields, ItemMaker
+from concurrent_dataloader.datasets._rest import Part
 from concurrent_dataloader.datasets._shard_list import find_shards
 from concurrent_dataloader.datasets._shard_reader import RawSample, ReadSettings, ShardReader
 from concurrent_dataloader.datasets._split import (
@@ -29,7 +31,7 @@ from concurrent_dataloader.datasets._split import (
     plan_whole_shards,
     rank_span,
 )
-from concurrent_dataloader.datasets.contract import Loss
+from concurrent_dataloader.datasets.contract import Loss, ReaderState
 from concurrent_dataloader.datasets.indexed import Decode
 from concurrent_dataloader.errors import ShardFormatError
 from concurrent_dataloader.shard_index import NO_LABEL, ShardIndex
@@ -38,7 +40,6 @@ from concurrent_dataloader.stores.base import Store
 
 __all__ = ["ReadSettings", "StreamedShards"]
 
-_STATE_VERSION = 1
 _NUM_COUNTS = 256
 """Places for counts that workers keep; each has its own, so that none is lost."""
 
@@ -51,6 +52,14 @@ class _Epoch(NamedTuple):
 
     local: int
     """Everything else: the same in all workers of a loader."""
+
+
+class _Iteration(NamedTuple):
+    """Whose iteration it is, and what it reads."""
+
+    epoch: _Epoch
+    reader: Reader
+    part: Part | None
 
 
 class StreamedShards(IterableDataset[Any]):
@@ -82,10 +91,18 @@ class StreamedShards(IterableDataset[Any]):
     **Resuming.** `state_dict` and `load_state_dict`, as the `DataLoader` of this package and
     ``torchdata``'s ``StatefulDataLoader`` call them in workers. Bytes of samples that were
     delivered are not fetched again, but those that lie between samples of the buffer; compressed
-    shards and commands are read again from their begin, without decoding. An epoch goes on with as
-    many ranks and workers only, since each has shards open and samples in its buffer; for others
-    read shards at random, with `ShardDataset`. Random draws of transforms are kept by the
-    `DataLoader` here, and else the caller's to restore.
+    shards and commands are read again from their begin, without decoding. With as many ranks and
+    workers an epoch goes on as if it had not been left. Where an index tells where samples lie, it
+    also goes on with others, and another ``batch_size``: what is left, which all old readers
+    together tell, is parted anew among the ranks as ``uneven`` says, and among their workers in
+    whole batches; each sample comes once over both parts. Unshuffled, the rest keeps its order;
+    shuffled, it has an order of its own, drawn with ``seed``, the epoch and how much is left.
+    Give `load_state_dict` a list of the states of all ranks, saved at the same step, for another
+    number of ranks; for other workers that of the same rank will do. With "drop" and "pad" the
+    bound holds each time that the rest is parted: samples of the rest are left out, or come again,
+    less than one a rank. What ``on_error="skip"`` passed over is not tried again. Lengths stay
+    those of a whole epoch. Random draws of transforms are kept by the `DataLoader` here for as many
+    ranks and workers, and else the caller's to restore; other workers are seeded as new ones.
     """
 
     def __init__(
@@ -212,9 +229,11 @@ class StreamedShards(IterableDataset[Any]):
         # Of this process: the epoch that was set last, and iterations since.
         self._first_epoch: int | None = None
         self._iteration = -1
-        self._running: tuple[ShardReader, _Epoch, Reader] | None = None
+        self._running: tuple[ShardReader, _Iteration] | None = None
+        self._last: _Iteration | None = None
         self._state: dict[str, Any] | None = None
-        self._resumes = False
+        # What was loaded, until a reader is known that goes on there.
+        self._loaded: list[dict[str, Any]] | None = None
 
     @override
     def __repr__(self) -> str:
@@ -289,28 +308,38 @@ class StreamedShards(IterableDataset[Any]):
     def _begin(self, report: Callable[[Loss], None] | None) -> Iterator[Any]:
         self._find_rank()
         reader = self._find_reader()
-        state = None
-        if self._resumes and self._state is not None:
-            self._check_state(self._state, reader)
+        loaded = self._settle(reader)
+        state, part = None, None
+        if loaded is not None and _stream_state.resumes(loaded):
+            self._check_state(loaded, reader)
             self._notice_set_epoch()
-            state, epoch = self._state["reader"], _Epoch(*self._state["epoch"])
+            state, epoch = loaded["reader"], _Epoch(*loaded["epoch"])
+            part = None if loaded["part"] is None else Part(*loaded["part"])
         else:
             epoch = self._next_epoch(reader)
-        self._resumes, self._state = False, None
+        self._state = None
         shard_reader = ShardReader(
             self._shards,
-            self._plan(reader, epoch),
+            self._plan(reader, epoch, part, self._batch_size),
             self._reading,
             buffer_size=self._buffer_size,
-            seed=f"samples {self._seed} {epoch.local} {reader.rank} {reader.worker}",
+            seed=self._name_draws("samples", reader, epoch, part),
             state=state,
             report=report,
         )
-        self._running = (shard_reader, epoch, reader)
-        return self._generate(shard_reader, report)
+        self._running = (shard_reader, _Iteration(epoch, reader, part))
+        return self._generate(*self._running, report)
+
+    def _name_draws(self, what: str, reader: Reader, epoch: _Epoch, part: Part | None) -> str:
+        """Give what seeds the draws of a reader."""
+        seed = f"{what} {self._seed} {epoch.local} {reader.rank} {reader.worker}"
+        return seed if part is None else f"{seed} {self._count_left(part)}"
 
     def _generate(
-        self, shard_reader: ShardReader, report: Callable[[Loss], None] | None
+        self,
+        shard_reader: ShardReader,
+        iteration: _Iteration,
+        report: Callable[[Loss], None] | None,
     ) -> Iterator[Any]:
         is_over = False
         try:
@@ -329,13 +358,13 @@ class StreamedShards(IterableDataset[Any]):
                     report(self._describe_loss(error, shard, raw))
                     continue
                 yield item
-            if not shard_reader.has_lost:
+            if not shard_reader.has_lost and iteration.part is None:
                 self._check_length(shard_reader)
             is_over = True
         finally:
             if self._running is not None and self._running[0] is shard_reader:
                 self._state = None if is_over else self.state_dict()
-                self._running = None
+                self._running, self._last = None, iteration if is_over else None
             shard_reader.close()
 
     def _describe_loss(self, error: Exception, shard: int, raw: RawSample) -> Loss:
@@ -350,31 +379,50 @@ class StreamedShards(IterableDataset[Any]):
         label = int(self._labels[place])
         return None if label == NO_LABEL else label
 
-    def _plan(self, reader: Reader, epoch: _Epoch) -> list[Segment]:
+    def _plan(
+        self, reader: Reader, epoch: _Epoch, part: Part | None, batch_size: int | None
+    ) -> list[Segment]:
+        """Plan what a reader reads in an epoch, or in a part of it."""
         order = draw_order(len(self._shards), self._seed, epoch.split if self._shuffles else None)
         if self._table is None:
             self._check_whole_shards(reader)
             return plan_whole_shards(order, reader)
-        num_samples, world_size = self._table.num_samples, reader.world_size
+        if part is None:
+            self._check_enough(reader.world_size)
+            row = self._table.whole_row(order)
+        else:
+            if self._shuffles:
+                drawn = f"rest {self._seed} {epoch.split} {self._count_left(part)}"
+                random.Random(drawn).shuffle(order)
+            left = _rest.unpack(part.left, self._table.num_samples)
+            row = _rest.cut_at_shards(self._table, left, order)
+        shuffle = None
+        if self._shuffles:
+            shuffle = random.Random(self._name_draws("segments", reader, epoch, part))
+        if part is not None and not part.is_shared:
+            reader = reader._replace(rank=0, world_size=1)
+        return plan_segments(
+            self._table,
+            row,
+            reader,
+            uneven=self._uneven,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            num_open=self._reading.num_open,
+        )
+
+    def _count_left(self, part: Part) -> int:
+        assert self._table is not None, "only an index tells parts"
+        return _rest.count(_rest.unpack(part.left, self._table.num_samples))
+
+    def _check_enough(self, world_size: int) -> None:
+        assert self._table is not None
+        num_samples = self._table.num_samples
         if self._uneven == "drop" and num_samples < world_size:
             raise ValueError(
                 f"{self._where()}: got {num_samples} samples for {world_size} ranks, expected one "
                 "for each; take uneven='pad' or 'exact'"
             )
-        shuffle = None
-        if self._shuffles:
-            shuffle = random.Random(
-                f"segments {self._seed} {epoch.local} {reader.rank} {reader.worker}"
-            )
-        return plan_segments(
-            self._table,
-            order,
-            reader,
-            uneven=self._uneven,
-            batch_size=self._batch_size,
-            shuffle=shuffle,
-            num_open=self._reading.num_open,
-        )
 
     def _check_whole_shards(self, reader: Reader) -> None:
         """Refuse what would leave a rank without batches, on all ranks alike."""
@@ -451,50 +499,174 @@ class StreamedShards(IterableDataset[Any]):
 
     # -- resuming and travelling
 
+    def find_place(self) -> tuple[int, int]:
+        """Give the rank that this process reads for, and the number of ranks."""
+        return self._find_rank()
+
     def state_dict(self) -> dict[str, Any]:
         """Say how far this process's iteration is, in what ``torch.save`` writes safely.
 
         In a worker, or without workers. Of an iteration that was left it says where; between epochs
         it says which was the last.
         """
-        if self._running is None:
-            if self._state is not None:
-                return self._state
-            self._notice_set_epoch(before_it=True)
-            return self._describe_state(self._find_reader(), None, None)
-        shard_reader, epoch, reader = self._running
-        return self._describe_state(reader, epoch, shard_reader.state())
+        if self._running is not None:
+            shard_reader, iteration = self._running
+            return self._describe_state(iteration, shard_reader.state())
+        loaded = self._settle(self._find_reader(), keep=True)
+        if loaded is not None and _stream_state.resumes(loaded):
+            return self._take_over(loaded)
+        if self._state is not None:
+            return self._state
+        if self._notice_set_epoch(before_it=True):
+            self._last = self._loaded = None
+        elif loaded is not None:
+            return self._take_over(loaded)
+        return self._describe_state(self._last, None)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Let the next iteration go on where `state_dict` was called.
+    def _take_over(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Put this reader into a state that is for any of several, or was another's."""
+        made_for, mine = state["made_for"], self._describe_settings(self._find_reader())
+        if _stream_state.resumes(state) and _stream_state.saved_by(state) is not None:
+            return state
+        return {
+            **state,
+            "made_for": made_for | {name: mine[name] for name in _stream_state.FREE_SETTINGS},
+        }
 
-        By the same rank and worker, with the same arguments.
+    def load_state_dict(self, state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+        """Let the next iteration go on where `state_dict` was called, with the same arguments.
+
+        Args:
+            state_dict: That of the same reader, a worker of a rank; or a list of those of all
+                readers, in any order, which other readers can go on with.
 
         Raises:
-            ValueError: It is no state, or that of another data set or reader.
+            ValueError: It is no state. Those of another data set, or too few of them, are refused
+                when the iteration begins.
         """
-        state = dict(state_dict)
-        if state.get("version") != _STATE_VERSION or "made_for" not in state:
-            raise ValueError(
-                f"state_dict: got version {state.get('version')!r}, expected {_STATE_VERSION} of "
-                f"a {type(self).__name__}"
-            )
-        self._first_epoch, self._iteration = state["first_epoch"], state["iteration"]
+        given = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
+        if not given:
+            raise ValueError("state_dict: got no state, expected one or more")
+        self._loaded = [_stream_state.read_state(each, type(self).__name__) for each in given]
         self._num_set = int(self._shared[1])
-        self._running = None
-        self._resumes = state["reader"] is not None
-        self._state = state if self._resumes else None
+        self._running = self._last = self._state = None
+        self._first_epoch = self._loaded[0]["first_epoch"]
+        self._iteration = self._loaded[0]["iteration"]
+
+    def _settle(self, reader: Reader, *, keep: bool = False) -> dict[str, Any] | None:
+        """Find the state in which a reader goes on; None: nothing was loaded.
+
+        Args:
+            reader: Who goes on.
+            keep: Whether the iteration does not begin yet.
+        """
+        if self._loaded is None:
+            return None
+        state: dict[str, Any]
+        mine = [each for each in self._loaded if _stream_state.saved_by(each) in (None, reader)]
+        if _stream_state.are_between_epochs(self._loaded):
+            state = (mine or self._loaded)[0]
+        elif len(mine) == 1:
+            state = mine[0]
+            if state["is_over"] and _stream_state.number_of(state) == max(
+                map(_stream_state.number_of, self._loaded)
+            ):
+                # Others have not come to the end of this epoch: nothing is left for this one.
+                state = {**state, "part": list(Part(_rest.NOTHING, False)), "is_over": False}
+        else:
+            state = dict(self.merge_states(_stream_state.find_readers(self._loaded)))
+        self._loaded = [state] if keep else None
+        self._first_epoch, self._iteration = state["first_epoch"], state["iteration"]
+        return state
+
+    def merge_states(self, readers: Sequence[ReaderState]) -> Mapping[str, Any]:
+        """Part the rest of an epoch anew; `ElasticStream`.
+
+        Returns:
+            A state for `load_state_dict`, the same for each reader that goes on.
+
+        Raises:
+            ValueError: A reader is missing or came twice, they are in different epochs, were made
+                otherwise than this data set, or there is no index.
+        """
+        place = self._find_rank()
+        _stream_state.check_version([each.state for each in readers])
+        stands = [_stream_state.describe_stand(each) for each in readers]
+        self._check_can_part(stands)
+        _stream_state.check_complete([each.reader for each in stands], place)
+        is_shared = stands[0].reader.world_size != place[1]
+        chosen = [
+            (stand, saved.state)
+            for stand, saved in zip(stands, readers, strict=True)
+            if is_shared or stand.reader.rank == place[0]
+        ]
+        chosen.sort(key=lambda each: each[0].reader)
+        _stream_state.check_same_epoch([stand for stand, _ in chosen])
+        for _, state in chosen:
+            self._check_settings(state, leaving_out=_stream_state.FREE_SETTINGS)
+        begun = [(stand, state) for stand, state in chosen if stand.epoch is not None]
+        settings = self._describe_settings(self._find_reader())
+        merged: dict[str, Any] = {
+            "version": _stream_state.VERSION,
+            "made_for": {
+                name: settings[name] for name in settings if name not in _stream_state.FREE_SETTINGS
+            },
+            "first_epoch": chosen[0][1]["first_epoch"],
+            "iteration": chosen[0][1]["iteration"],
+            "epoch": None,
+            "part": None,
+            "reader": None,
+            "is_over": False,
+        }
+        if not begun:
+            return merged  # nothing was delivered: the epoch begins
+        stand, state = begun[0]
+        assert stand.epoch is not None
+        owed = [self._find_owed(each, _Epoch(*stand.epoch)) for each, _ in chosen]
+        part = Part(_rest.pack(_rest.find_left(owed)), is_shared)
+        return merged | {
+            "first_epoch": state["first_epoch"],
+            "iteration": state["iteration"],
+            "epoch": list(stand.epoch),
+            "part": list(part),
+        }
+
+    def _check_can_part(self, stands: Sequence[_stream_state.Stand]) -> None:
+        if self._table is None:
+            reader = stands[0].reader
+            raise ValueError(
+                f"{self._where()}: no index of byte ranges, expected one to part the rest of an "
+                f"epoch among other ranks or workers than the {reader.world_size} of "
+                f"{reader.num_workers} in the state; let it come to its end with as many, and "
+                "write an index with `concurrent-dataloader index` for the epochs after it"
+            )
+
+    def _find_owed(
+        self, stand: _stream_state.Stand, epoch: _Epoch
+    ) -> tuple[_rest.Intervals, _rest.Intervals]:
+        """Give what a reader was to give, and what of it it owes."""
+        assert self._table is not None
+        segments = self._plan(
+            stand.reader, _Epoch(*(stand.epoch or epoch)), stand.part, stand.batch_size
+        )
+        planned, owed = _rest.find_owed(self._table, segments, stand.position)
+        return planned, owed[:0] if stand.is_over else owed
 
     def _describe_state(
-        self, reader: Reader, epoch: _Epoch | None, position: dict[str, Any] | None
+        self, iteration: _Iteration | None, position: dict[str, Any] | None
     ) -> dict[str, Any]:
+        """Describe an iteration; without a position one that is over, None before the first."""
+        reader = self._find_reader() if iteration is None else iteration.reader
+        part = None if iteration is None else iteration.part
         return {
-            "version": _STATE_VERSION,
+            "version": _stream_state.VERSION,
             "made_for": self._describe_settings(reader),
             "first_epoch": self._first_epoch,
             "iteration": self._iteration,
-            "epoch": None if epoch is None else list(epoch),
+            "epoch": None if iteration is None else list(iteration.epoch),
+            "part": None if part is None else list(part),
             "reader": position,
+            "is_over": iteration is not None and position is None,
         }
 
     def _describe_settings(self, reader: Reader) -> dict[str, Any]:
@@ -513,13 +685,24 @@ class StreamedShards(IterableDataset[Any]):
         }
 
     def _check_state(self, state: Mapping[str, Any], reader: Reader) -> None:
-        saved, mine = state["made_for"], self._describe_settings(reader)
+        is_of_one = _stream_state.saved_by(state) is not None
+        self._check_settings(
+            state, reader, leaving_out=() if is_of_one else _stream_state.FREE_SETTINGS
+        )
+
+    def _check_settings(
+        self,
+        state: Mapping[str, Any],
+        reader: Reader | None = None,
+        *,
+        leaving_out: Sequence[str],
+    ) -> None:
+        saved, mine = state["made_for"], self._describe_settings(reader or self._find_reader())
         for name, value in mine.items():
-            if saved.get(name) != value:
+            if name not in leaving_out and saved.get(name) != value:
                 raise ValueError(
                     f"state_dict: got one made with {name} {saved.get(name)!r}, expected {value!r};"
-                    " load it into a data set and a loader that are made alike, with as many ranks "
-                    "and workers: each reads shards of its own from where it stands"
+                    " load it into a data set and a loader that are made alike"
                 )
 
     def __getstate__(self) -> dict[str, Any]:

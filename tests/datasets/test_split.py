@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from concurrent_dataloader.datasets._split import (
+    Piece,
     Reader,
     ShardTable,
     Span,
     Uneven,
-    cut_at_shards,
+    cut_row,
     draw_order,
     halve_largest,
     plan_segments,
@@ -39,7 +40,7 @@ def read(
     table = ShardTable.from_counts(counts)
     segments = plan_segments(
         table,
-        draw_order(len(counts), seed or 0, None if seed is None else epoch),
+        table.whole_row(draw_order(len(counts), seed or 0, None if seed is None else epoch)),
         reader,
         uneven=uneven,
         batch_size=batch_size,
@@ -47,7 +48,7 @@ def read(
         num_open=4,
     )
     samples: list[tuple[int, int]] = []
-    for shard, byte_range, num_samples, _ in segments:
+    for shard, byte_range, num_samples, *_ in segments:
         assert byte_range is not None
         places = range(*byte_range)
         assert len(places) == num_samples
@@ -167,15 +168,15 @@ def test_unshuffled_batches_of_all_workers_in_turn_are_in_order() -> None:
 def test_a_span_beyond_the_end_goes_on_in_front() -> None:
     table = ShardTable.from_counts([2, 3])
 
-    assert cut_at_shards([Span(4, 7)], [0, 1], table.counts) == [(1, 2, 3), (0, 0, 2)]
+    assert cut_row([Span(4, 7)], table.whole_row([0, 1])) == [(1, 2, 3), (0, 0, 2)]
 
 
 def test_one_large_piece_is_cut_so_that_there_is_something_to_mix() -> None:
-    assert halve_largest([(0, 0, 8)], 3) == [(0, 0, 2), (0, 2, 4), (0, 4, 8)]
+    assert halve_largest([Piece(0, 0, 8)], 3) == [(0, 0, 2), (0, 2, 4), (0, 4, 8)]
 
 
 def test_pieces_of_one_sample_are_not_cut() -> None:
-    assert halve_largest([(0, 0, 1), (1, 4, 5)], 4) == [(0, 0, 1), (1, 4, 5)]
+    assert halve_largest([Piece(0, 0, 1), Piece(1, 4, 5)], 4) == [(0, 0, 1), (1, 4, 5)]
 
 
 def test_whole_shards_are_parted_by_rank_then_worker() -> None:

@@ -1038,6 +1038,19 @@ def test_it_goes_on_where_it_was_left(
         assert labels_of(resumed) == after
 
 
+def test_an_epoch_that_is_set_after_a_state_between_epochs_was_loaded_counts(folder: Path) -> None:
+    whole = shuffled(folder)
+    list(whole)
+    expected = shuffled(folder)
+    expected.set_epoch(5)
+    dataset = shuffled(folder)
+    dataset.load_state_dict(whole.state_dict())
+    dataset.set_epoch(5)
+    dataset.state_dict()
+
+    assert labels_of(dataset) == labels_of(expected)
+
+
 def test_it_goes_on_twice_in_a_row(folder: Path) -> None:
     expected = labels_of(shuffled(folder))
     got: list[int] = []
