@@ -673,8 +673,8 @@ def go_on_in_epoch(
 ) -> tuple[int, Tensor]:
     """Let the loader go on in the middle of an epoch; gives the steps that are done, and the sums.
 
-    Among another number of processes, each begins where the first one was, and the steps done are
-    those of as large a part of the epoch; each has an equal part of the sums.
+    Among another number of processes what is left is parted anew, and the steps done are those of
+    as large a part of the epoch; each has an equal part of the sums.
     """
     if args.loader == "torch" or args.fetch_impl == "vanilla":
         raise ValueError(
@@ -682,7 +682,7 @@ def go_on_in_epoch(
             "begin; leave out --loader and --fetch-impl"
         )
     states = middle["loaders"]
-    loader.load_state_dict(states[place.rank if len(states) == place.world_size else 0])
+    loader.load_state_dict(states)
     num_done = round(middle["step"] * len(loader) / middle["num_steps"])
     if "sums" not in middle:  # of a checkpoint that was written before these were in it
         return num_done, NO_SUMS

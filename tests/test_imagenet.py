@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -363,6 +364,40 @@ def test_an_epoch_goes_on_with_fewer_processes(
     assert epoch["train"]["num_images"] == 3 * NUM_TRAIN
     with pytest.raises(SystemExit):
         imagenet.main([str(folder), *small_job(output), "--resume", path, "--loader", "torch"])
+
+
+def test_a_stream_goes_on_with_fewer_processes(images: dict[str, bytes], tmp_path: Path) -> None:
+    folder, data = tmp_path / "images", tmp_path / "shards"
+    for key, raw in images.items():
+        (folder / key).parent.mkdir(parents=True, exist_ok=True)
+        (folder / key).write_bytes(raw)
+    assert pack(["shard", str(folder), str(data), "--splits", "train,val"]) == 0
+    args = imagenet.parse_arguments(
+        [str(data), "--no-accel", "--stream", "--batch-size", "4", "--workers", "2", "--seed", "3"]
+    )
+    dataset = imagenet.open_split(args, "train")
+
+    def make(rank: int, world_size: int) -> Any:
+        place = imagenet.Place(rank, world_size, world_size, torch.device("cpu"))
+        return imagenet.make_loader(args, dataset, place, is_train=True)
+
+    loaders = [make(rank, 2) for rank in range(2)]
+    taken = [labels for loader in loaders for _, labels in itertools.islice(loader, 2)]
+    middle = {
+        "step": 2,
+        "num_steps": len(loaders[0]),
+        "loaders": [loader.state_dict() for loader in loaders],
+    }
+    alone = make(0, 1)
+    place = imagenet.Place(0, 1, 1, torch.device("cpu"))
+    num_done, _ = imagenet.go_on_in_epoch(args, place, alone, middle)
+    rest = [labels for _, labels in alone]
+    for loader in loaders:
+        loader.close()
+
+    assert num_done == 2 * len(alone) // len(loaders[0])
+    expected = sorted(dataset.labels.tolist())
+    assert sorted(torch.cat([*taken, *rest]).tolist()) == expected
 
 
 @pytest.mark.slow
