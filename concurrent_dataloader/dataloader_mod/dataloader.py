@@ -38,6 +38,7 @@ from concurrent_dataloader.dataloader_mod.settings import (
     FetchImpl,
     FetchSettings,
     check_count,
+    check_dataset,
     check_fetch_impl,
     choose_batch_pool,
 )
@@ -121,8 +122,8 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
     Raises:
         ValueError: As torch's; ``fetch_impl`` or ``on_error`` is unknown, or does not go with the
             others; a count is below its minimum.
-        TypeError: A count is not a whole number, ``timeout`` no number, a budget no `ErrorBudget`,
-            or ``quarantine_file`` no path.
+        TypeError: ``dataset`` is none, such as a store or a name; a count is not a whole number,
+            ``timeout`` no number, a budget no `ErrorBudget`, or ``quarantine_file`` no path.
     """
 
     def __init__(
@@ -152,6 +153,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         error_budget: ErrorBudget | None = None,
         quarantine_file: str | os.PathLike[str] | None = None,
     ) -> None:
+        check_dataset(dataset)
         self.fetch_impl: FetchImpl = check_fetch_impl(fetch_impl)
         if num_fetch_workers is not None:
             check_count(num_fetch_workers, 1, "num_fetch_workers", MAX_NUM_FETCH_WORKERS)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
+
+from torch.utils.data import IterableDataset
 
 from concurrent_dataloader.dataloader_mod.failures import OnError
 from concurrent_dataloader.dataloader_mod.resume import GeneratorStates
+from concurrent_dataloader.stores.base import Store
 
 FetchImpl = Literal["threaded", "asyncio", "vanilla"]
 
@@ -78,6 +81,34 @@ class FetchSettings:
 
     datasets: Mapping[int, bytes] = dataclasses.field(default_factory=dict[int, bytes])
     """Where the dataset of a worker goes on, when an epoch is resumed."""
+
+
+def check_dataset(dataset: Any) -> None:
+    """Refuse what torch's loader could not read, before it fails with the first batch.
+
+    Raises:
+        TypeError: It has neither positions nor is it an ``IterableDataset``; or it is a name.
+    """
+    is_name = isinstance(dataset, str | os.PathLike)
+    has_items = hasattr(type(dataset), "__getitem__")
+    has_batches = not isinstance(dataset, type) and hasattr(dataset, "__getitems__")
+    if isinstance(dataset, IterableDataset) or (not is_name and (has_items or has_batches)):
+        return
+    got, advice = type(dataset).__name__, "give it __getitem__ and __len__, or derive it from one"
+    if is_name:
+        advice = "open it with open_dataset(...), or StreamedShards(...) to read front to back"
+    elif isinstance(dataset, type):
+        got, advice = f"the class {dataset.__name__}", "make one of it by calling it"
+    elif isinstance(dataset, Store):
+        got = f"a store ({got}), which gives bytes by key"
+        advice = (
+            "open a dataset of what it holds: open_dataset(URL) takes the arguments of open_store, "
+            "IndexedDataset and StreamedShards take the store"
+        )
+    raise TypeError(
+        f"dataset: got {got}, expected a dataset with positions, or a torch.utils.data."
+        f"IterableDataset; {advice}"
+    )
 
 
 def check_fetch_impl(fetch_impl: object, where: str = "fetch_impl") -> FetchImpl:

@@ -17,10 +17,50 @@ import pytest
 import torch
 import torch.utils.data
 
+from concurrent_dataloader import open_store
 from concurrent_dataloader.dataloader_mod.dataloader import DataLoader
 from concurrent_dataloader.errors import DeadlineError, KeyNotFoundError, LoaderError
 from tests.dataloader_mod import doubles
 from tests.dataloader_mod.conftest import is_same, read_epochs, seed_all
+
+
+class OnlyBatches:
+    """What torch reads though it has no ``__getitem__``."""
+
+    def __len__(self):
+        return 4
+
+    def __getitems__(self, positions):
+        return positions
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda path: open_store(str(path)),
+            "got a store (.*), which gives bytes by key, expected",
+        ),
+        (str, "got str, expected a dataset with positions.*; open it with open_dataset"),
+        (lambda path: path, "got PosixPath, expected .*; open it with open_dataset"),
+        (lambda _: doubles.PlainSquares, "got the class PlainSquares, expected .* by calling it"),
+        (lambda _: OnlyBatches, "got the class OnlyBatches, expected"),
+        (lambda _: iter([1, 2]), "got list_iterator, expected .*; give it __getitem__ and"),
+        (lambda _: None, "got NoneType, expected a dataset"),
+        (lambda _: {1, 2}, "got set, expected a dataset"),
+    ],
+)
+def test_what_is_no_dataset_is_an_error_of_the_constructor(make, message, tmp_path):
+    with pytest.raises(TypeError, match=f"^dataset: {message}"):
+        DataLoader(make(tmp_path))
+
+
+@pytest.mark.parametrize("dataset", [[3, 1], (3, 1), range(2), {0: 3, 1: 1}, torch.arange(4)])
+def test_all_that_torch_reads_is_a_dataset(dataset):
+    expected = list(torch.utils.data.DataLoader(dataset))
+
+    assert is_same(list(DataLoader(dataset)), expected)
+    assert len(list(DataLoader(OnlyBatches(), 2))) == 2  # pyright: ignore[reportArgumentType]: as torch
 
 
 @pytest.mark.parametrize(
