@@ -171,7 +171,7 @@ EPOCHS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(EPOCHS)
 def test_n12_each_sample_comes_once_whoever_reads_on(epoch: dict[str, Any]) -> None:
     counts, teams = epoch.pop("counts"), epoch.pop("teams")
@@ -183,7 +183,7 @@ def test_n12_each_sample_comes_once_whoever_reads_on(epoch: dict[str, Any]) -> N
         assert max(shares[-1]) - min(shares[-1]) <= 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(EPOCHS)
 def test_n12_what_is_dropped_is_less_than_one_a_rank_each_time(epoch: dict[str, Any]) -> None:
     counts, teams = epoch.pop("counts"), epoch.pop("teams")
@@ -199,7 +199,7 @@ def test_n12_what_is_dropped_is_less_than_one_a_rank_each_time(epoch: dict[str, 
         assert len(set(shares[-1])) == 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(EPOCHS)
 def test_n12_what_comes_again_is_less_than_one_a_rank_each_time(epoch: dict[str, Any]) -> None:
     counts, teams = epoch.pop("counts"), epoch.pop("teams")
