@@ -63,7 +63,7 @@ def _find_all(folder: str) -> set[str]:
         *_describe(psutil.Process().children(recursive=True)),
         *(f"thread {each.name}, {each.ident}" for each in threading.enumerate()),
         *_find_descriptors(),
-        *_find_shared_memory(_is_in_our_tree),
+        *(f"shared memory {name}" for name in find_shared_memory()),
         *_find_files(folder),
     }
 
@@ -86,21 +86,26 @@ def _find_descriptors() -> set[str]:
     return found
 
 
-def _find_shared_memory(is_own: Callable[[psutil.Process], bool]) -> set[str]:
-    """Find all of the machine's, but for what only processes of others have mapped."""
+def _is_in_our_tree(process: psutil.Process) -> bool:
+    us = psutil.Process()
+    return process == us or us in process.parents()
+
+
+def find_shared_memory(is_own: Callable[[psutil.Process], bool] = _is_in_our_tree) -> set[str]:
+    """Find all of the machine's, but for what others made that run, or only they have mapped."""
     names = set(os.listdir("/dev/shm"))
     if names:
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
                 if not is_own(process):
                     maps = pathlib.Path(f"/proc/{process.pid}/maps").read_text()
-                    names = {name for name in names if f"/dev/shm/{name}" not in maps}
-    return {f"shared memory {name}" for name in names}
-
-
-def _is_in_our_tree(process: psutil.Process) -> bool:
-    us = psutil.Process()
-    return process == us or us in process.parents()
+                    names = {
+                        name
+                        for name in names
+                        if f"/dev/shm/{name}" not in maps
+                        and not name.startswith(f"torch_{process.pid}_")
+                    }
+    return names
 
 
 def _find_files(folder: str | os.PathLike[str]) -> set[str]:
@@ -135,7 +140,7 @@ class Script:
         """
         self.folder = folder
         self._mark = uuid.uuid4().hex
-        self._shared_memory = _find_shared_memory(self._is_own)
+        self._shared_memory = find_shared_memory(self._is_own)
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, *arguments],
             cwd=REPOSITORY,
@@ -178,7 +183,10 @@ class Script:
         _check_gone(
             lambda: {
                 *_describe(self._find_processes()),
-                *(_find_shared_memory(self._is_own) - self._shared_memory),
+                *(
+                    f"shared memory {name}"
+                    for name in find_shared_memory(self._is_own) - self._shared_memory
+                ),
                 *(file for file in _find_files(self.folder) if not self._is_pythons(file)),
             }
         )

@@ -22,6 +22,7 @@ from concurrent_dataloader.dataloader_mod.dataloader import DataLoader
 from concurrent_dataloader.errors import DeadlineError, KeyNotFoundError, LoaderError
 from tests.dataloader_mod import doubles
 from tests.dataloader_mod.conftest import is_same, read_epochs, seed_all
+from tests.leftovers import find_shared_memory
 
 
 class OnlyBatches:
@@ -323,7 +324,7 @@ def test_leaving_early_ends_all_workers_though_a_fetch_stalls(fetch_impl):
     gc.collect()
 
     assert time.monotonic() - begun < 8
-    assert children() == before
+    assert children() <= before
 
 
 def test_a_timeout_is_an_error_and_not_a_hang():
@@ -334,12 +335,8 @@ def test_a_timeout_is_an_error_and_not_a_hang():
 
 
 def children():
-    """Processes of ours; other tests of the session may have some that stay."""
+    """Processes of ours; other tests of the session may have some that stay, or are to end yet."""
     return {child.pid for child in psutil.Process().children(recursive=True)}
-
-
-def count_of_shared_memory():
-    return len(os.listdir("/dev/shm"))
 
 
 @pytest.mark.parametrize("is_persistent", [False, True])
@@ -348,8 +345,8 @@ def test_nothing_is_left_of_a_loader(fetch_impl, is_persistent):
     process = psutil.Process()
     list(DataLoader(doubles.StagedSquares(8, 30_000), num_workers=1))  # what is made only once
     gc.collect()
-    processes = children()
-    before = (process.num_fds(), threading.active_count(), count_of_shared_memory())
+    processes, shared_memory = children(), find_shared_memory()
+    before = (process.num_fds(), threading.active_count())
 
     _batch = None
     for num_workers in (0, 2):
@@ -368,10 +365,11 @@ def test_nothing_is_left_of_a_loader(fetch_impl, is_persistent):
     gc.collect()
 
     def counts():
-        return process.num_fds(), threading.active_count(), count_of_shared_memory()
+        return process.num_fds(), threading.active_count()
 
-    assert children() == processes
+    assert children() <= processes
     wait_until(lambda: all(map(operator.le, counts(), before)))
+    wait_until(lambda: find_shared_memory() <= shared_memory)
 
 
 ORPHAN_SCRIPT = """
@@ -498,7 +496,7 @@ def test_closing_ends_everything_at_once_and_iterating_begins_anew(fetch_impl, n
         kept = images.clone()
         loader.close()
 
-        assert children() == before
+        assert children() <= before
         # torch's queues end their threads without waiting for them.
         wait_until(lambda: threading.active_count() <= num_threads)
         assert torch.equal(images, kept)
@@ -506,7 +504,7 @@ def test_closing_ends_everything_at_once_and_iterating_begins_anew(fetch_impl, n
             next(iterator)
         assert sum(len(labels) for _, labels in loader) == 40
 
-    assert children() == before
+    assert children() <= before
     loader.close()
 
 

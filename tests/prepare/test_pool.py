@@ -52,15 +52,23 @@ class Stubborn:
         return fail, (ShardFormatError, 5)
 
 
-def children() -> list[psutil.Process]:
-    """Give the processes of pools; the resource tracker stays for the next."""
+def children() -> set[psutil.Process]:
+    """Give the processes that were spawned; the resource tracker stays for the next pool."""
     own = psutil.Process().children(recursive=True)
-    return [child for child in own if "spawn_main" in " ".join(child.cmdline())]
+    return {child for child in own if "spawn_main" in " ".join(child.cmdline())}
+
+
+@pytest.fixture
+def before() -> set[psutil.Process]:
+    """Give those of fixtures that other tests of the session have used."""
+    return children()
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
 @pytest.mark.parametrize("works_here", [False, True])
-def test_each_item_is_worked_on_once_whoever_does_it(num_processes: int, works_here: bool) -> None:
+def test_each_item_is_worked_on_once_whoever_does_it(
+    num_processes: int, works_here: bool, before: set[psutil.Process]
+) -> None:
     with open_pool(100, num_processes, works_here=works_here) as pool:
         first = sorted(pool.run(square, range(20)))
         second = sorted(pool.run(square, [3]))
@@ -68,7 +76,7 @@ def test_each_item_is_worked_on_once_whoever_does_it(num_processes: int, works_h
 
     assert first == [100 + item * item for item in range(20)]
     assert (second, third) == ([109], [])
-    assert children() == []
+    assert children() == before
 
 
 def test_this_process_works_while_the_other_one_starts() -> None:
@@ -93,14 +101,16 @@ def test_no_function_of_a_user_runs_here_if_that_is_said() -> None:
 
 
 @pytest.mark.parametrize("works_here", [False, True])
-def test_an_error_arrives_with_its_type_and_no_process_is_left(works_here: bool) -> None:
+def test_an_error_arrives_with_its_type_and_no_process_is_left(
+    works_here: bool, before: set[psutil.Process]
+) -> None:
     with (
         pytest.raises(ShardFormatError, match=r"^item 0"),
         open_pool(ShardFormatError, 2, works_here=works_here) as pool,
     ):
         list(pool.run(fail, [0, 0, 0]))
 
-    assert children() == []
+    assert children() == before
 
 
 def test_an_error_of_another_process_tells_where_it_came_from() -> None:
@@ -121,14 +131,14 @@ def test_an_error_that_does_not_pickle_arrives_by_its_words() -> None:
         list(pool.run(fail, [0]))
 
 
-def test_a_process_that_is_killed_is_named() -> None:
+def test_a_process_that_is_killed_is_named(before: set[psutil.Process]) -> None:
     with (
         pytest.raises(ChildProcessError, match="a process of --processes ended before its work"),
         open_pool(None, 2, works_here=False) as pool,
     ):
         list(pool.run(die, [0, 0, 0]))
 
-    assert children() == []
+    assert children() == before
 
 
 def test_what_cannot_be_received_is_told() -> None:
@@ -139,11 +149,11 @@ def test_what_cannot_be_received_is_told() -> None:
         list(pool.run(tell_process, [0]))
 
 
-def test_processes_that_have_not_started_are_not_waited_for() -> None:
+def test_processes_that_have_not_started_are_not_waited_for(before: set[psutil.Process]) -> None:
     with open_pool(1, 4) as pool:
         assert list(pool.run(square, [2])) == [5]
 
-    assert children() == []
+    assert children() == before
 
 
 def test_what_was_opened_here_is_given_back() -> None:

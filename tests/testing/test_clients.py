@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import multiprocessing
 import os
+from collections.abc import Iterator
+from concurrent.futures import Executor
 from typing import Any
 
 import aiobotocore.session
@@ -26,19 +30,34 @@ def server(object_server: ObjectServer) -> ObjectServer:
     return object_server
 
 
-def open_obstore(server: ObjectServer) -> S3Store:
-    return S3Store(
-        "bucket",
-        endpoint=server.endpoint_url,
-        access_key_id=server.access_key,
-        secret_access_key=server.secret_key,
-        region=server.region,
-        client_options={"allow_http": True},
-    )
+@pytest.fixture(scope="module")
+def process() -> Iterator[Executor]:
+    """Give a process for obstore: workers that are forked from one that has used it may hang."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, spawn) as executor:
+        yield executor
 
 
-def test_obstore_writes_lists_reads_copies_and_deletes(server: ObjectServer) -> None:
-    store = open_obstore(server)
+def settings_of(server: ObjectServer) -> dict[str, Any]:
+    return {
+        "endpoint": server.endpoint_url,
+        "access_key_id": server.access_key,
+        "secret_access_key": server.secret_key,
+        "region": server.region,
+        "client_options": {"allow_http": True},
+    }
+
+
+def test_obstore_writes_lists_reads_copies_and_deletes(
+    server: ObjectServer, process: Executor
+) -> None:
+    process.submit(write_list_read_copy_and_delete, settings_of(server)).result()
+
+    assert server.counters().num_by_error == {"NoSuchKey": 1}
+
+
+def write_list_read_copy_and_delete(settings: dict[str, Any]) -> None:
+    store = S3Store("bucket", **settings)
     big = os.urandom(12 << 20)
 
     obstore.put(store, "a/ü b+c.bin", BODY)
@@ -56,27 +75,36 @@ def test_obstore_writes_lists_reads_copies_and_deletes(server: ObjectServer) -> 
     folded = obstore.list_with_delimiter(store)
     assert sorted(folded["common_prefixes"]) == ["a", "b"]
     obstore.delete(store, ["a/big", "b/copy"])
-    assert server.counters().num_by_error == {}
     with pytest.raises(FileNotFoundError):
         obstore.head(store, "a/big")
 
 
-def test_obstore_puts_only_where_there_is_none(server: ObjectServer) -> None:
-    store = open_obstore(server)
+def test_obstore_puts_only_where_there_is_none(server: ObjectServer, process: Executor) -> None:
+    process.submit(put_twice, settings_of(server)).result()
+
+
+def put_twice(settings: dict[str, Any]) -> None:
+    store = S3Store("bucket", **settings)
     obstore.put(store, "a", b"1", mode="create", use_multipart=False)
 
     with pytest.raises(obstore.exceptions.AlreadyExistsError):
         obstore.put(store, "a", b"2", mode="create", use_multipart=False)
 
 
-def test_obstore_overcomes_errors_by_its_own_retries(server: ObjectServer) -> None:
+def test_obstore_overcomes_errors_by_its_own_retries(
+    server: ObjectServer, process: Executor
+) -> None:
     server.put_objects("bucket", {"a": BODY})
     server.set_faults([Fault("slow_down", first_attempts=2)])
 
-    body = obstore.get(open_obstore(server), "a").bytes()
+    body = process.submit(get, settings_of(server), "a").result()
 
-    assert bytes(body) == BODY
+    assert body == BODY
     assert server.counters(by_key=True).num_gets_by_key == {"bucket/a": 3}
+
+
+def get(settings: dict[str, Any], key: str) -> bytes:
+    return bytes(obstore.get(S3Store("bucket", **settings), key).bytes())
 
 
 def test_boto3_as_it_comes_verifies_what_it_put(server: ObjectServer) -> None:
