@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import signal
 
@@ -20,3 +21,17 @@ pytest_plugins = [] if _is_installed() else [PLUGIN]
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell ignores Ctrl-C for what it starts in the background, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is there for good out of each collection of garbage: torch, and the tests.
+
+    A collection would look through it, and in a forked worker copy it, page by page.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Let all of it go at the exit; extension modules complain of what stays."""
+    gc.unfreeze()
