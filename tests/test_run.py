@@ -123,6 +123,19 @@ def test_an_environment_that_is_up_to_date_is_used_as_it_is(venv: Path, tmp_path
     assert done.stdout.startswith("loader_epoch: ")
 
 
+@pytest.mark.parametrize("verb", ["test", "check"])
+def test_all_tests_are_shared_out_and_chosen_ones_run_in_one_process(verb: str, venv: Path) -> None:
+    python = shlex.quote(sys.executable)
+    (venv / "bin/python").write_text(
+        f'#!/bin/sh\ncase "$*" in -m*) echo "$@" ;; *) exec {python} "$@" ;; esac\n'
+    )
+
+    whole, chosen = (run(verb, *words, VENV=str(venv)) for words in ((), ("-k", "a b")))
+
+    assert whole.stdout.endswith("-m pytest --numprocesses 2 --dist worksteal\n"), whole.stderr
+    assert chosen.stdout.endswith("-m pytest -k a b\n"), chosen.stderr
+
+
 def test_the_exit_status_is_that_of_what_was_run(venv: Path) -> None:
     assert run("bench", "no-such-scenario", VENV=str(venv)).returncode == 2
 
