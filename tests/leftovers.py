@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,8 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 
 _MARK = "TEST_THAT_STARTED_THIS"
 
+_SHARED_MEMORY = re.compile(r"/dev/shm/(\S+)")
+
 # Helpers of Python's own, one of each for a process; they end with it.
 _PYTHONS_OWN = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 
@@ -37,10 +40,10 @@ def nothing_left() -> Generator[None]:
     """
     with tempfile.TemporaryDirectory() as folder, _temporary_folder(folder):
         gc.collect()
-        before = _find_all(folder)
+        before, shared_memory = _find_all(folder), list_shared_memory()
         yield
         gc.collect()
-        _check_gone(lambda: _find_all(folder) - before)
+        _check_gone(lambda: _find_all(folder) - before | find_shared_memory(shared_memory))
 
 
 @contextlib.contextmanager
@@ -63,7 +66,6 @@ def _find_all(folder: str) -> set[str]:
         *_describe(psutil.Process().children(recursive=True)),
         *(f"thread {each.name}, {each.ident}" for each in threading.enumerate()),
         *_find_descriptors(),
-        *(f"shared memory {name}" for name in find_shared_memory()),
         *_find_files(folder),
     }
 
@@ -86,26 +88,29 @@ def _find_descriptors() -> set[str]:
     return found
 
 
-def _is_in_our_tree(process: psutil.Process) -> bool:
+def _find_our_tree() -> list[psutil.Process]:
     us = psutil.Process()
-    return process == us or us in process.parents()
+    return [us, *us.children(recursive=True)]
 
 
-def find_shared_memory(is_own: Callable[[psutil.Process], bool] = _is_in_our_tree) -> set[str]:
-    """Find all of the machine's, but for what others made that run, or only they have mapped."""
-    names = set(os.listdir("/dev/shm"))
+def list_shared_memory() -> set[str]:
+    """List the names of all of the machine's."""
+    return set(os.listdir("/dev/shm"))
+
+
+def find_shared_memory(
+    before: set[str], find_own: Callable[[], list[psutil.Process]] = _find_our_tree
+) -> set[str]:
+    """Find what has come since, but for what others have mapped, or made who still run."""
+    names = list_shared_memory() - before
     if names:
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                if not is_own(process):
-                    maps = pathlib.Path(f"/proc/{process.pid}/maps").read_text()
-                    names = {
-                        name
-                        for name in names
-                        if f"/dev/shm/{name}" not in maps
-                        and not name.startswith(f"torch_{process.pid}_")
-                    }
-    return names
+        own = {process.pid for process in find_own()}
+        for pid in set(psutil.pids()) - own:
+            with contextlib.suppress(OSError):  # ended meanwhile, or another user's
+                maps = pathlib.Path(f"/proc/{pid}/maps").read_text()
+                names -= set(_SHARED_MEMORY.findall(maps))
+                names = {name for name in names if not name.startswith(f"torch_{pid}_")}
+    return {f"shared memory {name}" for name in names}
 
 
 def _find_files(folder: str | os.PathLike[str]) -> set[str]:
@@ -140,7 +145,7 @@ class Script:
         """
         self.folder = folder
         self._mark = uuid.uuid4().hex
-        self._shared_memory = find_shared_memory(self._is_own)
+        self._shared_memory = list_shared_memory()
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, *arguments],
             cwd=REPOSITORY,
@@ -183,10 +188,7 @@ class Script:
         _check_gone(
             lambda: {
                 *_describe(self._find_processes()),
-                *(
-                    f"shared memory {name}"
-                    for name in find_shared_memory(self._is_own) - self._shared_memory
-                ),
+                *find_shared_memory(self._shared_memory, self._find_processes),
                 *(file for file in _find_files(self.folder) if not self._is_pythons(file)),
             }
         )

@@ -23,7 +23,7 @@ from concurrent_dataloader.dataloader_mod.dataloader import DataLoader
 from concurrent_dataloader.errors import DeadlineError, KeyNotFoundError, LoaderError
 from tests.dataloader_mod import doubles
 from tests.dataloader_mod.conftest import is_same, read_epochs, seed_all
-from tests.leftovers import find_shared_memory
+from tests.leftovers import find_shared_memory, list_shared_memory
 
 
 class OnlyBatches:
@@ -346,7 +346,7 @@ def test_nothing_is_left_of_a_loader(fetch_impl, is_persistent):
     process = psutil.Process()
     list(DataLoader(doubles.StagedSquares(8, 30_000), num_workers=1))  # what is made only once
     gc.collect()
-    processes, shared_memory = children(), find_shared_memory()
+    processes, shared_memory = children(), list_shared_memory()
     before = (process.num_fds(), threading.active_count())
 
     _batch = None
@@ -370,7 +370,7 @@ def test_nothing_is_left_of_a_loader(fetch_impl, is_persistent):
 
     assert children() <= processes
     wait_until(lambda: all(map(operator.le, counts(), before)))
-    wait_until(lambda: find_shared_memory() <= shared_memory)
+    wait_until(lambda: not find_shared_memory(shared_memory))
 
 
 ORPHAN_SCRIPT = """
