@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import os
 import signal
 
 PLUGIN = "concurrent_dataloader.testing.pytest_plugin"
@@ -17,6 +18,10 @@ def _is_installed() -> bool:
 # pytest takes a plugin that is named twice for two, with two names; hence only where it must be
 # named.
 pytest_plugins = [] if _is_installed() else [PLUGIN]
+
+# On cores that others use as well, threads of tiny convolutions wait for each other. It stands here
+# since torch looks only when it is imported; the programs that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell ignores Ctrl-C for what it starts in the background, and children inherit that.

@@ -45,6 +45,7 @@ def read_code(path: Path) -> list[dict[str, Any]]:
     not all(importlib.util.find_spec(name) for name in NEEDED),
     reason=f"not all of {', '.join(NEEDED)} are installed",
 )
+@pytest.mark.timeout(300)
 def test_the_notebook_trains_from_a_bucket(tmp_path: Path) -> None:
     # In a process of its own: Jupyter's packages warn, of themselves and of what they left open.
     folders = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")

@@ -19,6 +19,7 @@ REPOSITORY = pathlib.Path(demo.__file__).parents[1]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_the_demo_trains_compares_and_can_be_repeated(
     tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
