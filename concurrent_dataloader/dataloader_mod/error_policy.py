@@ -55,12 +55,13 @@ class LeftOut(list[Any]):
     """The samples of a batch of which none is left. The class itself is the batch, when sent."""
 
 
-def explain(error: Exception, position: Any) -> Exception:
-    """Say which position an error belongs to; in place of one that would end a loop, another."""
+def explain(error: Exception, position: Any, location: SampleLocation | None) -> Exception:
+    """Say which sample an error belongs to; in place of one that would end a loop, another."""
+    where = "" if location is None else f" ({location.describe()})"
     if isinstance(error, StopIteration):
         # In a loop over batches this would mean that they have come to their end.
-        return RuntimeError(f"position {position!r} of the data set raised StopIteration")
-    error.add_note(f"asked for by position {position!r} of the data set")
+        return RuntimeError(f"position {position!r} of the data set{where} raised StopIteration")
+    error.add_note(f"asked for by position {position!r} of the data set{where}")
     return error
 
 

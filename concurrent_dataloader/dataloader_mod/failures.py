@@ -16,7 +16,6 @@ import re
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from io import FileIO
 from typing import Any, Literal, NamedTuple, get_args
 
 import orjson
@@ -341,22 +340,20 @@ class EpochFailures:
             return
         # Opened each time: nothing to close, and each line is on its way to the disk when its
         # batch is handed out. Several processes may write to one file.
-        with self._open(self._path) as file:
-            for failure in failures:
-                line = memoryview(failure.to_line(self.epoch))
-                while line:
-                    line = line[file.write(line) :]
-
-    def _open(self, path: str | os.PathLike[str]) -> FileIO:
         try:
-            return open(path, "ab", buffering=0)
+            with open(self._path, "ab", buffering=0) as file:
+                for failure in failures:
+                    line = memoryview(failure.to_line(self.epoch))
+                    while line:
+                        line = line[file.write(line) :]
         except OSError as error:
             # With errno it stays the subclass that it is, such as FileNotFoundError.
             raise OSError(
                 error.errno,
                 f"quarantine_file: cannot be written ({error.strerror}), expected a file in a "
-                "folder that is there and writable; make the folder, or name another file",
-                os.fspath(path),
+                "folder that is there and writable, on a disk with room; make the folder, make "
+                "room, or name another file",
+                os.fspath(self._path),
             ) from error
 
     def check(self) -> None:

@@ -182,7 +182,7 @@ class FetchedDataset:
                 decoded = self._stages.decode(position, future.result())
             return self._stages.finish(decoded)
         except Exception as error:
-            named = explain(error, position)
+            named = explain(error, position, self._locate(position))
             if self.failures is None or not is_of_sample(named):
                 if named is error:
                     raise

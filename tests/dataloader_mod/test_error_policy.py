@@ -406,6 +406,29 @@ def test_a_file_that_cannot_be_written_is_an_error_before_the_first_batch(tmp_pa
         iter(loader)
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_full_disk_is_said_with_the_name_of_the_file(num_workers: int) -> None:
+    dataset = FailingAt(26, "fetch")
+    loader = DataLoader(
+        dataset, 4, on_error="skip", quarantine_file="/dev/full", num_workers=num_workers
+    )
+
+    said = r"\[Errno 28\] quarantine_file: cannot be written \(No space left .*: '/dev/full'"
+    with pytest.raises(OSError, match=said):
+        list(loader)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("stage", ["fetch", "decode", "transform"])
+def test_an_error_says_which_sample_of_which_key_raised_it(stage: str, num_workers: int) -> None:
+    with pytest.raises(KeyNotFoundError) as caught:
+        list(DataLoader(FailingAt(26, stage), 4, num_workers=num_workers))
+
+    where = f"asked for by position {BAD[0]} of the data set (squares/{BAD[0]})"
+    said = [str(caught.value), *getattr(caught.value, "__notes__", ())]
+    assert any(where in each for each in said), said
+
+
 def test_what_may_be_secret_does_not_get_into_the_file(tmp_path: Path) -> None:
     url = "https://me:pa55@host/key.jpg?X-Amz-Signature=c0ffee&X-Amz-Credential=AKIA"
     path = tmp_path / "bad.jsonl"
