@@ -277,6 +277,10 @@ class Classes:
             raise UnknownClassError(self._unknown(key, key))
         return label
 
+    def knows(self, key: str) -> bool:
+        """Tell whether a sample has a label."""
+        return self._value_of(key) in self._labels
+
     def labels_of(self, keys: Iterable[str]) -> NDArray[np.int32]:
         """Give the labels of many samples, in their order, at about half a second for a million.
 
@@ -315,6 +319,17 @@ class Classes:
             names={new[label]: name for label, name in self._names.items() if label in new},
             label_space=target,
             id_base=target.first_id,
+            where=self._where,
+        )
+
+    def with_label_rule(self, label_rule: LabelRule) -> Self:
+        """Give the same classes with the same labels, for keys that name them by another rule."""
+        return type(self)(
+            self._labels,
+            label_rule=label_rule,
+            names=self._names,
+            label_space=self.label_space,
+            id_base=self.id_base,
             where=self._where,
         )
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from torchvision.datasets import ImageFolder
 
+from concurrent_dataloader.devkit import GROUND_TRUTH
 from concurrent_dataloader.labels import imagenet_classes
 from concurrent_dataloader.prepare.__main__ import main
 from concurrent_dataloader.prepare.folders import sort_into_folders
-from concurrent_dataloader.prepare.imagenet import GROUND_TRUTH
 from concurrent_dataloader.prepare.sources import open_source
 from concurrent_dataloader.stores import open_writable_store
 from tests.prepare.source_files import IMAGES, labels_of, make_tar, names_of, write_tree

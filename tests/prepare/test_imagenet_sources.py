@@ -16,6 +16,7 @@ import torch
 from scipy.io import savemat
 from torchvision.datasets import ImageNet
 
+from concurrent_dataloader import devkit
 from concurrent_dataloader.errors import (
     ClassesFormatError,
     KeyNotFoundError,
@@ -24,7 +25,6 @@ from concurrent_dataloader.errors import (
 )
 from concurrent_dataloader.formats.fields import Box
 from concurrent_dataloader.labels import LabelSpace, convert_ids, imagenet_classes
-from concurrent_dataloader.prepare import imagenet
 from concurrent_dataloader.prepare.sources import open_source
 from tests.prepare.source_files import (
     COMPRESS,
@@ -65,7 +65,7 @@ def meta() -> bytes:
 def make_devkit(meta: bytes, lines: list[int] | None = None) -> bytes:
     text = "".join(f"{number}\n" for number in lines or GROUND_TRUTH).encode()
     folder = "ILSVRC2012_devkit_t12/data"
-    files = {f"{folder}/meta.mat": meta, f"{folder}/{imagenet.GROUND_TRUTH}": text}
+    files = {f"{folder}/meta.mat": meta, f"{folder}/{devkit.GROUND_TRUTH}": text}
     return COMPRESS[".tar.gz"](make_tar({**files, "ILSVRC2012_devkit_t12/readme.txt": b"x"}))
 
 
@@ -81,13 +81,13 @@ def write_truth(path: Path, lines: list[Any]) -> Path:
 def test_ids_of_meta_mat_are_exact_as_numbers_and_as_text_a13(kind: type) -> None:
     ids = {"n01440764": 449, "n02119789": 1, "n01443537": 450, "n02100735": 1860}
 
-    found = imagenet.parse_meta(make_meta({w: kind(n) for w, n in ids.items()}), "meta.mat")
+    found = devkit.parse_meta(make_meta({w: kind(n) for w, n in ids.items()}), "meta.mat")
 
     assert found == ids
 
 
 def test_a_meta_mat_of_one_class_is_read() -> None:
-    assert imagenet.parse_meta(make_meta({"n1": "12"}), "meta.mat") == {"n1": 12}
+    assert devkit.parse_meta(make_meta({"n1": "12"}), "meta.mat") == {"n1": 12}
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_a_meta_mat_of_one_class_is_read() -> None:
 )
 def test_a_file_that_is_no_meta_mat_is_refused(content: bytes, says: str) -> None:
     with pytest.raises(ClassesFormatError, match=says):
-        imagenet.parse_meta(content, "meta.mat")
+        devkit.parse_meta(content, "meta.mat")
 
 
 def test_labels_by_meta_mat_are_torchvisions_unless_the_kits_are_asked_for_a12(
@@ -230,7 +230,7 @@ def test_a_flat_and_a_sorted_validation_folder_give_the_same_labels(tmp_path: Pa
         f"{WNIDS[n - 1]}/{name}": VAL[name] for name, n in zip(VAL, GROUND_TRUTH, strict=True)
     }
     write_tree(tmp_path / "flat" / "val", VAL)
-    write_truth(tmp_path / "flat" / imagenet.GROUND_TRUTH, GROUND_TRUTH)
+    write_truth(tmp_path / "flat" / devkit.GROUND_TRUTH, GROUND_TRUTH)
     write_tree(tmp_path / "sorted" / "val", folders)
     (tmp_path / "classes.txt").write_text("".join(f"{wnid}\n" for wnid in sorted(WNIDS)))
 
@@ -245,17 +245,17 @@ def test_a_flat_and_a_sorted_validation_folder_give_the_same_labels(tmp_path: Pa
 @pytest.mark.parametrize(
     "name",
     [
-        imagenet.DEVKIT,
-        imagenet.GROUND_TRUTH,
-        f"ILSVRC2012_devkit_t12/data/{imagenet.GROUND_TRUTH}",
-        imagenet.KAGGLE_SOLUTION,
-        f"val/{imagenet.GROUND_TRUTH}",
+        devkit.DEVKIT,
+        devkit.GROUND_TRUTH,
+        f"ILSVRC2012_devkit_t12/data/{devkit.GROUND_TRUTH}",
+        devkit.KAGGLE_SOLUTION,
+        f"val/{devkit.GROUND_TRUTH}",
     ],
 )
 def test_what_lies_beside_a_flat_validation_folder_is_found_without_network_b11(
     tmp_path: Path, meta: bytes, name: str
 ) -> None:
-    if name == imagenet.DEVKIT:
+    if name == devkit.DEVKIT:
         content = make_devkit(meta)
     else:
         content = TRUTHS[name.rpartition("/")[2]].encode()
@@ -367,7 +367,7 @@ def archives(tmp_path: Path, meta: bytes) -> Path:
         {
             "ILSVRC2012_img_train.tar": make_tar_of_tars(train),
             "ILSVRC2012_img_val.tar": make_tar(VAL),
-            imagenet.DEVKIT: make_devkit(meta),
+            devkit.DEVKIT: make_devkit(meta),
         },
     )
 
@@ -403,7 +403,7 @@ def test_labels_are_those_of_torchvisions_imagenet(tmp_path: Path, meta: bytes) 
 
 
 def test_only_checksums_that_are_sure_are_known() -> None:
-    assert dict(imagenet.ARCHIVE_MD5) == {
+    assert dict(devkit.ARCHIVE_MD5) == {
         "ILSVRC2012_img_train.tar": "1d675b47d978889d74fa0da5fadfb00e",
         "ILSVRC2012_img_val.tar": "29b22e2961454d5413ddabcf34fc5622",
         "ILSVRC2012_devkit_t12.tar.gz": "fa75699e90414af021442c21a62c3abf",
@@ -414,9 +414,9 @@ def test_an_archive_is_compared_with_its_checksum(archives: Path) -> None:
     content = (archives / "ILSVRC2012_img_val.tar").read_bytes()
     known = {"some.tar": hashlib.md5(content).hexdigest()}
 
-    imagenet.check_archive(io.BytesIO(content), "some.tar", "here", md5_by_name=known)
+    devkit.check_archive(io.BytesIO(content), "some.tar", "here", md5_by_name=known)
     with pytest.raises(ShardFormatError, match=r"here: got MD5 .*, expected .* fetch it anew"):
-        imagenet.check_archive(io.BytesIO(content[:-1]), "some.tar", "here", md5_by_name=known)
+        devkit.check_archive(io.BytesIO(content[:-1]), "some.tar", "here", md5_by_name=known)
 
 
 def test_archives_are_checked_on_request(archives: Path) -> None:
@@ -425,7 +425,7 @@ def test_archives_are_checked_on_request(archives: Path) -> None:
     with pytest.raises(ShardFormatError, match=r"devkit_t12\.tar\.gz: got MD5 .* expected fa75699"):
         open_source(
             write_tree(archives / "val", VAL),
-            ground_truth=archives / imagenet.DEVKIT,
+            ground_truth=archives / devkit.DEVKIT,
             verify_archives=True,
         )
     with pytest.raises(ValueError, match=r"verify_archives: .* nothing was read from an original"):
@@ -446,7 +446,7 @@ def test_archives_are_checked_on_request(archives: Path) -> None:
 def test_a_file_that_is_no_development_kit_is_refused(
     tmp_path: Path, content: bytes, error: type[Exception], says: str
 ) -> None:
-    write_tree(tmp_path, {f"val/{image}": b"" for image in VAL} | {imagenet.DEVKIT: content})
+    write_tree(tmp_path, {f"val/{image}": b"" for image in VAL} | {devkit.DEVKIT: content})
 
     with pytest.raises(error, match=says):
         open_source(tmp_path, split="val")
@@ -479,7 +479,7 @@ def kaggle(tmp_path: Path) -> Path:
     for name, images in (("train_cls.txt", train), ("val.txt", val)):
         lines = "".join(f"{image} {n}\n" for n, image in enumerate(images, start=1))
         files[f"{sets}/{name}"] = lines.encode()
-    files[imagenet.KAGGLE_SOLUTION] = TRUTHS[imagenet.KAGGLE_SOLUTION].encode()
+    files[devkit.KAGGLE_SOLUTION] = TRUTHS[devkit.KAGGLE_SOLUTION].encode()
     return write_tree(tmp_path / "kaggle", files)
 
 
@@ -504,7 +504,7 @@ def test_kaggles_layout_is_read_as_it_is_w13(kaggle: Path, below: str) -> None:
 
 
 def test_kaggles_validation_images_have_the_classes_of_their_xml_files(kaggle: Path) -> None:
-    (kaggle / imagenet.KAGGLE_SOLUTION).unlink()
+    (kaggle / devkit.KAGGLE_SOLUTION).unlink()
 
     source = open_source(kaggle, split="val")
 
@@ -524,11 +524,11 @@ def test_kaggles_list_of_images_says_which_belong_and_which_are_missing(kaggle: 
 
 
 def test_the_stem_and_number_of_an_image_are_found_in_its_name() -> None:
-    assert imagenet.parse_image_number("a.b/ILSVRC2012_val_00050000.JPEG") == (
+    assert devkit.parse_image_number("a.b/ILSVRC2012_val_00050000.JPEG") == (
         "ILSVRC2012_val_",
         50000,
     )
-    assert imagenet.parse_image_number("7.jpg") == ("", 7)
-    assert imagenet.parse_image_number("7a.jpg") is None
-    assert imagenet.stem_of("a.b/c") == "c"
-    assert re.fullmatch(r"n\d{8}", imagenet.stem_of("x/n01440764.tar"))
+    assert devkit.parse_image_number("7.jpg") == ("", 7)
+    assert devkit.parse_image_number("7a.jpg") is None
+    assert devkit.stem_of("a.b/c") == "c"
+    assert re.fullmatch(r"n\d{8}", devkit.stem_of("x/n01440764.tar"))

@@ -14,9 +14,9 @@ table       the source that comes of it
 
 from __future__ import annotations
 
+from concurrent_dataloader.labelling import OnUnknown
 from concurrent_dataloader.prepare.sources.found import IMAGE_SUFFIXES
 from concurrent_dataloader.prepare.sources.labeller import NO_LABELS
-from concurrent_dataloader.prepare.sources.labelling import OnUnknown
 from concurrent_dataloader.prepare.sources.opening import (
     AUTO_BOXES,
     OnStray,

@@ -13,10 +13,10 @@ from xml.parsers import expat
 import numpy as np
 from numpy.typing import NDArray
 
+from concurrent_dataloader.devkit import stem_of
 from concurrent_dataloader.errors import ShardFormatError
 from concurrent_dataloader.formats.fields import Box
 from concurrent_dataloader.index import Index
-from concurrent_dataloader.prepare.imagenet import stem_of
 from concurrent_dataloader.prepare.sources.archives import UnpackedTar
 from concurrent_dataloader.prepare.sources.boxes import BoxTable, check_box, merge
 from concurrent_dataloader.prepare.sources.found import Found

@@ -7,14 +7,9 @@ import contextlib
 import dataclasses
 from typing import Any
 
+from concurrent_dataloader import devkit
 from concurrent_dataloader.errors import ClassesFormatError
-from concurrent_dataloader.labels import LabelRule, LabelSpace, class_finder
-from concurrent_dataloader.prepare import imagenet
-from concurrent_dataloader.prepare.metadata import METADATA_NAME, Metadata
-from concurrent_dataloader.prepare.sources.archives import is_compressed_tar, is_tar
-from concurrent_dataloader.prepare.sources.class_map import find_rule, parse_class_map
-from concurrent_dataloader.prepare.sources.files import join, split_file_name
-from concurrent_dataloader.prepare.sources.labelling import (
+from concurrent_dataloader.labelling import (
     ClassTable,
     Labelling,
     convert,
@@ -25,20 +20,17 @@ from concurrent_dataloader.prepare.sources.labelling import (
     label_by_values,
     table_of_meta,
 )
+from concurrent_dataloader.labels import LabelRule, LabelSpace, class_finder
+from concurrent_dataloader.prepare.metadata import METADATA_NAME, Metadata
+from concurrent_dataloader.prepare.sources.archives import is_compressed_tar, is_tar
+from concurrent_dataloader.prepare.sources.class_map import find_rule, parse_class_map
+from concurrent_dataloader.prepare.sources.files import join, split_file_name
 from concurrent_dataloader.prepare.sources.layouts import Place, Search, find_xml
 
 NO_LABELS = "none"
 """The label rule of samples whose classes are not wanted."""
 
 _READERS = 16
-_KIT = imagenet.DEVKIT.removesuffix(".tar.gz")
-_TRUTHS = (
-    imagenet.KAGGLE_SOLUTION,
-    imagenet.GROUND_TRUTH,
-    f"data/{imagenet.GROUND_TRUTH}",
-    f"{_KIT}/data/{imagenet.GROUND_TRUTH}",
-    imagenet.DEVKIT,
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,9 +94,9 @@ class Labeller:
             return label_by_rule(names, self.label_rule), None
         if self.place.found.labels is not None:
             return self._label_by_shards(self.place.found.labels), None
-        if not self.place.has_classes or self._begins_with(imagenet.TEST_BASE):
+        if not self.place.has_classes or self._begins_with(devkit.TEST_BASE):
             return None, None
-        if self._begins_with(imagenet.VAL_BASE) and "/" not in names.key(0):
+        if self._begins_with(devkit.VAL_BASE) and "/" not in names.key(0):
             truth = self._find_truth()
             if truth is None and self.place.xml_folder is not None:
                 return self._label_by_xml(self.place.xml_folder), sorted_wnid
@@ -112,28 +104,28 @@ class Labeller:
         return label_by_rule(names, self.place.label_rule), None
 
     def _begins_with(self, base: str) -> bool:
-        return imagenet.stem_of(self.place.found.names.key(0)).startswith(base)
+        return devkit.stem_of(self.place.found.names.key(0)).startswith(base)
 
     def _read_meta(self, text: str) -> dict[str, int]:
         if not (is_tar(text) or is_compressed_tar(text)):
-            return imagenet.parse_meta(self.search.files.read(text), text)
-        return imagenet.parse_meta(self._read_kit(text)["meta.mat"], text)
+            return devkit.parse_meta(self.search.files.read(text), text)
+        return devkit.parse_meta(self._read_kit(text)["meta.mat"], text)
 
     def _read_kit(self, text: str) -> dict[str, bytes]:
-        if split_file_name(text).name in imagenet.ARCHIVE_MD5:
+        if split_file_name(text).name in devkit.ARCHIVE_MD5:
             self.search.check_archive(text)
         with self.search.files.open_file(text) as file:
-            return imagenet.read_devkit(file, text)
+            return devkit.read_devkit(file, text)
 
     def _label_by_truth(self, text: str) -> Labelling:
         meta = None if self.meta_mat is None else self._read_meta(self.meta_mat)
         if is_tar(text) or is_compressed_tar(text):
             kit = self._read_kit(text)
-            raw = kit[imagenet.GROUND_TRUTH]
-            meta = imagenet.parse_meta(kit["meta.mat"], text) if meta is None else meta
+            raw = kit[devkit.GROUND_TRUTH]
+            meta = devkit.parse_meta(kit["meta.mat"], text) if meta is None else meta
         else:
             raw = self.search.files.read(text)
-        truth = imagenet.parse_ground_truth(raw, text)
+        truth = devkit.parse_ground_truth(raw, text)
         return label_by_truth(self.place.found.names, truth, meta)
 
     def _label_by_map(self, text: str) -> Labelling:
@@ -174,7 +166,7 @@ class Labeller:
     def _find_truth(self) -> str | None:
         """Look for the classes of a flat ImageNet validation set beside it."""
         for folder in self.place.beside:
-            for name in _TRUTHS:
+            for name in devkit.TRUTH_NAMES:
                 if self.search.files.has(join(folder, name)):
                     return join(folder, name)
         return None
@@ -182,5 +174,6 @@ class Labeller:
     def _refuse_flat(self) -> str:
         raise ClassesFormatError(
             f"{self.place.found.where}: a flat folder of validation images, and none of"
-            f" {', '.join(_TRUTHS)} in {' or '.join(self.place.beside)}; give ground_truth"
+            f" {', '.join(devkit.TRUTH_NAMES)} in {' or '.join(self.place.beside)}; give"
+            " ground_truth"
         )

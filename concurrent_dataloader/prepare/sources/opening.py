@@ -7,13 +7,18 @@ import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from concurrent_dataloader import devkit
 from concurrent_dataloader.errors import (
     KeyNotFoundError,
     ShardFormatError,
 )
 from concurrent_dataloader.index import choose_positions
+from concurrent_dataloader.labelling import (
+    Labelling,
+    OnUnknown,
+    drop_unknown,
+)
 from concurrent_dataloader.labels import LabelRule, LabelSpace, check_label_rule
-from concurrent_dataloader.prepare import imagenet
 from concurrent_dataloader.prepare.sources.box_files import (
     boxes_from_table,
     parse_box_table,
@@ -22,11 +27,6 @@ from concurrent_dataloader.prepare.sources.boxes import BoxLookup
 from concurrent_dataloader.prepare.sources.files import Files, split_file_name
 from concurrent_dataloader.prepare.sources.found import IMAGE_SUFFIXES, Found
 from concurrent_dataloader.prepare.sources.labeller import NO_LABELS, Labeller
-from concurrent_dataloader.prepare.sources.labelling import (
-    Labelling,
-    OnUnknown,
-    drop_unknown,
-)
 from concurrent_dataloader.prepare.sources.layouts import Search, find_xml
 from concurrent_dataloader.prepare.sources.table import SampleTable
 
@@ -212,7 +212,7 @@ class _ArchiveCheck:
     def __call__(self, archive: str) -> None:
         self.checked.append(archive)
         with self.files.open_file(archive) as file:
-            imagenet.check_archive(file, split_file_name(archive).name, archive)
+            devkit.check_archive(file, split_file_name(archive).name, archive)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from typing_extensions import Buffer
 
 from concurrent_dataloader.formats.fields import Box
+from concurrent_dataloader.labelling import Labelling
 from concurrent_dataloader.prepare.sources.archives import UnpackedTar
 from concurrent_dataloader.prepare.sources.boxes import BoxLookup
 from concurrent_dataloader.prepare.sources.found import Found
-from concurrent_dataloader.prepare.sources.labelling import Labelling
 
 
 class SampleTable:

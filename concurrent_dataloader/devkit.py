@@ -30,6 +30,14 @@ TEST_BASE = "ILSVRC2012_test_"
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 KAGGLE_SOLUTION = "LOC_val_solution.csv"
+TRUTH_NAMES = (
+    KAGGLE_SOLUTION,
+    GROUND_TRUTH,
+    f"data/{GROUND_TRUTH}",
+    f"{DEVKIT.removesuffix('.tar.gz')}/data/{GROUND_TRUTH}",
+    DEVKIT,
+)
+"""What the classes of a flat folder of validation images may lie in, in or above the folder."""
 
 ARCHIVE_MD5: Mapping[str, str] = {
     "ILSVRC2012_img_train.tar": "1d675b47d978889d74fa0da5fadfb00e",

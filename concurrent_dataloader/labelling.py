@@ -10,6 +10,15 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from concurrent_dataloader.devkit import (
+    NUM_CLASSES,
+    VAL_BASE,
+    GroundTruth,
+    ImageNumber,
+    leaf_classes,
+    parse_image_number,
+    stem_of,
+)
 from concurrent_dataloader.errors import ClassesFormatError, UnknownClassError
 from concurrent_dataloader.index import Index
 from concurrent_dataloader.labels import (
@@ -18,15 +27,6 @@ from concurrent_dataloader.labels import (
     class_finder,
     convert_ids,
     imagenet_classes,
-)
-from concurrent_dataloader.prepare.imagenet import (
-    NUM_CLASSES,
-    VAL_BASE,
-    GroundTruth,
-    ImageNumber,
-    leaf_classes,
-    parse_image_number,
-    stem_of,
 )
 
 OnUnknown = Literal["skip", "error"]
@@ -215,7 +215,9 @@ def convert(labelling: Labelling, target: LabelSpace) -> Labelling:
     return Labelling(labels.astype(np.int32), tuple(classes), target.value)
 
 
-def label_by_truth(names: Index, truth: GroundTruth, meta: Mapping[str, int] | None) -> Labelling:
+def label_by_truth(
+    names: Index, truth: GroundTruth, meta: Mapping[str, int] | None, *, is_whole: bool = True
+) -> Labelling:
     """Label the images of a flat folder by a ground truth.
 
     Args:
@@ -223,21 +225,23 @@ def label_by_truth(names: Index, truth: GroundTruth, meta: Mapping[str, int] | N
         truth: What the file says.
         meta: Ids of the development kit; None: those that come with the library, if the images are
             ImageNet's.
+        is_whole: Whether each line must have its image, if the file goes by number.
 
     Raises:
         ClassesFormatError: Images and lines are not as many, or do not belong to each other.
     """
     if truth.by_number is not None:
-        values = [truth.by_number[number - 1] for number in _image_numbers(names, truth)]
+        numbers = _image_numbers(names, truth, is_whole=is_whole)
+        values = [truth.by_number[number - 1] for number in numbers]
     else:
         by_stem = truth.by_stem or {}
         values = [by_stem.get(stem_of(name), "") for name in names.keys()]  # noqa: SIM118 - no dict
     return label_by_values(values, _truth_table(names, truth, meta))
 
 
-def _image_numbers(names: Index, truth: GroundTruth) -> list[int]:
+def _image_numbers(names: Index, truth: GroundTruth, *, is_whole: bool) -> list[int]:
     lines = len(truth.by_number or ())
-    if len(names) != lines:
+    if is_whole and len(names) != lines:
         raise ClassesFormatError(
             f"{truth.where}: got {lines} lines for {len(names)} images, expected a line for each;"
             " take the whole folder, or the file that belongs to it"
@@ -254,10 +258,11 @@ def _image_numbers(names: Index, truth: GroundTruth) -> list[int]:
                 f" as {base or 'ILSVRC2012_val_'}00000001.JPEG"
             )
         numbers.append(parts.number)
-    if sorted(numbers) != list(range(1, lines + 1)):
+    is_fitting = 1 <= min(numbers) <= max(numbers) <= lines
+    if not is_fitting or (is_whole and len(set(numbers)) != lines):
         raise ClassesFormatError(
             f"{truth.where}: image numbers go from {min(numbers)} to {max(numbers)}, expected each"
-            f" from 1 to {lines} once"
+            f" from 1 to {lines}{' once' * is_whole}"
         )
     return numbers
 
