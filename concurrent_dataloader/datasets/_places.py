@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,10 @@ INDEX_SUFFIX = "index.npz"
 METADATA_NAME = "metadata.json"
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
+_KAGGLE_IMAGES = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
+_ORIGINAL = re.compile(
+    r"ILSVRC2012_(img_(train|val|test)(_t3|_v10102019)?|devkit_t\d+|bbox_\w+)\.(tar|tar\.gz|tgz)"
+)
 _PAGE_KEYS = 1000  # what S3 gives for one LIST
 _MAX_ENTRIES = 20_000
 
@@ -38,8 +43,14 @@ class Place(NamedTuple):
 
     @property
     def shards(self) -> list[str]:
-        """Names of what ends as shards do."""
-        return [name for name in self.files if find_kind(name) is not None]
+        """Names of what ends as shards do, but for ImageNet's original archives."""
+        names = [name for name in self.files if find_kind(name) is not None]
+        return [name for name in names if not _ORIGINAL.fullmatch(name)]
+
+    @property
+    def originals(self) -> list[str]:
+        """Names of ImageNet's original archives, which torchvision keeps beside the images."""
+        return [name for name in self.files if _ORIGINAL.fullmatch(name)]
 
     @property
     def databases(self) -> list[str]:
@@ -80,6 +91,31 @@ def look_into(root: str, store: Store) -> Place | None:
     if is_local(root):
         return _look_into_folder(local_path(root))
     return _look_into_bucket(store) if isinstance(store, WritableStore) else None
+
+
+def find_kaggle(place: Place, root: str, store: Store) -> str | None:
+    """Give the folder of a place where the splits lie in Kaggle's layout; None in any other."""
+    for folder in _KAGGLE_IMAGES:
+        # A page of a listing may end among the annotations, which come first.
+        if not {folder.partition("/")[0], "Annotations"}.isdisjoint(place.folders):
+            names = _walk_below(root, store, folder)
+            if next(names, None) is not None:
+                return folder
+    return None
+
+
+def has_classes_below(root: str, store: Store, folder: str) -> bool:
+    """Tell whether the images of a folder lie in folders of it."""
+    names = itertools.islice(_walk_below(root, store, folder), _PAGE_KEYS)
+    first = next(filter(is_image, names), "")
+    return "/" in first.removeprefix(f"{folder}/")
+
+
+def _walk_below(root: str, store: Store, folder: str) -> Iterator[str]:
+    if is_local(root):
+        return _walk(local_path(root), [folder])
+    assert isinstance(store, WritableStore), "what was listed can be listed"
+    return (info.key for info in store.list(f"{folder}/"))
 
 
 def _look_into_folder(root: Path) -> Place:

@@ -17,6 +17,8 @@ from concurrent_dataloader.datasets._places import (
     METADATA_NAME,
     SPLITS,
     Place,
+    find_kaggle,
+    has_classes_below,
     is_local,
     local_path,
     look_into,
@@ -32,7 +34,7 @@ from concurrent_dataloader.datasets.shard_opening import (
 from concurrent_dataloader.datasets.shards import ShardDataset
 from concurrent_dataloader.errors import IndexFormatError
 from concurrent_dataloader.shard_names import Split, find_split
-from concurrent_dataloader.stores import open_store
+from concurrent_dataloader.stores import Store, open_store
 
 if TYPE_CHECKING:
     from concurrent_dataloader.datasets.lmdb import LmdbDataset
@@ -54,7 +56,8 @@ def open_dataset(
         path_or_url: A folder, ``s3://bucket[/prefix]``, or ``http(s)://host/folder`` of shards; a
             file of it: an index of shards (``.npz``), a JSON index, whose keys are relative to its
             own folder unless ``data_path`` names another, or an LMDB file; or shards by a pattern,
-            such as ``train-{000000..000489}.tar``.
+            such as ``train-{000000..000489}.tar``. Of images, folders of splits are known, as
+            torchvision and Kaggle (``ILSVRC/Data/CLS-LOC``) lay ImageNet out.
         split: "train", "val" or "test", where there are several. None: the only one, else "train".
         options: What the dataset takes besides: `ShardDataset` and `open_store` for shards,
             `LmdbDataset`, `S3Dataset` or `ScratchDataset`.
@@ -106,9 +109,12 @@ def _open_folder(
     index_file = options.get("index_file")
     if index_file is not None and not os.fspath(index_file).endswith(".npz"):
         return _open_images(str(path), path, options)
-    place = look_into(str(path), open_place(str(path), {}))
+    store = open_place(str(path), {})
+    place = look_into(str(path), store)
     assert place is not None, "folders can be listed"
-    split_folder = _split_folder(place, split)
+    if kaggle := find_kaggle(place, str(path), store):
+        return _open_folder(path / kaggle, split, options)
+    split_folder = _split_folder(place, split, str(path), store)
     contents = find_contents(place, str(path), in_split_folder=split_folder is not None)
     if contents == "shards":
         return _open_shards(str(path), split, options)
@@ -133,9 +139,12 @@ def _open_bucket(
         return S3Dataset(bucket_name, prefix=prefix, split=_as_split(split), **options)
     given = dict(options)
     settings = take_store_options(given) | {"credentials": options.get("s3_credential_file")}
-    place = look_into(url, open_place(url, settings))
+    store = open_place(url, settings)
+    place = look_into(url, store)
     assert place is not None, "buckets can be listed"
-    split_folder = _split_folder(place, split)
+    if kaggle := find_kaggle(place, url, store):
+        return _open_bucket(f"{url.rstrip('/')}/{kaggle}", split, options)
+    split_folder = _split_folder(place, split, url, store)
     contents = find_contents(place, url, in_split_folder=split_folder is not None)
     if contents == "shards":
         return _open_shards(url, split, options)
@@ -186,17 +195,23 @@ def find_contents(place: Place, where: str, *, in_split_folder: bool = False) ->
     holds = f"{', '.join(held[:3])}{' ...' * (len(held) > 3)}" if held else "nothing"
     if METADATA_NAME in place.files:
         holds = f"{METADATA_NAME}, but no shards"
+    if place.originals:
+        raise IndexFormatError(
+            f"{where}: holds {', '.join(place.originals)}, ImageNet's original archives, which are "
+            "no shards; pack them with `concurrent-dataloader shard`, or unpack them"
+        )
     raise IndexFormatError(f"{where}: holds {holds}, looked for {LOOKED_FOR}")
 
 
-def _split_folder(place: Place, split: str | None) -> str | None:
+def _split_folder(place: Place, split: str | None, where: str, store: Store) -> str | None:
     """Give the folder of a split, where the folders are splits and not classes."""
     if split is not None:
         return split if split in place.folders else None
     names = [name for name in place.folders if name in SPLITS]
     if not names or len(names) < len(place.folders):
         return None
-    if place.image is not None and place.image.count("/") == 1:
+    is_flat = place.image is not None and place.image.count("/") == 1
+    if is_flat and not any(has_classes_below(where, store, name) for name in names):
         return None  # classes that happen to be called so
     return "train" if "train" in names else names[0] if len(names) == 1 else None
 
