@@ -7,6 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from concurrent_dataloader.datasets._ground_truth import (
+    find_validation_classes,
+    is_flat_validation,
+)
 from concurrent_dataloader.datasets._places import IMAGE_SUFFIXES
 from concurrent_dataloader.datasets.indexed import Decode, IndexedDataset
 from concurrent_dataloader.errors import IndexFormatError
@@ -54,7 +58,9 @@ class S3Dataset(IndexedDataset):
             classes_file: JSON object of classes, likewise. Without one, and without ``classes``,
                 the classes that occur are numbered from 0 in the order of their names: by the top
                 folder below ``prefix`` in a listing, as torchvision's ImageFolder does, else by the
-                parent folder. An index whose keys lie in one folder, or in none, has no labels.
+                parent folder. An index whose keys lie in one folder, or in none, has no labels. But
+                flat validation images of ImageNet have the classes that a ground truth, solution or
+                development kit says which lies in their folder or above it.
             endpoint_url: Of an S3-compatible service; AWS's own when None.
             s3_credential_file: JSON file; the standard AWS chain when None.
             prefix: Folder of the bucket that keys are relative to.
@@ -93,8 +99,16 @@ class S3Dataset(IndexedDataset):
         root = f"s3://{bucket_name}/{prefix}".rstrip("/")
         store = open_store(root, **store_options)
         index = _list_images(store, root) if index_file is None else Index.load(index_file)
-        if classes is None:
-            classes = _find_classes(index, classes_file, label_rule, is_listed=index_file is None)
+        classes = _find_classes(
+            index,
+            classes,
+            classes_file,
+            label_rule,
+            missing_label,
+            root=root,
+            open_root=lambda url: uncached(open_store(url, **store_options)),
+            is_listed=index_file is None,
+        )
         super().__init__(
             index.limit(limit, sample_seed),
             store,
@@ -158,8 +172,16 @@ class ScratchDataset(IndexedDataset):
         if not root.is_dir():
             raise FileNotFoundError(f"{root}: no such folder; give the root of the images")
         index = _walk_images(root) if index_file is None else Index.load(index_file)
-        if classes is None:
-            classes = _find_classes(index, classes_file, label_rule, is_listed=index_file is None)
+        classes = _find_classes(
+            index,
+            classes,
+            classes_file,
+            label_rule,
+            missing_label,
+            root=str(root),
+            open_root=open_store,
+            is_listed=index_file is None,
+        )
         super().__init__(
             index.limit(limit, sample_seed),
             open_store(root),
@@ -212,14 +234,23 @@ def _drop_loose(index: Index, root: str) -> Index:
 
 def _find_classes(
     index: Index,
+    given: Classes | None,
     classes_file: str | os.PathLike[str] | None,
     label_rule: LabelRule | None,
+    missing_label: int | None,
     *,
+    root: str,
+    open_root: Callable[[str], Store],
     is_listed: bool,
 ) -> Classes | None:
     """Read the classes, or number those that occur; None where the keys name none."""
-    if classes_file is not None:
-        return Classes.load(classes_file, label_rule=label_rule)
+    if given is None and classes_file is not None:
+        given = Classes.load(classes_file, label_rule=label_rule)
+    is_known = given is not None and (label_rule is not None or given.knows(index.key(0)))
+    if not is_known and label_rule is None and is_flat_validation(index):
+        return find_validation_classes(index, root, open_root, given, missing_label)
+    if given is not None:
+        return given
     if label_rule is not None:
         return Classes.from_keys(index.keys(), label_rule=label_rule)
     if is_listed:
