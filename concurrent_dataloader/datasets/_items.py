@@ -13,7 +13,9 @@ from concurrent_dataloader.formats.fields import (
     LABEL_FIELD,
     RAW_FIELDS,
     TENSOR_FIELD,
+    find_field,
     is_image_field,
+    is_label_field,
     read_label,
 )
 from concurrent_dataloader.formats.tar import Sample
@@ -112,7 +114,7 @@ class ItemMaker:
         if name in _NAMES:
             return sample.key if name == KEY_FIELD else where
         try:
-            if _is_label(name) and name not in self._decoders:
+            if is_label_field(name) and name not in self._decoders:
                 if label is None:
                     label = self._read_label(sample.fields[name])
                 return label if self.target_transform is None else self.target_transform(label)
@@ -138,15 +140,9 @@ class ItemMaker:
         return label - self._label_base
 
 
-def _is_label(name: str) -> bool:
-    return name.rpartition(".")[2] == LABEL_FIELD
-
-
 def _find(field: _Field, sample: Sample, label: int | None) -> str | None:
     """Choose among the alternatives of a field the first that a sample has."""
     for name in field.alternatives:
         if name in sample.fields or name in _NAMES or (name == LABEL_FIELD and label is not None):
             return name
-    # More than one would be several samples, of which the names differ in what looks like a field.
-    fitting = [name for name in sample.fields if name.rpartition(".")[2] in field.alternatives]
-    return fitting[0] if len(fitting) == 1 else None
+    return find_field(";".join(field.alternatives), sample.fields)

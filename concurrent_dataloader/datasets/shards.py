@@ -32,6 +32,7 @@ from concurrent_dataloader.formats.fields import (
     LABEL_FIELD,
     find_field,
     is_image_field,
+    is_label_field,
 )
 from concurrent_dataloader.formats.tar import parse_sample, split_name
 from concurrent_dataloader.labels import (
@@ -349,7 +350,7 @@ class ShardDataset(IndexedDataset):
         return item if decoded.metadata is None else (*item, decoded.metadata)
 
     def _transform_field(self, name: str, value: Any) -> Any:
-        if name == LABEL_FIELD:
+        if is_label_field(name):
             return value if self.target_transform is None else self.target_transform(value)
         if is_image_field(name) and self.transform is not None:
             return self.transform(value)
@@ -397,7 +398,7 @@ class ShardDataset(IndexedDataset):
                     f"{', '.join(sorted(contents))}; ask for one of these"
                 )
             names.append(name)
-            if name == LABEL_FIELD and self._labels is not None:
+            if is_label_field(name) and self._labels is not None:
                 values.append(self.label(position))
             else:
                 values.append(decode(name, contents[name]))

@@ -1,6 +1,8 @@
 """Fields of packed samples: what their names say; how labels, JSON and boxes are written.
 
-Names are as `tar.split_name` gives them: what follows the first dot, in lower case.
+Names are as `tar.split_name` gives them: what follows the first dot, in lower case. Of a name with
+more dots, ``ü.1.jpg``, the field is ``1.jpg``, and its last part says what it is, as to the
+webdataset package.
 """
 
 from __future__ import annotations
@@ -36,9 +38,39 @@ class Box(NamedTuple):
 
 
 def find_field(wanted: str, fields: Iterable[str]) -> str | None:
-    """Give the first of the alternatives ``"jpg;png;jpeg"`` that is present, or None."""
-    present = set(fields)
-    return next((name for name in wanted.lower().split(";") if name in present), None)
+    """Give the first of the alternatives ``"jpg;png;jpeg"`` that is present, or None.
+
+    Where none is, the one field counts whose last part is among them, such as ``v2.jpg`` of a name
+    with dots; of several, none does, since they are several samples of which only that is known.
+    """
+    present, alternatives = list(fields), wanted.lower().split(";")
+    exact = next((name for name in alternatives if name in present), None)
+    if exact is not None:
+        return exact
+    fitting = [name for name in present if name.rpartition(".")[2] in alternatives]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def find_label_field(fields: Iterable[str]) -> str | None:
+    """Tell which field of a sample is its class: ``cls``, or the one that ends so; None: none.
+
+    Raises:
+        SampleDecodeError: Several end so.
+    """
+    present = list(fields)
+    field = find_field(LABEL_FIELD, present)
+    several = [] if field else [name for name in present if is_label_field(name)]
+    if several:
+        raise SampleDecodeError(
+            f"cls: got {' and '.join(several)}, expected one; names of samples end at their first "
+            "dot: write the shards anew without dots in them"
+        )
+    return field
+
+
+def is_label_field(field: str) -> bool:
+    """Tell whether a field holds a class."""
+    return field.rpartition(".")[2] == LABEL_FIELD
 
 
 def find_payload_field(fields: Sequence[str]) -> str | None:

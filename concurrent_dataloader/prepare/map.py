@@ -22,6 +22,7 @@ import numpy as np
 from typing_extensions import Buffer
 
 from concurrent_dataloader.errors import LoaderError, ShardFormatError
+from concurrent_dataloader.formats.fields import LABEL_FIELD, find_field
 from concurrent_dataloader.formats.tar import (
     END_OF_ARCHIVE,
     Sample,
@@ -315,10 +316,12 @@ def _write(
     writer: TarWriter, key: str, fields: dict[str, Buffer], classes: tuple[str, ...] | None
 ) -> tuple[FoundSample, int]:
     """Write a sample; give what its index is to say, and the CRC-32C of its payload."""
-    label = parse_label(fields["cls"]) if "cls" in fields else None
-    if "cls" in fields and (label is None or (classes is not None and label >= len(classes))):
+    field = find_field(LABEL_FIELD, fields)
+    label = None if field is None else parse_label(fields[field])
+    if field is not None and (label is None or (classes is not None and label >= len(classes))):
         expected = "a number" if classes is None else f"0 to {len(classes) - 1}"
-        raise ValueError(f"gave {bytes(fields['cls'])[:20]!r} as field 'cls', expected {expected}")
+        given = bytes(fields[field])[:20]
+        raise ValueError(f"gave {given!r} as field {field!r}, expected {expected}")
     written = writer.write(key, fields)
     found = describe_sample(written, label)
     payload_crc = written.members[found.name.removeprefix(f"{key}.")].crc32c

@@ -22,7 +22,11 @@ from concurrent_dataloader.errors import (
     UnknownClassError,
 )
 from concurrent_dataloader.formats.crc32c import crc32c
-from concurrent_dataloader.formats.fields import IMAGE_FIELDS, find_payload_field
+from concurrent_dataloader.formats.fields import (
+    IMAGE_FIELDS,
+    find_label_field,
+    find_payload_field,
+)
 from concurrent_dataloader.formats.image import decode_image
 from concurrent_dataloader.formats.tar import END_OF_ARCHIVE, read_samples
 from concurrent_dataloader.labels import Classes
@@ -125,8 +129,12 @@ def parse_tar_fields(fields: dict[str, bytes], key: str, where: str) -> ParsedSa
         ShardFormatError: There is nothing that could be an image, or the class is no number.
     """
     label: int | None = None
-    if "cls" in fields:
-        text = fields["cls"].strip()
+    try:
+        label_field = find_label_field(fields)
+    except SampleDecodeError as error:
+        raise ShardFormatError(f"{where}: {error}") from error
+    if label_field is not None:
+        text = fields[label_field].strip()
         if not text.isdigit() or len(text) > 9:
             raise ShardFormatError(f"{where}: got class {text[:20]!r}, expected a number from 0 on")
         label = int(text)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -27,7 +27,9 @@ from concurrent_dataloader.errors import (
 from concurrent_dataloader.formats.fields import (
     LABEL_FIELD,
     find_field,
+    find_label_field,
     find_payload_field,
+    is_image_field,
     read_json,
     read_label,
 )
@@ -254,7 +256,8 @@ def iter_tar_samples(
         for member in read_members(file, where):
             parts = split_name(member.name)
             size_bytes = member.data.stop - member.data.start
-            if parts and parts[1] in (LABEL_FIELD, "json") and size_bytes <= _MAX_LABEL_BYTES:
+            kind = parts[1].rpartition(".")[2] if parts else ""
+            if kind in (LABEL_FIELD, "json") and size_bytes <= _MAX_LABEL_BYTES:
                 # The walk goes on by offset, wherever the file stands.
                 file.seek(member.data.start)
                 contents[member.start] = file.read(size_bytes)
@@ -279,6 +282,8 @@ def _scan_tar(file: BinaryIO, where: str, payload: str | None) -> Iterator[_Foun
             )
         seen.add(key)
         fields = list(members)
+        if payload is None:
+            _check_images(fields, f"{where}: sample {key!r}")
         field = find_payload_field(fields) if payload is None else find_field(payload, fields)
         if field is None:
             wanted = "an image or other content" if payload is None else repr(payload)
@@ -294,12 +299,23 @@ def _scan_tar(file: BinaryIO, where: str, payload: str | None) -> Iterator[_Foun
         )
 
 
+def _check_images(fields: Sequence[str], where: str) -> None:
+    """Raise if any of several images could be the one of a sample."""
+    images = [field for field in fields if is_image_field(field)]
+    if len(images) > 1 and all("." in field for field in images):
+        raise ShardFormatError(
+            f"{where} has the images {', '.join(images)}, expected one, or one without a dot; name "
+            "the field by payload, or, if they are samples each, write the tar anew without dots "
+            "in their names, since a name ends at its first dot"
+        )
+
+
 def _find_label(small: Mapping[str, bytes], where: str) -> int | None:
     try:
-        if LABEL_FIELD in small:
-            return read_label(small[LABEL_FIELD])
-        if "json" in small:
-            decoded: object = read_json(small["json"])
+        if (field := find_label_field(small)) is not None:
+            return read_label(small[field])
+        if (field := find_field("json", small)) is not None:
+            decoded: object = read_json(small[field])
             label = (
                 cast(dict[str, Any], decoded).get("label") if isinstance(decoded, dict) else None
             )

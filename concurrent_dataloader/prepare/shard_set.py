@@ -24,7 +24,7 @@ from typing_extensions import Buffer
 
 from concurrent_dataloader.errors import KeyNotFoundError, ShardFormatError
 from concurrent_dataloader.files import write_whole
-from concurrent_dataloader.formats.fields import LABEL_FIELD, find_payload_field
+from concurrent_dataloader.formats.fields import LABEL_FIELD, find_field, find_payload_field
 from concurrent_dataloader.formats.tar import (
     BLOCK_BYTES,
     SampleMembers,
@@ -222,7 +222,8 @@ def find_samples(store: Store, shard: Shard) -> Iterator[FoundSample]:
     where = store.describe(shard.name)
     with io.BufferedReader(RangedFile(store, shard.name, shard.size_bytes), _SCAN_BYTES) as file:
         for sample, small in iter_tar_samples(cast(BinaryIO, file), where):
-            label = parse_label(small[LABEL_FIELD]) if LABEL_FIELD in small else None
+            field = find_field(LABEL_FIELD, small)
+            label = None if field is None else parse_label(small[field])
             yield describe_sample(sample, label)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import gzip
 import io
 import json
@@ -14,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from concurrent_dataloader.datasets import ShardDataset
+from concurrent_dataloader.datasets import ShardDataset, StreamedShards
 from concurrent_dataloader.errors import KeyNotFoundError, ShardFormatError
 from concurrent_dataloader.formats.tfrecord import (
     ImageExample,
@@ -24,10 +26,12 @@ from concurrent_dataloader.formats.tfrecord import (
 from concurrent_dataloader.labels import LabelSpace, imagenet_classes
 from concurrent_dataloader.prepare.__main__ import main
 from concurrent_dataloader.prepare.scan import find_shards, scan_shards
+from concurrent_dataloader.prepare.sources import open_source
 from concurrent_dataloader.shard_index import ShardIndex
 from concurrent_dataloader.shard_names import Source
 from concurrent_dataloader.stores import Credentials, open_store
 from concurrent_dataloader.testing import ObjectServer
+from tests.datasets.conftest import encode_image
 
 KIT = [entry.wnid for entry in imagenet_classes()]
 WNIDS = sorted(KIT)
@@ -473,3 +477,73 @@ def test_shards_of_several_splits_need_a_name(
 
     assert main(["index", str(tmp_path), "--output", str(tmp_path / "all.npz")]) == 1
     assert "has shards of train, val, expected those of one split" in capsys.readouterr().err
+
+
+# Names with dots
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves files open
+def test_a10_all_readers_agree_on_names_with_dots(tmp_path: Path) -> None:
+    """The stream had the labels; index, random access and packers dropped them in silence."""
+    photo = encode_image(0)
+    members = {"ü.1.jpg": photo, "ü.1.cls": b"7", "v.d/x.2.JPG": photo, "v.d/x.2.cls": b"5"}
+    root = write(tmp_path / "shards", {"train-0.tar": make_tar(list(members.items()))})
+
+    index = scan(root)
+    by_position = ShardDataset(index, open_store(root))
+    by_field = ShardDataset(index, open_store(root), fields=("jpg", "cls"), decode="pillow")
+
+    assert labels_of(index) == [7, 5]
+    assert [label for _, label in StreamedShards(root)] == [7, 5]
+    assert [by_position[n][1] for n in range(2)] == [7, 5]
+    assert [(by_field[n][0].size, by_field[n][1]) for n in range(2)] == [
+        ((24, 20), 7),
+        ((24, 20), 5),
+    ]
+    webdataset = pytest.importorskip("webdataset")
+    files = str(root / "train-0.tar")
+    theirs = webdataset.WebDataset(files, shardshuffle=False, empty_check=False).decode()
+    assert [each.get("1.cls", each.get("2.cls")) for each in theirs] == [7, 5]
+    del theirs
+    gc.collect()
+    with contextlib.closing(open_source(f"{root}/train-*.tar", on_stray="error")) as source:
+        assert [source.name(n) for n in range(2)] == ["ü.1.jpg", "v.d/x.2.JPG"]
+        assert [source.label(n) for n in range(2)] == [7, 5]
+
+
+def test_a10_samples_whose_names_begin_alike_are_refused_or_told_apart(tmp_path: Path) -> None:
+    photo = encode_image(0)
+    members = {"a.1.jpg": photo, "a.1.cls": b"1", "a.2.jpg": photo, "a.2.cls": b"2"}
+    root = write(tmp_path / "shards", {"train-0.tar": make_tar(list(members.items()))})
+
+    with pytest.raises(ShardFormatError, match=r"'a' has the images 1.jpg, 2.jpg, expected one"):
+        scan(root)
+    with pytest.raises(ShardFormatError, match=r"cls: got 1.cls and 2.cls, expected one"):
+        scan(root, payload="1.jpg")
+    with pytest.raises(ShardFormatError, match=r"sample 'a' has no field"):
+        list(StreamedShards(root))
+    with contextlib.closing(open_source(root / "train-0.tar", on_stray="error")) as source:
+        assert [source.label(n) for n in range(2)] == [1, 2]
+
+
+def test_one_of_several_images_is_named_or_has_the_plain_name(tmp_path: Path) -> None:
+    views = {"a.left.jpg": b"l", "a.right.jpg": b"right", "a.cls": b"3"}
+    root = write(tmp_path / "views", {"train-0.tar": make_tar(list(views.items()))})
+    masks = {"a.jpg": b"image", "a.mask.png": b"m", "a.cls": b"4"}
+    other = write(tmp_path / "masks", {"train-0.tar": make_tar(list(masks.items()))})
+
+    assert scan(root, payload="right.jpg").names.key(0) == "a.right.jpg"
+    assert labels_of(scan(root, payload="left.jpg")) == [3]
+    assert scan(other).names.key(0) == "a.jpg"
+    with contextlib.closing(open_source(root / "train-0.tar", on_stray="error")) as source:
+        assert [source.label(n) for n in range(2)] == [3, 3]
+
+
+def test_a10_a_deep_check_sees_the_labels_of_names_with_dots(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = {"a.1.jpg": encode_image(0), "a.1.cls": b"seven"}
+    root = write(tmp_path / "shards", {"train-0.tar": make_tar(list(members.items()))})
+
+    assert main(["validate", str(root), "--deep"]) != 0
+    assert "got class b'seven', expected a number" in capsys.readouterr().out

@@ -21,7 +21,7 @@ import shutil
 import tempfile
 import weakref
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
@@ -110,10 +110,10 @@ class _Scan:
         """By number of the sample."""
         self.inner: list[_InnerTar] = []
         self.strays: list[str] = []
-        # By key; whether there is such a sample is known at the end of the tar, and only then
-        # whether what is wrong matters.
-        self._labels_by_key: dict[str, int | ShardFormatError] = {}
-        self._boxes_by_key: dict[str, tuple[Box, ...] | ShardFormatError] = {}
+        # By name without ending; whether there is such a sample is known at the end of the tar, and
+        # only then whether what is wrong matters.
+        self._labels_by_stem: dict[str, int | ShardFormatError] = {}
+        self._boxes_by_stem: dict[str, tuple[Box, ...] | ShardFormatError] = {}
 
     @property
     def count(self) -> int:
@@ -122,17 +122,18 @@ class _Scan:
 
     def read_annotation(self, file: BinaryIO, name: str, data: ByteRange, where: str) -> bool:
         """Read a label or boxes, if the member is that."""
-        key, field = split_name(name) or ("", "")
-        length = data.stop - data.start
-        if field not in ("cls", "json") or length > _MAX_ANNOTATION_BYTES:
+        stem, _, field = name.rpartition(".")
+        field, length = field.lower(), data.stop - data.start
+        is_known = field in ("cls", "json") and split_name(name) is not None
+        if not is_known or length > _MAX_ANNOTATION_BYTES:
             return False
         file.seek(data.start)
         content = file.read(length)
         where = f"{where}: {name!r}"
         if field == "cls":
-            _add_once(self._labels_by_key, key, _parse_label(content, where), where)
+            _add_once(self._labels_by_stem, stem, _parse_label(content, where), where)
         else:
-            _add_once(self._boxes_by_key, key, _parse_boxes(content, where), where)
+            _add_once(self._boxes_by_stem, stem, _parse_boxes(content, where), where)
         return True
 
     def finish(self) -> None:
@@ -141,19 +142,45 @@ class _Scan:
         Raises:
             ShardFormatError: That of a sample cannot be read, or is there twice.
         """
-        labels, boxes = self._labels_by_key, self._boxes_by_key
-        keys = [(split_name(name) or (name,))[0] for name in self.names] if labels or boxes else []
-        is_shard = any(key in labels for key in keys)
-        known = set(keys) if is_shard else set[str]()
-        for field, found in (("cls", labels), ("json", boxes)):
-            self.strays += [f"{key}.{field}" for key in found if key not in known]
+        labels, boxes = self._labels_by_stem, self._boxes_by_stem
+        names = self.names if labels else []
+        label_stems, box_stems = _match_stems(labels, names), _match_stems(boxes, names)
+        is_shard = any(label_stems)
+        for field, found, stems in (("cls", labels, label_stems), ("json", boxes, box_stems)):
+            used = set(stems) if is_shard else set[str]()
+            self.strays += [f"{stem}.{field}" for stem in found if stem not in used]
         if is_shard:
-            for number, key in enumerate(keys):
-                self.labels.append(_checked(labels.get(key, NO_LABEL)))
-                if has_boxes := _checked(boxes.get(key, ())):
+            for number, stem in enumerate(label_stems):
+                self.labels.append(_checked(labels.get(stem, NO_LABEL)))
+                if has_boxes := _checked(boxes.get(box_stems[number], ())):
                     self.boxes[number] = has_boxes
         labels.clear()
         boxes.clear()
+
+
+def _match_stems(found: Collection[str], names: Sequence[str]) -> list[str]:
+    """Give for each sample the annotation that is its, by name without ending; "" if there is none.
+
+    That is the one of its own name, ``a.1.cls`` for ``a.1.jpg``. Where there is none, that of the
+    same key, which ends at the first dot: ``a.cls``, unless it is another sample's own.
+    """
+    if not found:
+        return [""] * len(names)
+    own = {name.rpartition(".")[0] for name in names}
+    by_key: dict[str, str] = {}
+    for stem in found:
+        if stem not in own:
+            key = _key_of(f"{stem}.x")
+            by_key[key] = "" if key in by_key else stem
+    stems: list[str] = []
+    for name in names:
+        stem = name.rpartition(".")[0]
+        stems.append(stem if stem in found else by_key.get(_key_of(name), ""))
+    return stems
+
+
+def _key_of(name: str) -> str:
+    return (split_name(name) or (name,))[0]
 
 
 def _add_once(
