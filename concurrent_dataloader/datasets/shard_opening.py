@@ -200,27 +200,28 @@ def _probe_index(
     if not names_shards(text):
         raise KeyNotFoundError(f"{missing}index_file")
     command = _index_command(text, settings, names[0])
-    raise KeyNotFoundError(
+    raise _noted(
         f"{missing}write it with `{command}`, which reads each shard once, and pass"
-        f" index_file={names[0]!r}; or stream the shards with StreamedShards"
+        f" index_file={names[0]!r}"
     )
 
 
 def _missing_index(
     root: str, place: Place, split: str | None, settings: Mapping[str, Any]
 ) -> KeyNotFoundError:
-    if place.indexes:
+    wanted = [name for name in place.shards if find_split(name) == (split or "train")]
+    if place.indexes and not wanted:
         return KeyNotFoundError(
             f"{root}: no index of split {split or 'train'!r} among {', '.join(place.indexes)}; "
             "give split, or the index itself"
         )
-    shards = place.shards
+    shards = wanted if place.indexes else place.shards
     if not shards:
         return KeyNotFoundError(f"{root}: no shards and no index of them; check the path")
     if all(find_kind(name) == "compressed tar" for name in shards):
-        return KeyNotFoundError(
-            f"{root}: {len(shards)} compressed tars, in which no sample has a byte range; stream "
-            "them with StreamedShards, or convert them with `concurrent-dataloader shard`"
+        return _noted(
+            f"{root}: {len(shards)} compressed tars, in which no sample has a byte range; convert "
+            "them with `concurrent-dataloader shard`"
         )
     name = f"{split or _first_split(shards) or 'train'}-{INDEX_SUFFIX}"
     place_of_index = f"{root.rstrip('/')}/{name}"
@@ -228,11 +229,17 @@ def _missing_index(
         command = _index_command(root, settings, place_of_index)
     else:
         command = _index_command(root, settings, name, "--upload", place_of_index)
-    return KeyNotFoundError(
+    return _noted(
         f"{root}: {len(shards)} shards such as {shards[0]} without an index of byte ranges; write "
-        f"it once with `{command}`, which reads {'headers' if is_local(root) else 'all'} of them,"
-        " or stream them with StreamedShards"
+        f"it once with `{command}`, which reads {'headers' if is_local(root) else 'all'} of them"
     )
+
+
+def _noted(message: str) -> KeyNotFoundError:
+    """Add what programs may do instead; the trainer, which shows the message alone, cannot."""
+    error = KeyNotFoundError(message)
+    error.add_note("StreamedShards reads shards front to back without an index")
+    return error
 
 
 def _first_split(shards: Sequence[str]) -> str | None:

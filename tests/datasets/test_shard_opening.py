@@ -143,6 +143,8 @@ def test_splits_may_have_folders_of_their_own(tmp_path: Path) -> None:
 def test_what_has_no_index_says_how_to_make_one(root: Path) -> None:
     (root / "train-index.npz").unlink()
 
+    with pytest.raises(KeyNotFoundError, match=r"shards such as train-.* without an index"):
+        open_shards(root, split="train")
     with pytest.raises(KeyNotFoundError, match=r"no index of split 'test' among val-index.npz"):
         open_shards(root, split="test")
     (root / "val-index.npz").unlink()
@@ -150,7 +152,7 @@ def test_what_has_no_index_says_how_to_make_one(root: Path) -> None:
         open_shards(root)
     for path in root.glob("*.tar"):
         path.rename(f"{path}.gz")
-    with pytest.raises(KeyNotFoundError, match=r"compressed tars, .* stream them"):
+    with pytest.raises(KeyNotFoundError, match=r"compressed tars, .* convert them .*\nStreamed"):
         open_shards(root)
 
 
