@@ -91,7 +91,8 @@ def ratio(text: str) -> float:
 
 def add_example_arguments(add: Callable[..., Any]) -> None:
     """Add the arguments of PyTorch's ImageNet example."""
-    add("data", nargs="?", default="imagenet", help="a folder, s3://bucket[/prefix], or a bucket")
+    add("data", nargs="?", help="a folder, s3://bucket[/prefix], or a bucket (default: imagenet)")
+    add("--data", dest="data_flag", metavar="DATA", help="the same")
     add("-a", "--arch", default="resnet18", help="a model of torchvision")
     add("-j", "--workers", type=at_least(0), default=4, help="processes that load, per node")
     add("--epochs", type=at_least(0), default=90)
@@ -118,12 +119,13 @@ def add_example_arguments(add: Callable[..., Any]) -> None:
 def add_own_arguments(add: Callable[..., Any]) -> None:
     """Add those of this trainer: where the images are, how they are loaded, and the recipe."""
     add("--dataset", choices=DATASETS, default="auto", help="what lies there; auto: found out")
-    add("--stream", action="store_true", help="read training shards front to back, not at random")
+    add("--stream", action="store_true", help="read training shards, which have an index, in turn")
     add("--dataset-limit", type=at_least(1), help="images of each split, drawn from all of it")
     add("--index-file", type=Path, help="JSON index of the training images; listed when absent")
     add("--val-index-file", type=Path)
     add("--classes-file", type=Path, help="JSON classes of the training images")
     add("--val-classes-file", type=Path, help="of the validation images, if they have their own")
+    add("--classes", type=at_least(1), help="outputs of the model; those of the data when absent")
     add("--endpoint-url", help="of an S3-compatible store")
     add("--s3-credential-file", type=Path, help="JSON; the standard AWS chain when absent")
     add("--use-cache", action="store_true", help="read through --cache-endpoint-url")
@@ -201,10 +203,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Args:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n")[0],
         usage="%(prog)s [DATA] [FLAGS]; --help lists them",
+        allow_abbrev=False,
     )
     add_example_arguments(parser.add_argument)
     add_own_arguments(parser.add_argument)
     args = parser.parse_args(argv)
+    if None not in (args.data, args.data_flag) and args.data != args.data_flag:
+        parser.error(f"argument --data: got {args.data_flag}, and {args.data} before, expected one")
+    args.data = args.data or args.data_flag or "imagenet"
+    delattr(args, "data_flag")
     if args.arch not in torchvision.models.list_models(torchvision.models):
         parser.error(f"argument -a/--arch: got {args.arch!r}, expected a model of torchvision")
     check_places(parser, args)
@@ -331,7 +338,7 @@ def open_split(args: Args, split: str, classes: Any = None) -> Any:
     transform = v2.Compose([*(random_crop if split == "train" else center_crop), *last])
     if args.dummy:
         size = min({"train": 1_281_167, "val": 50_000}[split], args.dataset_limit or 2**31)
-        return torchvision.datasets.FakeData(size, (3, 224, 224), 1000, transform)
+        return torchvision.datasets.FakeData(size, (3, 224, 224), args.classes or 1000, transform)
     train = split == "train"
     bucket_name, _, prefix = args.data.removeprefix("s3://").partition("/")
     where = {"data_path": args.data}
@@ -741,10 +748,13 @@ def load_checkpoint(args: Args) -> dict[str, Any]:
 def find_classes(args: Args, dataset: Any, known: list[str] | None) -> list[str]:
     """Find the names of the classes, by label; raise unless they are those of the weights."""
     if args.dummy:
-        return [str(label) for label in range(1000)]
+        return [str(label) for label in range(args.classes or 1000)]
     if dataset.classes is None:
         raise ValueError(f"{args.data}: the images have no classes; give --classes-file")
-    classes = [dataset.classes.name(label) for label in range(dataset.classes.count)]
+    count = args.classes or dataset.classes.count
+    if count < dataset.classes.count:
+        raise ValueError(f"--classes: got {count}, but the data have {dataset.classes.count}")
+    classes = [dataset.classes.name(label) for label in range(count)]
     if known is not None and known != classes:
         raise ValueError(
             f"--resume: {args.resume}: knows {len(known)} classes, {known[0]!r} first, the data "

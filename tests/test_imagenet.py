@@ -244,6 +244,55 @@ def test_a_stream_of_shards_trains_on_every_image_once_an_epoch(
         assert losses_of(output) == losses_of(output.with_name(f"run-{len(str(data))}"))
 
 
+def test_a_stream_without_an_index_says_how_to_write_it(
+    train: Callable[..., Path],
+    image_folder: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """It advised StreamedShards, which --stream is."""
+    data = tmp_path / "packed"
+    assert pack(["shard", str(image_folder), str(data), "--splits", "train,val"]) == 0
+    (data / "train-index.npz").unlink()
+
+    with pytest.raises(SystemExit) as caught:
+        train("run", "--stream", data=data)
+
+    assert caught.value.code == 2
+    error = capfd.readouterr().err
+    command = f"concurrent-dataloader index {data} --output {data / 'train-index.npz'}"
+    assert f"without an index of byte ranges; write it once with `{command}`" in error
+    assert "StreamedShards" not in error
+
+
+@pytest.mark.slow
+def test_kaggles_layout_trains_and_validates_as_it_lies(
+    train: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Its validation images are flat, and stopped the trainer."""
+    rng = np.random.default_rng(1)
+    wnids = ("n01440764", "n01443537", "n01484850")
+    solution = ["ImageId,PredictionString"]
+    data = tmp_path / "ILSVRC" / "Data" / "CLS-LOC"
+    for number in range(6):
+        label = number % 3
+        name = f"ILSVRC2012_val_{number + 1:08}"
+        for folder, file in ((f"train/{wnids[label]}", f"{number}.JPEG"), ("val", f"{name}.JPEG")):
+            (data / folder).mkdir(parents=True, exist_ok=True)
+            (data / folder / file).write_bytes(encode_image(rng, label))
+        solution.append(f"{name},{wnids[label]} 1 2 3 4")
+    (tmp_path / "LOC_val_solution.csv").write_text("\n".join(solution))
+
+    output = train("run", "--epochs", "1", "--classes", "5", data=tmp_path)
+
+    (epoch,) = read_log(output, "epoch")
+    assert [epoch[split]["num_images"] for split in ("train", "val")] == [6, 6]
+    state = load(output / "checkpoint.pth.tar")
+    assert state["state_dict"]["fc.weight"].shape[0] == len(state["classes"]) == 5
+    with pytest.raises(SystemExit):
+        train("few", "--classes", "2", data=tmp_path)
+
+
 @pytest.mark.slow
 def test_an_index_and_a_classes_file_give_the_same_job(
     train: Callable[..., Path], images: dict[str, bytes], tmp_path: Path
@@ -631,6 +680,15 @@ def test_the_flags_of_pytorchs_example_have_its_defaults() -> None:
     )
 
 
+def test_data_is_a_flag_too() -> None:
+    """It was an ambiguous abbreviation of --dataset and --dataset-limit."""
+    given = [
+        arguments(*argv) for argv in (["a"], ["--data", "a"], ["--data=a"], ["a", "--data", "a"])
+    ]
+
+    assert [vars(args) for args in given] == [vars(given[0])] * 4
+
+
 @pytest.mark.parametrize(
     ("epoch", "rate"), [(0, 1.0), (29.99, 1.0), (30, 0.1), (59.9, 0.1), (60, 0.01), (89, 0.01)]
 )
@@ -768,6 +826,9 @@ def test_a_stream_goes_on_after_an_image_that_is_damaged(
     ("flags", "text"),
     [
         ("--arch resnet19", "argument -a/--arch: got 'resnet19', expected a model of torchvision"),
+        ("--data other", "argument --data: got other, and nowhere before, expected one"),
+        ("--epoch 1", "unrecognized arguments: --epoch 1"),
+        ("--classes 0", "argument --classes: got '0', expected a number from 1 on"),
         ("-j -1", "argument -j/--workers: got '-1', expected a number from 0 on"),
         ("-b x", "argument -b/--batch-size: got 'x', expected a number from 1 on"),
         ("--num-fetch-workers 0", "--num-fetch-workers: got '0', expected a number from 1 on"),
