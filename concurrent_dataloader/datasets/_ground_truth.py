@@ -74,7 +74,7 @@ def find_validation_classes(
         f"{folders[0]}: a flat folder of ImageNet's validation images, and none of"
         f" {', '.join(TRUTH_NAMES)} in {' or '.join(folders)}"
     )
-    what = "put one there, or give it as classes_file"
+    what = "put one there, or give the .txt as classes_file"
     if known is not None:
         raise ClassesFormatError(f"{missing}, to find the classes given by; {what}")
     if missing_label is not None:
