@@ -208,8 +208,12 @@ def _split_folder(place: Place, split: str | None, where: str, store: Store) -> 
     if split is not None:
         return split if split in place.folders else None
     names = [name for name in place.folders if name in SPLITS]
-    if not names or len(names) < len(place.folders):
+    if not names:
         return None
+    if len(names) < len(place.folders):
+        # Beside others, such as that of the development kit, two of them have to look like splits.
+        is_split = "train" in names and len(names) > 1 and has_classes_below(where, store, "train")
+        return "train" if is_split else None
     is_flat = place.image is not None and place.image.count("/") == 1
     if is_flat and not any(has_classes_below(where, store, name) for name in names):
         return None  # classes that happen to be called so

@@ -137,6 +137,13 @@ def test_a_flat_split_beside_one_of_classes_is_no_class(tmp_path: Path) -> None:
     assert labels_of(open_dataset(tmp_path)) == [0, 1]
 
 
+def test_splits_beside_a_folder_of_other_things_are_no_classes(tmp_path: Path) -> None:
+    write_tree(tmp_path, {"train/a/1.jpg": IMAGE, "train/b/1.jpg": IMAGE, "val/a/1.jpg": IMAGE})
+    write_tree(tmp_path, {"ILSVRC2012_devkit_t12/readme.txt": b"x"})
+
+    assert labels_of(open_dataset(tmp_path)) == [0, 1]
+
+
 # A flat folder of validation images
 
 
