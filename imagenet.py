@@ -198,6 +198,22 @@ def check_places(parser: argparse.ArgumentParser, args: Args) -> None:
             )
 
 
+def check_ways_to_read(parser: argparse.ArgumentParser, args: Args) -> None:
+    """Refuse ways to read the data that do not go together."""
+    if args.stream and (args.dataset not in ("webdataset", "tfrecord", "auto") or args.dummy):
+        parser.error(f"argument --stream: got --dataset {args.dataset}, expected shards")
+    if args.stream and args.dataset_limit is not None:
+        parser.error("argument --stream: reads all shards, expected no --dataset-limit with it")
+    if args.memory_cache and (args.stream or args.dummy):
+        parser.error("argument --memory-cache: keeps single samples, expected no --stream, --dummy")
+    beside_copy = (args.dummy, args.index_file, args.val_index_file, args.cache_dir)
+    if args.copy_to is not None and any(beside_copy):
+        parser.error(
+            "argument --copy-to: copies all of the data, expected no --dummy, no index file, no "
+            "--cache-dir"
+        )
+
+
 def parse_arguments(argv: Sequence[str] | None = None) -> Args:
     """Read the command line; exits with status 2 where it is wrong."""
     parser = argparse.ArgumentParser(
@@ -224,18 +240,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Args:
         )
     if args.checkpoint_steps and (args.loader == "torch" or args.fetch_impl == "vanilla"):
         parser.error("argument --checkpoint-steps: torch's loader keeps no state, expected ours")
-    if args.stream and (args.dataset not in ("webdataset", "tfrecord", "auto") or args.dummy):
-        parser.error(f"argument --stream: got --dataset {args.dataset}, expected shards")
-    if args.stream and args.dataset_limit is not None:
-        parser.error("argument --stream: reads all shards, expected no --dataset-limit with it")
-    if args.memory_cache and (args.stream or args.dummy):
-        parser.error("argument --memory-cache: keeps single samples, expected no --stream, --dummy")
-    beside_copy = (args.dummy, args.index_file, args.val_index_file, args.cache_dir)
-    if args.copy_to is not None and any(beside_copy):
-        parser.error(
-            "argument --copy-to: copies all of the data, expected no --dummy, no index file, no "
-            "--cache-dir"
-        )
+    check_ways_to_read(parser, args)
     check_error_policy(parser, args)
     if args.dataset == "auto" and (args.index_file or args.val_index_file or args.use_cache):
         # These belong to images one by one; packed data has an index of its own.
