@@ -10,11 +10,13 @@ import aiohttp
 import botocore.exceptions
 from aiobotocore.config import AioConfig
 from aiobotocore.credentials import AioCredentials
+from aiobotocore.httpsession import AIOHTTPSession
 from aiobotocore.session import AioSession
 from typing_extensions import Buffer, override
 
 from concurrent_dataloader.errors import BodyMismatchError, DeadlineError
 from concurrent_dataloader.ranges import ByteRange
+from concurrent_dataloader.stores._aiohttp import ask_once
 from concurrent_dataloader.stores._answers import broken_connection, check_body
 from concurrent_dataloader.stores._boto3 import (
     client_arguments,
@@ -91,6 +93,25 @@ class AiobotocoreStore(AwaitingStore):
         return check_body(self._address, key, byte_range, status, header, body, self._checksums)
 
 
+class _AskingOnce:
+    """A session of aiohttp's, as aiobotocore uses one, that leaves repeating to us."""
+
+    def __init__(self, session: aiohttp.ClientSession) -> None:
+        self._session = session
+
+    async def request(self, method: str, **arguments: Any) -> aiohttp.ClientResponse:
+        """Make a request as `aiohttp.ClientSession.request` does, once."""
+        return await self._session.request(method, middlewares=(ask_once,), **arguments)
+
+
+class _HttpSession(AIOHTTPSession):
+    """aiobotocore's own, which makes its sessions itself and takes no middlewares for them."""
+
+    @override
+    async def _get_session(self, proxy_url: str | None) -> Any:
+        return _AskingOnce(await super()._get_session(proxy_url))
+
+
 class _LiveCredentials(AioCredentials):
     """Asks a source of ours for each request, so that new credentials are used at once."""
 
@@ -118,7 +139,9 @@ class _Provider:
 
 def _open_client(address: S3Address, options: ClientOptions) -> AbstractAsyncContextManager[Any]:
     arguments = client_arguments(address, options)
-    arguments["config"] = AioConfig(**client_settings(address, options))
+    arguments["config"] = AioConfig(
+        http_session_cls=_HttpSession, **client_settings(address, options)
+    )
     source = address.credentials
     if isinstance(source, CredentialsChain):
         source.resolve()  # says in our words that there are none

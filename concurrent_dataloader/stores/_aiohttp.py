@@ -121,6 +121,23 @@ class AiohttpStore(AwaitingStore):
         return broken_connection(self._address, key, reason)
 
 
+async def ask_once(
+    request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+) -> aiohttp.ClientResponse:
+    """Keep aiohttp from asking again by itself where a connection that was kept open breaks.
+
+    It repeats idempotent requests by the class of the error, and looks at what its middlewares
+    raise; so one of them raises another class. What says that no connection was made stays, since
+    it is not repeated and tells more.
+    """
+    try:
+        return await handler(request)
+    except aiohttp.ClientConnectorError:
+        raise
+    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+        raise aiohttp.ClientConnectionError(str(error) or type(error).__name__) from error
+
+
 def _open_session(options: ClientOptions) -> aiohttp.ClientSession:
     """Make a session; it belongs to the event loop that runs."""
     tls: ssl.SSLContext | bool = True
@@ -136,4 +153,5 @@ def _open_session(options: ClientOptions) -> aiohttp.ClientSession:
         auto_decompress=False,  # the bytes as they were stored
         cookie_jar=aiohttp.DummyCookieJar(),
         headers={"Accept-Encoding": "identity"},
+        middlewares=(ask_once,),
     )

@@ -168,6 +168,25 @@ def test_the_number_of_attempts_is_the_policys(
 
 
 @pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize(
+    "kind", ["internal_error", "slow_down", "reset_before_headers", "reset_before_body"]
+)
+def test_one_attempt_is_one_request_on_a_connection_that_was_used_before(
+    client: str, kind: Any, open_bucket: OpenBucket, object_server: ObjectServer
+) -> None:
+    store = open_bucket(client, retry=RetryPolicy(max_attempts=1), hedge=None)
+    for read in reads(store):
+        read("large")
+        object_server.set_faults([Fault(kind, key_pattern="ten")])
+        object_server.reset_counters()
+
+        with pytest.raises(StoreUnavailableError, match=r"s3://bucket/ten: .* 1 attempt in"):
+            read("ten")
+
+        assert object_server.counters(by_key=True).num_gets_by_key["bucket/ten"] == 1
+
+
+@pytest.mark.parametrize("client", CLIENTS)
 def test_a_body_that_stays_short_is_an_error_and_not_a_short_body(
     client: str, open_bucket: OpenBucket, object_server: ObjectServer
 ) -> None:
