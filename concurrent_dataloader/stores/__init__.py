@@ -127,7 +127,8 @@ def open_store(
             that it forks later can use obstore. False is for programs that never fork.
         max_connections: Requests at once in a process, at most; as many as there are fetchers, or
             more.
-        retry: When to ask again; None: the defaults of `RetryPolicy`.
+        retry: When to ask again; None: the defaults of `RetryPolicy`, which also says what becomes
+            of ``Retry-After``.
         deadline_s: For a request with all its attempts.
         connect_timeout_s: For an attempt, until the connection stands.
         stall_timeout_s: For an attempt, until the next byte comes.

@@ -160,13 +160,14 @@ def translate(address: S3Address, key: str, error: BaseException) -> StoreError:
     where, endpoint = address.describe(key), address.endpoint_url
     if isinstance(error, botocore.exceptions.ClientError):
         answer: Any = error.response
-        status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        metadata = answer.get("ResponseMetadata", {})
+        status = metadata.get("HTTPStatusCode", 0)
         code = str(answer.get("Error", {}).get("Code", ""))
         if code.isdigit():  # HEAD has no body, and botocore makes the status the code
             code = ""
-        return error_for_status(
-            address, key, status, code, str(answer.get("Error", {}).get("Message", ""))
-        )
+        message = str(answer.get("Error", {}).get("Message", ""))
+        retry_after = metadata.get("HTTPHeaders", {}).get("retry-after")
+        return error_for_status(address, key, status, code, message, retry_after)
     if isinstance(
         error,
         (botocore.exceptions.ConnectTimeoutError, botocore.exceptions.ReadTimeoutError),

@@ -14,7 +14,12 @@ after 3.1 s at most."""
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RetryPolicy:
-    """When to ask again after a request that failed and may be repeated."""
+    """When to ask again after a request that failed and may be repeated.
+
+    A store that refuses a request for being too many and says when to come again (``Retry-After``,
+    in seconds) is left alone for so long, up to a minute; but for obstore, which shows no headers
+    of a refusal, so that its requests come again after the waits below.
+    """
 
     max_attempts: int | None = None
     """Requests in all, the first one included. None tells an object that cannot be had from a store
