@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import os
+import random
 import threading
 import weakref
 from collections.abc import Callable
@@ -157,11 +158,11 @@ class Flow:
         with self._lock:
             self._is_asking = False
 
-    def take_retry(self, now_s: float, max_wait_s: float) -> float:
+    def take_retry(self, now_s: float, max_wait_s: float, rng: random.Random) -> float:
         """Count a retry; gives the seconds until the budget has one more."""
         with self._lock:
             self.counts.num_retries += 1
-            wait_s = self._budget.take(now_s, max_wait_s)
+            wait_s = self._budget.take(now_s, max_wait_s, rng)
             # While it never answered, attempts are counted, which is bound enough.
             return wait_s if self._answered_s > -math.inf else 0.0
 

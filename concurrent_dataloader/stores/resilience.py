@@ -344,10 +344,12 @@ class ResilientStore(ValueObject):
                 f"{error}; gave up after {tried}; check the endpoint and the network, or allow "
                 "more attempts (RetryPolicy.max_attempts)"
             ) from error
-        wait_s = draw_wait_s(request.num_attempts, self._policy, self._rng.get())
+        rng = self._rng.get()
+        wait_s = draw_wait_s(request.num_attempts, self._policy, rng)
         if isinstance(error, ThrottledError):
             wait_s = min(wait_s, _MAX_THROTTLED_WAIT_S)
-        wait_s = max(wait_s, flow.take_retry(now_s, self._policy.max_wait_s), error.retry_after_s)
+        budget_s = flow.take_retry(now_s, self._policy.max_wait_s, rng)
+        wait_s = max(wait_s, budget_s, error.retry_after_s)
         left_s = self._deadline_s - elapsed_s
         if wait_s >= left_s > self._policy.first_wait_s:
             wait_s = left_s / 2  # the time that was allowed is used: the store may come back

@@ -1,17 +1,19 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
 import contextlib
 import logging
 import pickle
 import random
+import selectors
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import TypeVar
 
 import pytest
-from hypothesis import given
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from typing_extensions import Buffer
 
@@ -403,6 +405,79 @@ def test_what_fails_while_others_are_answered_is_no_outage() -> None:
 
     with pytest.raises(StoreUnavailableError, match="gave up after 6 attempts"):
         store.get("bad")
+
+
+class MadeUpTime(selectors.DefaultSelector):
+    """Has an event loop's time pass at once whenever all of its tasks wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_s = 0.0
+
+    def clock(self) -> float:
+        return self.now_s
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        events = super().select(0)
+        if not events:
+            assert timeout is not None, "nobody would ever wake"
+            self.now_s += timeout
+        return events
+
+
+class DyingStore(ScriptedStore):
+    """Answers once, and refuses each connection from then on; notes when it was asked."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        super().__init__([], FakeClock())
+        self.asked_s: list[float] = []
+        self._time = clock
+
+    async def get_async(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
+        self.asked_s.append(self._time())
+        await asyncio.sleep(0.01)
+        if len(self.asked_s) == 1:
+            return b"body"
+        raise fail(f"scripted://{key}: refused")
+
+
+def ask_a_dead_store(num_requests: int, seed: int, duration_s: float) -> list[float]:
+    """Give the times at which so many that wait for a store that died ask it."""
+    time = MadeUpTime()
+    loop = asyncio.SelectorEventLoop(time)
+    loop.time = time.clock
+    dying = DyingStore(time.clock)
+    store = ResilientStore(
+        dying, RetryPolicy(), 2 * duration_s, clock=time.clock, rng=random.Random(seed)
+    )
+
+    async def ask() -> None:
+        await store.get_async("first")
+        tasks = [asyncio.create_task(store.get_async(str(n))) for n in range(num_requests)]
+        done, waiting = await asyncio.wait(tasks, timeout=duration_s)
+        assert not done, "an outage is waited for"
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    loop.run_until_complete(ask())
+    loop.close()
+    return dying.asked_s[1:]
+
+
+@settings(max_examples=10, deadline=None, phases=[Phase.generate])  # to shrink it takes minutes
+@given(num_requests=st.integers(1, 256), seed=st.integers(0, 2**32))
+def test_a_dead_store_is_asked_at_a_bounded_rate_by_any_number(
+    num_requests: int, seed: int
+) -> None:
+    asked_s = ask_a_dead_store(num_requests, seed, 60.0)
+
+    num_soon = sum(at_s < 2.0 for at_s in asked_s)
+    assert num_soon <= num_requests + 64 + 10 * 2 + 2, "once each, the budget, signs of life"
+    later_s = [at_s for at_s in asked_s if at_s >= 2.0]
+    for begin, at_s in enumerate(later_s):
+        in_a_second = bisect.bisect_left(later_s, at_s + 1.0) - begin
+        assert in_a_second <= 12 + num_requests / 2
 
 
 class KeyedStore(ScriptedStore):
