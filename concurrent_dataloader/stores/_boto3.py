@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
@@ -26,13 +27,20 @@ from concurrent_dataloader.errors import (
     StoreError,
 )
 from concurrent_dataloader.ranges import ByteRange
-from concurrent_dataloader.stores._answers import broken_connection, check_body, error_for_status
+from concurrent_dataloader.stores._answers import (
+    broken_connection,
+    check_body,
+    error_for_status,
+    timeout_error,
+)
 from concurrent_dataloader.stores._checksums import Checksums
 from concurrent_dataloader.stores.address import ClientOptions, S3Address, check_byte_range
 from concurrent_dataloader.stores.base import BlockingStore, ObjectInfo, PerProcess
 from concurrent_dataloader.stores.credentials import CredentialsChain, CredentialsSource
 
 T = TypeVar("T")
+
+_READ_BYTES = 256 * 1024
 
 _MULTIPART_BYTES = 16 * 1024 * 1024
 """From this size on, and in parts of this size, an object is uploaded in parts; S3 allows 5 MiB or
@@ -79,11 +87,14 @@ class Boto3Store(BlockingStore):
     def _get_object(
         self, key: str, extra: dict[str, str]
     ) -> tuple[int, Callable[[str], str | None], bytes]:
+        until_s = time.monotonic() + self._options.total_timeout_s
         answer = self._client.get().get_object(
             Bucket=self._address.bucket, Key=self._address.object_key(key), **extra
         )
         # Not `with answer["Body"]`: that gives the stream inside, which checks nothing.
         with contextlib.closing(answer["Body"]) as stream:
+            if hasattr(stream._raw_stream, "read1"):  # urllib3 2.1 and later
+                stream._raw_stream = _TimedStream(stream._raw_stream, until_s)
             body: bytes = stream.read()
         return *read_answer(answer), body
 
@@ -141,11 +152,43 @@ class Boto3Store(BlockingStore):
     def _call(self, key: str, request: Callable[[], T]) -> T:
         try:
             return request()
+        except TimeoutError as error:
+            raise timeout_error(self._address, key, self._options) from error
         except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
             raise translate(self._address, key, error) from error
         except boto3.exceptions.Boto3Error as error:
             cause = error.__context__
             raise translate(self._address, key, cause if cause is not None else error) from error
+
+
+class _TimedStream:
+    """The stream inside of botocore's, read no longer than allowed.
+
+    A body that drips never times out by itself, and botocore gives no way to read what has come so
+    far. What it checks of the whole, it checks of what `read` gives.
+    """
+
+    def __init__(self, stream: Any, until_s: float) -> None:
+        self._stream = stream
+        self._until_s = until_s
+
+    def read(self, amt: None = None) -> bytes:
+        """Read to the end, whatever ``amt``, which is botocore's.
+
+        Raises:
+            TimeoutError: Time was up before.
+        """
+        del amt
+        chunks: list[bytes] = []
+        while chunk := self._stream.read1(_READ_BYTES):
+            chunks.append(chunk)
+            if time.monotonic() > self._until_s:
+                raise TimeoutError
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def close(self) -> None:
+        """Close the stream inside."""
+        self._stream.close()
 
 
 def read_answer(answer: Any) -> tuple[int, Callable[[str], str | None]]:

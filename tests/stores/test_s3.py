@@ -243,6 +243,39 @@ def test_a_store_that_never_answers_is_a_deadline_error_in_time(
 
 
 @pytest.mark.parametrize("client", CLIENTS)
+def test_a_body_that_drips_is_cut_at_the_deadline(
+    client: str, open_bucket: OpenBucket, object_server: ObjectServer
+) -> None:
+    # Each byte comes in time, and the last one would after 20 s.
+    object_server.put_objects("bucket", {"big": bytes(2_000_000)})
+    store = open_bucket(client, deadline_s=0.6, hedge=None)
+    store.head("big")
+    object_server.set_bandwidth(connection_bytes_per_s=100_000)
+    begun_s = time.monotonic()
+
+    with pytest.raises(DeadlineError, match="s3://bucket/big"):
+        store.get("big")
+
+    object_server.set_bandwidth()
+    assert time.monotonic() - begun_s < 4
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("kind", ["stalled_headers", "stalled_body"])
+def test_a_stall_is_cut_at_a_deadline_that_is_sooner_than_its_own_limit(
+    client: str, kind: Any, open_bucket: OpenBucket, object_server: ObjectServer
+) -> None:
+    store = open_bucket(client, deadline_s=0.6, hedge=None)
+    object_server.set_faults([Fault(kind)])
+    begun_s = time.monotonic()
+
+    with pytest.raises(DeadlineError, match="s3://bucket/large"):
+        store.get("large")
+
+    assert time.monotonic() - begun_s < 4, "by the limit between two bytes it would take 15 s"
+
+
+@pytest.mark.parametrize("client", CLIENTS)
 def test_an_endpoint_that_refuses_connections_is_unavailable_soon(
     client: str, open_bucket: OpenBucket
 ) -> None:
