@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from aiobotocore.httpsession import AIOHTTPSession
 from aiobotocore.session import AioSession
 from typing_extensions import Buffer, override
 
-from concurrent_dataloader.errors import BodyMismatchError, DeadlineError
+from concurrent_dataloader.errors import BodyMismatchError, DeadlineError, LoaderError
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.stores._aiohttp import ask_once
 from concurrent_dataloader.stores._answers import broken_connection, check_body
@@ -79,6 +80,8 @@ class AiobotocoreStore(AwaitingStore):
             answer = await client.get_object(Bucket=self._address.bucket, Key=object_key, **extra)
             async with answer["Body"] as stream:
                 body: bytes = await stream.read()
+        except LoaderError:  # of the credentials; it may be an OSError, too
+            raise
         except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
             raise translate(self._address, key, error) from error
         except TimeoutError as error:
@@ -123,7 +126,10 @@ class _LiveCredentials(AioCredentials):
     @override
     async def get_frozen_credentials(self) -> Any:
         """Give the credentials of this moment."""
-        return freeze(self._source)
+        source = self._source
+        if isinstance(source, CredentialsChain) and source.is_due:
+            return await asyncio.to_thread(freeze, source)
+        return freeze(source)
 
 
 class _Provider:
@@ -143,12 +149,11 @@ def _open_client(address: S3Address, options: ClientOptions) -> AbstractAsyncCon
         http_session_cls=_HttpSession, **client_settings(address, options)
     )
     source = address.credentials
-    if isinstance(source, CredentialsChain):
+    if source is not None:
         source.resolve()  # says in our words that there are none
-        session = AioSession(profile=source.profile)
-    else:
-        session = AioSession()
-    if source is not None and not isinstance(source, CredentialsChain):
+    profile = source.profile if isinstance(source, CredentialsChain) else None
+    session = AioSession(profile=profile)
+    if source is not None:
         session.register_component("credential_provider", _Provider(source))
     session.register_component("data_loader", shared_loader())
     return session.create_client(**arguments)

@@ -258,13 +258,11 @@ def _open_client(address: S3Address, options: ClientOptions) -> Any:
     arguments = client_arguments(address, options)
     arguments["config"] = botocore.config.Config(**client_settings(address, options))
     source = address.credentials
-    if isinstance(source, CredentialsChain):
+    if source is not None:
         source.resolve()  # says in our words that there are none
-        # The session walks the same chain, and refreshes what it found.
-        session = botocore.session.Session(profile=source.profile)
-    else:
-        session = botocore.session.Session()
-    if source is not None and not isinstance(source, CredentialsChain):
+    profile = source.profile if isinstance(source, CredentialsChain) else None
+    session = botocore.session.Session(profile=profile)
+    if source is not None:
         session.register_component("credential_provider", _Provider(source))
     session.register_component("data_loader", shared_loader())
     return boto3.session.Session(botocore_session=session).client(**arguments)

@@ -27,6 +27,9 @@ from typing_extensions import Buffer, override
 
 from concurrent_dataloader.errors import (
     BodyMismatchError,
+    CredentialsError,
+    ExpiredCredentialsError,
+    LoaderError,
     StoreError,
 )
 from concurrent_dataloader.ranges import ByteRange
@@ -52,6 +55,9 @@ if TYPE_CHECKING:
 _CREDENTIALS_LAST = timedelta(minutes=5)
 """What obstore is told of credentials that may change. It asks again when they last less than that,
 at most ten times a second; the source knows when they are really to be renewed."""
+
+_PROVIDER = re.compile(r"External AWS credential provider: (?:[\w.]+\.)?(\w+): (.*)")
+"""What obstore says of an error that `_provide` raised."""
 
 _STATUS = re.compile(r"non-2xx status code: (\d{3})")
 
@@ -148,9 +154,13 @@ class ObstoreStore(BlockingStore):
             )
         return body
 
-    def _translate(self, error: Exception, key: str) -> StoreError:
+    def _translate(self, error: Exception, key: str) -> LoaderError:
         where, endpoint = self.describe(key), self._address.endpoint_url
         text = str(error)
+        provider = _PROVIDER.search(text)
+        if provider is not None:
+            is_expired = provider[1] == ExpiredCredentialsError.__name__
+            return (ExpiredCredentialsError if is_expired else CredentialsError)(provider[2])
         status = _STATUS.search(text)
         if status is not None:
             code, message = parse_s3_error(text)

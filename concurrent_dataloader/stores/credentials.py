@@ -39,6 +39,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import multiprocessing.context
 import os
 import random
@@ -50,7 +51,11 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from typing_extensions import override
 
-from concurrent_dataloader.errors import CredentialsError, MissingDependencyError
+from concurrent_dataloader.errors import (
+    CredentialsError,
+    ExpiredCredentialsError,
+    MissingDependencyError,
+)
 from concurrent_dataloader.stores.base import PerProcess, ValueObject
 
 T = TypeVar("T")
@@ -87,6 +92,7 @@ class CredentialsSource(Protocol):
 
         Raises:
             CredentialsError: There are none.
+            ExpiredCredentialsError: They have run out, and no new ones could be had.
         """
         ...
 
@@ -319,8 +325,18 @@ class CredentialsChain(ValueObject):
         return (self.profile,)
 
     def resolve(self) -> Credentials:
-        """Give the credentials of this moment; refreshes those that are about to expire."""
+        """Give the credentials of this moment; refreshes those that are about to expire.
+
+        Raises:
+            CredentialsError: There are none.
+            ExpiredCredentialsError: They have run out, and no new ones could be had.
+        """
         return self._found.get().resolve()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether `resolve` will ask for new ones, and so wait for whoever gives them."""
+        return self._found.get().is_due
 
 
 class _Found:
@@ -329,28 +345,61 @@ class _Found:
     botocore asks for new ones from 15 minutes before the end on, and waits for them from 10 on. All
     workers of a job have got the same ones from the metadata service, and would ask for the next at
     the same second; each draws a moment between the two instead.
+
+    A renewal that fails costs nothing while the credentials before are valid: these are used on,
+    and new ones asked for once more after some seconds.
     """
 
     _EARLIEST_S = 15 * 60.0
     _LATEST_S = 10 * 60.0
+    _ASKED_EVERY_S = 15.0
 
     def __init__(self, provider: Any, rng: random.Random) -> None:
         self._provider = provider
         self._renewed_before_end_s = rng.uniform(self._LATEST_S, self._EARLIEST_S)
         self._frozen = provider.get_frozen_credentials()
         self._credentials = _thaw(self._frozen)
+        # Touched by many threads without a lock: at worst two of them ask.
+        self._asked_again_s = -math.inf
+
+    @property
+    def is_due(self) -> bool:
+        """Whether new credentials are to be asked for."""
+        refresh_needed = getattr(self._provider, "refresh_needed", None)
+        # Those of the environment or a profile never end, and have no such question.
+        if refresh_needed is None or not refresh_needed(self._renewed_before_end_s):
+            return False
+        return refresh_needed(0) or time.monotonic() >= self._asked_again_s
 
     def resolve(self) -> Credentials:
         """Give the credentials of this moment."""
-        # Those of the environment or a profile never end, and have no such question.
-        refresh_needed = getattr(self._provider, "refresh_needed", None)
-        if refresh_needed is not None and not refresh_needed(self._renewed_before_end_s):
+        if not self.is_due:
             return self._credentials
-        frozen = self._provider.get_frozen_credentials()
+        self._asked_again_s = time.monotonic() + self._ASKED_EVERY_S
+        try:
+            frozen = self._provider.get_frozen_credentials()
+        except _failures() as error:
+            reason = " ".join(str(error).split())
+            if self._provider.refresh_needed(0):
+                raise ExpiredCredentialsError(
+                    f"credentials: those of the standard AWS chain ({self._provider.method}) have "
+                    f"expired and could not be renewed ({reason}), expected new ones; check what "
+                    "gives them, or give a credentials file that is replaced in time"
+                ) from error
+            log.warning("credentials: not renewed (%s); those before are used on", reason)
+            return self._credentials
         if frozen is not self._frozen:
             self._credentials = _thaw(frozen)
             self._frozen = frozen
         return self._credentials
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """Give what botocore raises where there are no credentials to be had."""
+    import botocore.exceptions
+
+    # RuntimeError: new ones that have expired, too.
+    return botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, RuntimeError
 
 
 def _thaw(frozen: Any) -> Credentials:
@@ -360,7 +409,6 @@ def _thaw(frozen: Any) -> Credentials:
 def _walk_chain(profile: str | None) -> _Found:
     # Imported here: it takes a quarter of a second, and only this source needs it.
     try:
-        import botocore.exceptions
         import botocore.session
     except ImportError as error:
         raise MissingDependencyError(
@@ -372,7 +420,7 @@ def _walk_chain(profile: str | None) -> _Found:
         provider = session.get_credentials()
         if provider is not None:
             return _Found(provider, random.Random())
-    except botocore.exceptions.BotoCoreError as error:
+    except _failures() as error:
         raise CredentialsError(
             f"credentials: the standard AWS chain failed ({error}), expected credentials; "
             "mend it, give a credentials file, or open the store with anonymous=True"

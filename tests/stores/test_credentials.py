@@ -7,6 +7,7 @@ import multiprocessing
 import pathlib
 import pickle
 import random
+import threading
 import time
 import traceback
 from datetime import UTC, datetime, timedelta
@@ -15,7 +16,12 @@ from typing import Any
 import pytest
 from botocore.credentials import RefreshableCredentials
 
-from concurrent_dataloader.errors import AccessDeniedError, CredentialsError
+from concurrent_dataloader.dataloader_mod.error_policy import is_of_sample
+from concurrent_dataloader.errors import (
+    AccessDeniedError,
+    CredentialsError,
+    ExpiredCredentialsError,
+)
 from concurrent_dataloader.stores import (
     Credentials,
     CredentialsChain,
@@ -25,6 +31,9 @@ from concurrent_dataloader.stores import (
 from concurrent_dataloader.stores.credentials import _Found, parse_contents
 from concurrent_dataloader.testing.object_server import ObjectServer
 from tests.stores.conftest import CLIENTS
+from tests.stores.in_worker import StoreInWorker, start_worker
+
+PROCESS_FAILED = r"custom-process\) have expired and could not be renewed .*; check what gives them"
 
 SECRET = "dummy-s3cret-that-must-not-show"
 
@@ -172,6 +181,7 @@ class MetadataService:
     def __init__(self) -> None:
         self.now = datetime(2026, 1, 1, tzinfo=UTC)
         self.num_asked = 0
+        self.num_refused = 0
 
     def answer(self) -> dict[str, str]:
         self.num_asked += 1
@@ -181,6 +191,10 @@ class MetadataService:
             "token": "token",
             "expiry_time": (self.now + timedelta(hours=6)).isoformat(),
         }
+
+    def refuse(self) -> dict[str, str]:
+        self.num_refused += 1
+        raise RuntimeError("the service is away")
 
     def provider(self) -> RefreshableCredentials:
         return RefreshableCredentials.create_from_metadata(
@@ -210,6 +224,66 @@ def test_workers_do_not_ask_for_new_credentials_all_at_once() -> None:
     assert sum(steps) == 100, "each once, in time"
     assert max(steps) <= 35
     assert not set(before) & set(after)
+
+
+def test_a_renewal_that_fails_costs_nothing_while_the_credentials_last(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    service = MetadataService()
+    found = service.find(random.Random(0))
+    before, end = found.resolve(), service.now + timedelta(hours=6)
+    found._provider._refresh_using = service.refuse
+
+    service.now = end - timedelta(minutes=5)
+    after = [found.resolve() for _ in range(100)]
+
+    assert after == [before] * 100
+    assert service.num_refused == 1, "not once a request"
+    assert "not renewed (the service is away); those before are used on" in caplog.text
+    service.now = end + timedelta(seconds=1)
+    with pytest.raises(ExpiredCredentialsError, match=r"\(test\) have expired .* is away"):
+        found.resolve()
+    found._provider._refresh_using = service.answer
+    assert found.resolve() != before
+
+
+@pytest.mark.slow
+def test_a_chain_whose_renewal_fails_is_named_by_each_client_and_is_no_samples_fault(
+    object_server: ObjectServer, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    object_server.put_objects("bucket", {"ten": b"0123456789"})
+    path = tmp_path / "process.json"
+    (tmp_path / "config").write_text(f"[default]\ncredential_process = cat {path}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    with start_worker() as worker:  # it inherits the environment of now
+        stores: dict[str, Any] = {}
+        end = datetime.now(UTC)
+        for client in CLIENTS:
+            settings: Any = {"client": client, "endpoint_url": object_server.endpoint_url}
+            end = datetime.now(UTC) + timedelta(seconds=4)
+            answer = {
+                "Version": 1,
+                "AccessKeyId": object_server.access_key,
+                "SecretAccessKey": object_server.secret_key,
+                "Expiration": end.isoformat(),
+            }
+            write(path, answer)
+            stores[client] = (
+                StoreInWorker(worker, "s3://bucket", settings)
+                if client == "obstore"
+                else open_store("s3://bucket", **settings)
+            )
+            assert bytes(stores[client].get("ten")) == b"0123456789"
+
+        path.unlink()
+        threading.Event().wait((end - datetime.now(UTC)).total_seconds())  # the last ones are over
+
+        for client, store in stores.items():
+            with pytest.raises(ExpiredCredentialsError, match=PROCESS_FAILED) as raised:
+                store.get("ten")
+
+            assert not is_of_sample(raised.value), client
+            store.close()
 
 
 @pytest.mark.parametrize("client", CLIENTS)
