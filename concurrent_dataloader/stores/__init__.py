@@ -30,6 +30,7 @@ from concurrent_dataloader.stores.address import (
     check_http_url,
     check_verify,
     is_host_label,
+    show_url,
 )
 from concurrent_dataloader.stores.base import ObjectInfo, SizedStore, Store, WritableStore
 from concurrent_dataloader.stores.cache import CachedStore, DiskCache, cached
@@ -208,7 +209,8 @@ def open_store(
         return cached(web_store, cache)
     if scheme != "s3":
         raise ValueError(
-            f"url: got {text!r}, expected s3://, http://, https://, file://, memory:// or a path"
+            f"url: got {show_url(text)!r}, expected s3://, http://, https://, file://, memory:// "
+            "or a path"
         )
     bucket_address = _s3_address(
         text, credentials, endpoint_url, region, anonymous=anonymous, path_style=path_style
@@ -231,8 +233,8 @@ def open_writable_store(url: str | os.PathLike[str], **settings: Any) -> Writabl
     store = open_store(url, **settings)
     if not isinstance(store, WritableStore):
         raise ValueError(
-            f"url: got {os.fspath(url)!r}, which can be read only, expected s3://, file://, "
-            "memory:// or a path"
+            f"url: got {show_url(os.fspath(url))!r}, which can be read only, expected s3://, "
+            "file://, memory:// or a path"
         )
     return store
 
@@ -267,7 +269,9 @@ def _local_path(text: str) -> str:
         return os.path.expanduser(text)
     parts = urlsplit(text)
     if parts.netloc not in ("", "localhost"):
-        raise ValueError(f"url: got {text!r}, expected 'file:///folder' with three slashes")
+        raise ValueError(
+            f"url: got {show_url(text)!r}, expected 'file:///folder' with three slashes"
+        )
     return unquote(parts.path)
 
 

@@ -42,6 +42,7 @@ from concurrent_dataloader.stores.address import (
     Verify,
     check_byte_range,
     parse_origin,
+    show_url,
 )
 from concurrent_dataloader.stores.base import BlockingStore, ObjectInfo, PerProcess
 
@@ -200,7 +201,9 @@ def follow_redirect(
     """
     url = urlsplit(urljoin(f"{origin}{path}", location))
     if url.scheme not in ("http", "https") or not url.hostname:
-        raise StoreError(f"{address.describe(key)}: redirected to {location!r}, expected http(s)")
+        raise StoreError(
+            f"{address.describe(key)}: redirected to {show_url(location)!r}, expected http(s)"
+        )
     if origin.scheme == "https" and url.scheme == "http":
         raise StoreError(
             f"{address.describe(key)}: redirected from https to http, expected https to stay"

@@ -47,6 +47,14 @@ def parse_origin(url: str) -> Origin:
     return Origin(parts.scheme, parts.hostname or "", port)
 
 
+_SECRET_PARTS = re.compile(r"(?<=//)[^/?#]*@|(?<=\?)[^#]+|(?<=#).+")
+
+
+def show_url(url: str) -> str:
+    """Give a URL without what may be a secret: its user, its password, its query, its fragment."""
+    return _SECRET_PARTS.sub("...", url)
+
+
 def check_http_url(name: str, url: str) -> str:
     """Check a URL given by a user, and take the slash off its end.
 
@@ -60,9 +68,11 @@ def check_http_url(name: str, url: str) -> str:
             "give credentials apart from the URL"
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{name}: got {url!r}, expected a URL such as 'https://host:9000'")
+        raise ValueError(
+            f"{name}: got {show_url(url)!r}, expected a URL such as 'https://host:9000'"
+        )
     if parts.query or parts.fragment:
-        raise ValueError(f"{name}: got {url!r}, expected a URL without '?' and '#'")
+        raise ValueError(f"{name}: got {show_url(url)!r}, expected a URL without '?' and '#'")
     return url.rstrip("/")
 
 
@@ -217,7 +227,8 @@ def check_bucket(bucket: str) -> str:
         ValueError: It cannot be one, for instance since it holds a slash.
     """
     if not _BUCKET.fullmatch(bucket):
-        raise ValueError(f"bucket: got {bucket!r}, expected letters, digits, '.', '-' and '_' only")
+        shown = show_url(f"//{bucket}").removeprefix("//")
+        raise ValueError(f"bucket: got {shown!r}, expected letters, digits, '.', '-' and '_' only")
     return bucket
 
 

@@ -30,6 +30,7 @@ from concurrent_dataloader.stores._http import HttpStore
 from concurrent_dataloader.stores.address import ClientOptions, HttpAddress
 from tests.stores.contract import OBJECTS, SizedStoreContract
 from tests.stores.test_local import write_objects
+from tests.stores.tls_proxy import make_certificates
 
 QUICK = RetryPolicy(max_attempts=3, first_wait_s=0.001)
 
@@ -232,6 +233,50 @@ def test_a_body_that_is_cut_is_an_error(serve: Serve, client: Any) -> None:
 
     with pytest.raises(BodyMismatchError, match="3 attempts"):
         read(store, "x", "blocking")
+
+
+class Elsewhere(FolderHandler):
+    """Redirects to a place that must not be followed to, with a secret in its query."""
+
+    location = "ftp://host/ten?X-Amz-Signature=s3cret"
+
+    def do_GET(self) -> None:
+        self.redirect(302, self.location)
+
+
+class ToPlainHttp(Elsewhere):
+    location = "http://127.0.0.1:9/ten?X-Amz-Signature=s3cret"
+
+
+def test_a_redirect_to_no_web_server_is_an_error_without_its_query(
+    serve: Serve, client: Any
+) -> None:
+    store = open_store(f"{serve(Elsewhere)}/files/", client=client)
+
+    with pytest.raises(StoreError, match=r"ten: redirected to 'ftp://host/ten\?\.\.\.'") as raised:
+        read(store, "ten", "blocking")
+
+    assert "s3cret" not in str(raised.value)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes the certificates")
+# aiohttp closes TLS connections some turns of the loop after its session, as its documents say.
+@pytest.mark.filterwarnings("ignore:.*unclosed transport:ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_redirect_from_https_to_http_is_not_followed(
+    serve: Serve, client: Any, tmp_path: pathlib.Path
+) -> None:
+    authority, certificate = make_certificates(tmp_path)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate)
+    url = f"{serve(ToPlainHttp, tls)}/files/"
+    store = open_store(url, client=client, ca_file=authority, retry=QUICK)
+
+    with pytest.raises(StoreError, match="redirected from https to http, expected https") as raised:
+        read(store, "ten", "blocking")
+
+    assert type(raised.value) is StoreError, "not that of the place it leads to"
+    assert "s3cret" not in str(raised.value)
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl for a certificate")

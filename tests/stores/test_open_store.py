@@ -20,7 +20,7 @@ from concurrent_dataloader.stores import (
     WritableStore,
     open_store,
 )
-from concurrent_dataloader.stores.address import S3Address
+from concurrent_dataloader.stores.address import S3Address, show_url
 
 
 def address_of(url: str, **settings: Any) -> S3Address:
@@ -42,17 +42,45 @@ def test_an_url_of_another_kind_is_an_error(url: str) -> None:
         open_store(url, region="us-east-1")
 
 
-@pytest.mark.parametrize("url", ["http://user:password@host/", "http://h/x?token=password"])
-def test_secrets_in_an_url_are_refused_and_not_shown_with_their_user(url: str) -> None:
-    with pytest.raises(ValueError, match="url: got"):
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user:password@host/",
+        "http://h/x?token=password",
+        "http://h/x#password",
+        "http:///x?token=password",
+        "ftp://user:password@h/x?token=password",
+        "file://user:password@h/x?token=password",
+        "s3://user:password@bucket/x",
+        "s3://bucket?token=password",
+    ],
+)
+def test_secrets_in_an_url_are_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(ValueError, match=r"(url|bucket): got") as raised:
         open_store(url)
 
+    assert "password" not in str(raised.value).replace("user name or password", "")
 
-def test_a_password_in_an_endpoint_is_refused_and_not_shown() -> None:
+
+@pytest.mark.parametrize("endpoint", ["http://user:password@host", "http://h/x?token=password"])
+def test_secrets_in_an_endpoint_are_refused_and_not_shown(endpoint: str) -> None:
     with pytest.raises(ValueError, match="endpoint_url") as raised:
-        open_store("s3://bucket", endpoint_url="http://user:password@host")
+        open_store("s3://bucket", endpoint_url=endpoint)
 
-    assert "password@" not in str(raised.value)
+    assert "password" not in str(raised.value).replace("user name or password", "")
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://h:9000/a/b", "https://h:9000/a/b"),
+        ("https://h/a?b=c&d=e#f", "https://h/a?...#..."),
+        ("ftp://u:p@h/a@b?c", "ftp://...h/a@b?..."),
+        ("/a?b", "/a?..."),
+    ],
+)
+def test_what_is_shown_of_a_url(url: str, shown: str) -> None:
+    assert show_url(url) == shown
 
 
 @pytest.mark.parametrize(
