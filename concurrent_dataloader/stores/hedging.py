@@ -19,8 +19,9 @@ class HedgePolicy:
     """
 
     percentile: float = 0.95
-    """Of the time that requests of about its size took lately. Well below 1, since requests that
-    stall are among these: with 1 % of them, the 99th percentile may be a stall."""
+    """Of the time that requests of about its size took lately; whole objects, whose size nobody
+    knows beforehand, are compared with each other. Well below 1, since requests that stall are
+    among these: with 1 % of them, the 99th percentile may be a stall."""
 
     factor: float = 1.5
     """A request is late after so many times that percentile. A lognormal latency (sigma 0.3) is

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import logging
 import multiprocessing
 import os
+import pathlib
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
@@ -249,6 +251,39 @@ def test_no_sample_is_lost_to_a_store_that_limits_requests(object_server: Object
 
     assert samples == hashes_of(objects)
     assert object_server.counters().num_by_error["SlowDown"] > 0
+
+
+@pytest.fixture
+def request_log(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Give the file into which workers that are forked log what they have asked for."""
+    path = tmp_path / "requests.log"
+    logger = logging.getLogger("concurrent_dataloader.stores._flow")
+    handler, level = logging.FileHandler(path), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield path
+    logger.setLevel(level)
+    logger.removeHandler(handler)
+    handler.close()
+
+
+def test_each_worker_says_at_its_end_what_it_has_asked_for(
+    object_server: ObjectServer, request_log: pathlib.Path
+) -> None:
+    objects = make_objects(40)
+    loader = open_loader(
+        object_server, objects, {"hedge": None}, multiprocessing_context="fork", batch_size=5
+    )
+    object_server.set_faults([Fault("internal_error", key_pattern="0000", first_attempts=1)])
+
+    assert read_epoch(loader) == hashes_of(objects)
+    loader.close()
+
+    said = "requests, {} of them retries, 0 refused as too many, 0 hedges (0 of use)"
+    assert sorted(request_log.read_text().splitlines()) == [
+        f"worker 0, s3://bucket/: 21 {said.format(1)}",
+        f"worker 1, s3://bucket/: 20 {said.format(0)}",
+    ]
 
 
 def count_open_files_and_threads() -> tuple[int, int]:

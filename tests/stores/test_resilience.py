@@ -714,6 +714,27 @@ def test_an_awaited_read_that_stalls_is_made_again() -> None:
     assert store.counts().num_hedges_won == 1
 
 
+@pytest.mark.parametrize(
+    ("slow_bytes", "is_late"), [(ByteRange(0, 2**22), False), (ByteRange(0, 9), True)]
+)
+def test_a_read_is_late_by_what_others_of_its_size_took(
+    slow_bytes: ByteRange, is_late: bool
+) -> None:
+    inner = OneStalls()
+    store = ResilientStore(inner, RetryPolicy(), 20.0, HedgePolicy(max_extra_share=0.5))
+
+    def read_all() -> bytes:
+        for _ in range(32):
+            store.get("fast", ByteRange(0, 10))
+        if not is_late:
+            threading.Timer(0.5, inner.is_over.set).start()
+        return bytes(store.get("slow", slow_bytes))
+
+    with contextlib.closing(store):
+        assert in_thread(read_all).result(timeout=15) == b"slow"
+        assert store.counts().num_hedges == is_late
+
+
 def test_without_hedges_a_stall_is_waited_for() -> None:
     inner = OneStalls()
     store = ResilientStore(inner, RetryPolicy(), 20.0)
