@@ -2,14 +2,19 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping
+import http.server
+import threading
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
 
 from concurrent_dataloader.errors import BodyMismatchError
+from concurrent_dataloader.stores import RetryPolicy, open_store
 from concurrent_dataloader.stores._checksums import Checksums
 from concurrent_dataloader.stores.address import HttpAddress
+from tests.stores.in_worker import StoreInWorker, WorkerManager
+from tests.stores.test_http import QuietServer
 
 ADDRESS = HttpAddress(base_url="http://host")
 NOT_AN_MD5 = "0123456789abcdef0123456789abcdef"
@@ -114,3 +119,56 @@ def test_a_checksum_header_counts_before_the_etag(name: str, value: str) -> None
 
 def test_a_checksum_of_parts_is_left_alone() -> None:
     check(Checksums("checksum"), "key", b"body", None, {"x-amz-checksum-crc32c": "AAAAAA==-2"})
+
+
+class OtherBody(http.server.BaseHTTPRequestHandler):
+    """Answers with another body than its checksum says; the ETag is that of one sent in parts."""
+
+    protocol_version = "HTTP/1.1"
+    timeout = 5
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("x-amz-checksum-crc32", "y/Q5Jg==")  # of 123456789
+        self.send_header("ETag", '"25cf327d6c359f63501fba1e20c1aa75-2"')
+        self.send_header("Last-Modified", "Wed, 21 Oct 2015 07:28:00 GMT")
+        self.send_header("Content-Length", "9")
+        self.end_headers()
+        self.wfile.write(b"12345678X")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def settings() -> Iterator[dict[str, Any]]:
+    """Give what a store on such a server is opened with."""
+    server = QuietServer(("127.0.0.1", 0), OtherBody)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield {
+        "endpoint_url": f"http://127.0.0.1:{server.server_port}",
+        "anonymous": True,
+        "retry": RetryPolicy(max_attempts=1),
+    }
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("client", ["http", "boto3", "aiobotocore", "aiohttp"])
+def test_an_object_that_was_sent_in_parts_is_compared_with_its_checksum_header(
+    client: Any, settings: dict[str, Any]
+) -> None:
+    store = open_store("s3://bucket", client=client, **settings)
+
+    with pytest.raises(BodyMismatchError, match="s3://bucket/key"):
+        store.get("key")
+    store.close()
+
+
+def test_obstore_shows_no_checksum_header_as_the_documents_say(
+    settings: dict[str, Any], worker: WorkerManager
+) -> None:
+    store = StoreInWorker(worker, "s3://bucket", settings)
+
+    assert store.get("key") == b"12345678X"
+    store.close()
