@@ -5,6 +5,10 @@ last slash. What follows the dot, in lower case, is the field. So ``n01440764/10
 ``n01440764/10026.cls`` are the fields ``jpeg`` and ``cls`` of the sample ``n01440764/10026``.
 
 Headers are POSIX.1-2001 (pax) and its predecessors: ustar, GNU's long names, sizes in base 256.
+
+Names that are absolute or lead out of their folder (`check_name`) are read as any other: nothing is
+extracted here, and a name is but a key. What indexes, packs or copies members refuses such names,
+since others may extract what comes of it, and checks call them unsafe.
 """
 
 from __future__ import annotations
@@ -207,6 +211,23 @@ def check_name(name: str) -> str:
             f"{name!r}: an unsafe member name, expected one below the folder it lies in"
         )
     return name
+
+
+def check_members(members: Iterable[Member], where: str) -> Iterator[Member]:
+    """Yield members as they come, as long as their names are what `check_name` takes.
+
+    Raises:
+        ShardFormatError: One is not.
+    """
+    for member in members:
+        try:
+            check_name(member.name)
+        except ShardFormatError as error:
+            raise ShardFormatError(
+                f"{where}: {error}; unpack it with a tar that takes names below a folder only, and"
+                " pack it anew"
+            ) from error
+        yield member
 
 
 class TarWriter:

@@ -23,6 +23,7 @@ from concurrent_dataloader.errors import (
 )
 from concurrent_dataloader.formats.crc32c import IS_FAST, crc32c
 from concurrent_dataloader.formats.tar import (
+    check_members,
     group_members,
     parse_sample,
     read_members,
@@ -240,7 +241,8 @@ def count_samples(
             with _open_shard(store, info, _HEADER_BYTES) as file:
                 if find_kind(info.key) == "tfrecord":
                     return info.key, sum(1 for _ in open_tfrecord().find_records(file, info.key))
-                samples = group_members(read_members(file, info.key), info.key)
+                members = check_members(read_members(file, info.key), info.key)
+                samples = group_members(members, info.key)
                 return info.key, sum(1 for _ in samples)
         except StoreError:
             raise

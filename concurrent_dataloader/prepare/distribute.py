@@ -37,6 +37,7 @@ from concurrent_dataloader.prepare.metadata import ShardMetadata
 from concurrent_dataloader.prepare.shard_set import (
     OpenRoot,
     ShardSet,
+    check_safe,
     count_per_shard,
     existing_sizes,
     has_md5s,
@@ -192,7 +193,7 @@ def distribute(
     Raises:
         ValueError: ``num_instances`` is less than 2.
         FileNotFoundError: There are no such shards.
-        ShardFormatError: A shard is damaged, or its index is another set's.
+        ShardFormatError: A shard is damaged, its index is another set's, or a key is unsafe.
         StoreError: The store cannot be read or written.
     """
     check_instances(num_instances)
@@ -202,6 +203,7 @@ def distribute(
         found = read_manifest(shard_set.store, split, num_instances)
         if found is not None and find_mismatch(found, shards, shard_set.store) is None:
             return found
+        check_safe(shard_set)
         shard_set.store.delete(_manifest_name(split, num_instances))
         return _write_parts(shard_set, num_instances, shards, on_part)
 

@@ -42,6 +42,7 @@ from concurrent_dataloader.prepare.shard_set import (
     OpenRoot,
     Place,
     ShardSet,
+    check_safe,
     describe_sample,
     find_samples,
     has_md5s,
@@ -96,7 +97,7 @@ def map_shards(
         ValueError: There is no such function, it drops all samples, or the target lies in the
             source.
         LoaderError: The function raised, or gave what cannot be written; names shard and key.
-        ShardFormatError: A shard is damaged, or two new samples share a key.
+        ShardFormatError: A shard is damaged, an old key is unsafe, or two new samples share a key.
         StoreError: A store cannot be read or written.
     """
     load_function(function)
@@ -104,6 +105,7 @@ def map_shards(
     with contextlib.ExitStack() as stack:
         old = open_shard_set(source.location, source.split, open_root)
         stack.callback(old.store.close)
+        check_safe(old)
         place = ShardTarget(open_root(os.fspath(target)), source.split)
         stack.callback(place.store.close)
         recipe = _Recipe(old.index, places_of(old), place, function)

@@ -36,6 +36,7 @@ from concurrent_dataloader.prepare.shard_set import (
     Place,
     ShardSet,
     check_keys,
+    check_safe,
     extents_bytes,
     has_md5s,
     hash_keys,
@@ -147,7 +148,7 @@ def reshard(
         FileExistsError: The target holds this split already.
         ValueError: The sources do not go together, the slice holds nothing, or the target lies in a
             source.
-        ShardFormatError: A key stands twice, or a shard is damaged.
+        ShardFormatError: A key stands twice or is unsafe, or a shard is damaged.
         StoreError: A store cannot be read or written.
     """
     settings = ReshardSettings() if settings is None else settings
@@ -160,6 +161,7 @@ def reshard(
         for source in sources:
             sets.append(open_shard_set(source.location, source.split, open_root))
             stack.callback(sets[-1].store.close)
+            check_safe(sets[-1])
         described = _describe(sets, settings)
         recipe = _Recipe(*merge_sets(sets), place)
         plan = plan_shards(recipe.index, settings)

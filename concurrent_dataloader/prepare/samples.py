@@ -28,7 +28,7 @@ from concurrent_dataloader.formats.fields import (
     find_payload_field,
 )
 from concurrent_dataloader.formats.image import decode_image
-from concurrent_dataloader.formats.tar import END_OF_ARCHIVE, read_samples
+from concurrent_dataloader.formats.tar import END_OF_ARCHIVE, check_name, read_samples
 from concurrent_dataloader.labels import Classes
 from concurrent_dataloader.prepare.checksums import Finding
 from concurrent_dataloader.ranges import ByteRange
@@ -126,8 +126,10 @@ def parse_tar_fields(fields: dict[str, bytes], key: str, where: str) -> ParsedSa
     """Find image and class among the fields of a tar sample.
 
     Raises:
-        ShardFormatError: There is nothing that could be an image, or the class is no number.
+        ShardFormatError: There is nothing that could be an image, the class is no number, or the
+            key leads out of the folder that it would be extracted to.
     """
+    check_name(key)
     label: int | None = None
     try:
         label_field = find_label_field(fields)

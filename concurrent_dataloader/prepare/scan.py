@@ -36,6 +36,7 @@ from concurrent_dataloader.formats.fields import (
 from concurrent_dataloader.formats.tar import (
     Member,
     SampleMembers,
+    check_members,
     group_members,
     read_members,
     split_name,
@@ -150,8 +151,9 @@ def scan_shards(
         on_shard: Told the name of each, and its number of samples, in their order.
 
     Raises:
-        ShardFormatError: A shard is damaged or compressed, members of a sample do not stand side by
-            side, it has no payload, or a label is below ``label_base``.
+        ShardFormatError: A shard is damaged or compressed, a name in it is unsafe, members of a
+            sample do not stand side by side, it has no payload, or a label is below
+            ``label_base``.
         KeyNotFoundError: A shard is not there, or none holds a sample.
         ValueError: The shards are not of one kind.
         StoreError: A shard cannot be read.
@@ -248,12 +250,13 @@ def iter_tar_samples(
         Samples in the order of the tar, with what ``cls`` and ``json`` hold, where they have them.
 
     Raises:
-        ShardFormatError: The tar is damaged or was cut short.
+        ShardFormatError: The tar is damaged or was cut short, or a name in it leads out of the
+            folder that it is extracted to.
     """
     contents: dict[int, bytes] = {}  # by the offset of their member
 
     def read_small() -> Iterator[Member]:
-        for member in read_members(file, where):
+        for member in check_members(read_members(file, where), where):
             parts = split_name(member.name)
             size_bytes = member.data.stop - member.data.start
             kind = parts[1].rpartition(".")[2] if parts else ""

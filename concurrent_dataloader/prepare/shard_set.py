@@ -28,6 +28,7 @@ from concurrent_dataloader.formats.fields import LABEL_FIELD, find_field, find_p
 from concurrent_dataloader.formats.tar import (
     BLOCK_BYTES,
     SampleMembers,
+    check_name,
     split_name,
 )
 from concurrent_dataloader.index import Index
@@ -301,6 +302,23 @@ def write_object(
 
 
 # -- keys
+
+
+def check_safe(shard_set: ShardSet) -> None:
+    """Raise if a sample would be extracted to a place out of its folder, before it is copied.
+
+    Raises:
+        ShardFormatError: One would; names the shard, and the key.
+    """
+    for position, name in enumerate(shard_set.index.names.keys()):
+        try:
+            check_name(name)
+        except ShardFormatError as error:
+            where = shard_set.store.describe(shard_set.index.shard_of(position).name)
+            raise ShardFormatError(
+                f"{where}: {error}; unpack it with a tar that takes names below a folder only, and"
+                " pack it anew"
+            ) from error
 
 
 def check_keys(names: Index, where: Callable[[int], str]) -> NDArray[np.uint64]:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from concurrent_dataloader.errors import IndexFormatError
+from concurrent_dataloader.errors import IndexFormatError, ShardFormatError
+from concurrent_dataloader.formats.tar import check_name
 from concurrent_dataloader.index import Index
 from concurrent_dataloader.prepare.checksums import (
     Algorithm,
@@ -342,7 +343,21 @@ def _expect_shards(files: ShardFiles, report: Report) -> dict[str, FileFacts]:
         if len(index) and bool((index.extents[:, 1] > _sizes_by_sample(index)).any()):
             detail = "a sample lies behind the end of its shard"
             report.findings.append(Finding(where, "metadata", detail))
+        if index.kind == "tar":
+            report.findings += _find_unsafe(index)
     return expected
+
+
+def _find_unsafe(index: ShardIndex) -> list[Finding]:
+    """Name each shard in which a sample would be extracted to a place out of its folder."""
+    findings: dict[str, Finding] = {}
+    for position, name in enumerate(index.names.keys()):
+        try:
+            check_name(name)
+        except ShardFormatError as error:
+            shard = index.shard_of(position).name
+            findings.setdefault(shard, Finding(shard, "content", str(error)))
+    return list(findings.values())
 
 
 def _lists(metadata: Metadata | None, split: str) -> bool:
