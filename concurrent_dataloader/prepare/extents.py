@@ -76,15 +76,28 @@ def read_extents(
     def read(planned: PlannedRead) -> Piece:
         store, name = places[planned.shard]
         piece = store.get(name, planned.byte_range)
+        _check_size(piece, planned, store.describe(name))
         _check_header(piece, planned, store.describe(name))
         crcs = _find_crcs(index, planned, piece)
         if any(crc.extent != index.extent_crc(at) for at, crc in crcs.items() if _knows(index, at)):
             piece = store.get(name, planned.byte_range)
+            _check_size(piece, planned, store.describe(name))
             _check_piece(index, planned, piece, store, name)
             crcs = _find_crcs(index, planned, piece)
         return Piece(piece, list(crcs.values()))
 
     return _read_in_order(read, plan_reads(index, positions))
+
+
+def _check_size(piece: Buffer, planned: PlannedRead, where: str) -> None:
+    # What comes behind it in a copy would lie elsewhere than the index of the copy says.
+    start, stop = planned.byte_range
+    got = memoryview(piece).nbytes
+    if got != stop - start:
+        raise ShardFormatError(
+            f"{where} [{start}, {stop}): got {got} bytes, expected {stop - start}; the shard was"
+            " changed meanwhile, run the command again"
+        )
 
 
 def _check_header(piece: Buffer, planned: PlannedRead, where: str) -> None:

@@ -415,6 +415,28 @@ def test_a_byte_that_was_changed_on_the_way_is_read_again() -> None:
     assert flipping.num_gets == 2
 
 
+class ShortStore(MemoryStore):
+    """Leaves out the end of each answer."""
+
+    @override
+    def get(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
+        return bytes(super().get(key, byte_range))[:-512]
+
+
+def test_a_read_that_is_short_is_an_error_without_checksums_too(
+    source: Path, tmp_path: Path
+) -> None:
+    strip_crcs(source / "train-index.npz")
+    index = ShardIndex.load(source / "train-index.npz")
+    raw = (source / "train-000000.tar").read_bytes()
+    start, stop = 0, index.extent(3).stop
+
+    with pytest.raises(
+        ShardFormatError, match=rf"\[{start}, {stop}\): got {stop - 512} bytes, expected {stop};"
+    ):
+        list(read_extents(index, range(4), [(ShortStore({"t": raw}), "t")]))
+
+
 def test_copies_of_samples_without_checksums_get_some(source: Path, tmp_path: Path) -> None:
     strip_crcs(source / "train-index.npz")
 
