@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from typing_extensions import Buffer
@@ -244,15 +244,15 @@ def _map_shard(recipe: _Recipe, number: int) -> tuple[WrittenShard, list[FoundSa
         writer = TarWriter(target)
         for old in _read_shard(recipe, number, where):
             try:
-                made = _apply(function, old)
-                new.extend(_write(writer, key, fields, index.classes) for key, fields in made)
+                made = list(_apply(function, old, index.classes))
             except Exception as error:
                 # Whatever the user's function raises goes to the user, with its traceback.
-                raise LoaderError(
-                    f"{where}: sample {old.key!r}: function {recipe.function!r}:"
-                    f" {type(error).__name__}: {error}; mend it, or let it return None to drop the"
-                    " sample"
-                ) from error
+                raise _blame(recipe.function, old, where, error) from error
+            for key, fields, label in made:
+                try:
+                    new.append(_write(writer, key, fields, label))
+                except ValueError as error:  # names that cannot be; a full disk is another's fault
+                    raise _blame(recipe.function, old, where, error) from error
         checksums = writer.close()
         md5 = target.hexdigest()
     found = [
@@ -281,23 +281,41 @@ def _read_shard(recipe: _Recipe, number: int, where: str) -> Iterator[Sample]:
             yield from read_samples(content, where)
 
 
-def _apply(function: SampleFunction, old: Sample) -> Iterator[tuple[str, dict[str, Buffer]]]:
-    """Yield key and fields of each sample that the function makes of one."""
+def _blame(function: str, old: Sample, where: str, error: Exception) -> LoaderError:
+    return LoaderError(
+        f"{where}: sample {old.key!r}: function {function!r}: {type(error).__name__}: {error}; mend"
+        " it, or let it return None to drop the sample"
+    )
+
+
+class _Made(NamedTuple):
+    """A sample that the function made."""
+
+    key: str
+    fields: dict[str, Buffer]
+    label: int | None
+
+
+def _apply(
+    function: SampleFunction, old: Sample, classes: tuple[str, ...] | None
+) -> Iterator[_Made]:
+    """Yield each sample that the function makes of one."""
     result: Any = function(old.key, dict(old.fields))
     if result is None:
         return
     if isinstance(result, Mapping):
-        yield _check_fields(cast("Mapping[Any, Any]", result), old.key)
+        yield _check_fields(cast("Mapping[Any, Any]", result), old.key, classes)
         return
     if not isinstance(result, (list, tuple)):
         raise TypeError(f"gave a {type(result).__name__}, expected a dict, a list of them, or None")
     for number, fields in enumerate(cast("Sequence[Any]", result)):
         if not isinstance(fields, Mapping):
             raise TypeError(f"gave a list with a {type(fields).__name__}, expected dicts")
-        yield _check_fields(cast("Mapping[Any, Any]", fields), f"{old.key}_{number}")
+        key = f"{old.key}_{number}"
+        yield _check_fields(cast("Mapping[Any, Any]", fields), key, classes)
 
 
-def _check_fields(fields: Mapping[Any, Any], key: str) -> tuple[str, dict[str, Buffer]]:
+def _check_fields(fields: Mapping[Any, Any], key: str, classes: tuple[str, ...] | None) -> _Made:
     checked: dict[str, Buffer] = {}
     new_key: Any = key
     for field, content in fields.items():
@@ -311,19 +329,19 @@ def _check_fields(fields: Mapping[Any, Any], key: str) -> tuple[str, dict[str, B
             )
     if not isinstance(new_key, str):
         raise TypeError(f"gave a {type(new_key).__name__} as {KEY}, expected a str")
-    return check_name(new_key), checked
+    field = find_field(LABEL_FIELD, checked)
+    label = None if field is None else parse_label(checked[field])
+    if field is not None and (label is None or (classes is not None and label >= len(classes))):
+        expected = "a number" if classes is None else f"0 to {len(classes) - 1}"
+        given = bytes(checked[field])[:20]
+        raise ValueError(f"gave {given!r} as field {field!r}, expected {expected}")
+    return _Made(check_name(new_key), checked, label)
 
 
 def _write(
-    writer: TarWriter, key: str, fields: dict[str, Buffer], classes: tuple[str, ...] | None
+    writer: TarWriter, key: str, fields: dict[str, Buffer], label: int | None
 ) -> tuple[FoundSample, int]:
     """Write a sample; give what its index is to say, and the CRC-32C of its payload."""
-    field = find_field(LABEL_FIELD, fields)
-    label = None if field is None else parse_label(fields[field])
-    if field is not None and (label is None or (classes is not None and label >= len(classes))):
-        expected = "a number" if classes is None else f"0 to {len(classes) - 1}"
-        given = bytes(fields[field])[:20]
-        raise ValueError(f"gave {given!r} as field {field!r}, expected {expected}")
     written = writer.write(key, fields)
     found = describe_sample(written, label)
     payload_crc = written.members[found.name.removeprefix(f"{key}.")].crc32c

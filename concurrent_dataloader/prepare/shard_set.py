@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import io
 import mmap
@@ -22,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Buffer
 
-from concurrent_dataloader.errors import KeyNotFoundError, ShardFormatError
+from concurrent_dataloader.errors import KeyNotFoundError, LoaderError, ShardFormatError
 from concurrent_dataloader.files import write_whole
 from concurrent_dataloader.formats.fields import LABEL_FIELD, find_field, find_payload_field
 from concurrent_dataloader.formats.tar import (
@@ -50,6 +51,7 @@ from concurrent_dataloader.stores import RangedFile, Store, WritableStore, open_
 OpenRoot = Callable[[str], WritableStore]
 """Opens the store at a folder, or at ``s3://bucket/prefix``."""
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SCAN_BYTES = 1 << 20
 _SCAN_THREADS = 8
 
@@ -278,26 +280,42 @@ def write_object(
     Raises:
         OSError: It cannot be written.
         StoreError: The store does not take it.
+        Exception: What ``pieces`` raised.
     """
     digest = hashlib.md5(usedforsecurity=False) if md5 else None
     size_bytes = 0
+    unread: list[LoaderError] = []
 
     def counted() -> Iterator[Buffer]:
         nonlocal size_bytes
-        for piece in pieces:
-            if digest is not None:
-                digest.update(piece)
-            size_bytes += memoryview(piece).nbytes
-            yield piece
+        try:
+            for piece in pieces:
+                if digest is not None:
+                    digest.update(piece)
+                size_bytes += memoryview(piece).nbytes
+                yield piece
+        except LoaderError as error:  # some are OSErrors too, as those of writing are
+            unread.append(error)
+            raise
 
-    if is_folder(location):
-        write_whole(Path(store.describe(name)), counted())
-    else:
-        with tempfile.TemporaryFile() as file:
-            file.writelines(counted())
-            file.flush()
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as body:
-                store.put(name, body)
+    is_file = is_folder(location)
+    where = store.describe(name) if is_file else tempfile.gettempdir()
+    try:
+        if is_file:
+            write_whole(Path(where), counted())
+        else:
+            with tempfile.TemporaryFile() as file:
+                file.writelines(counted())
+                file.flush()
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as body:
+                    store.put(name, body)
+    except OSError as error:
+        if unread:
+            raise unread[0] from None
+        if error.errno is None or error.errno not in _FULL:
+            raise
+        advice = "it was not written, make room and run the command again"
+        raise OSError(error.errno, f"{os.strerror(error.errno)}; {advice}", where) from error
     return Written(size_bytes, None if digest is None else digest.hexdigest())
 
 
