@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -151,6 +151,25 @@ def reshard(
         ShardFormatError: A key stands twice or is unsafe, or a shard is damaged.
         StoreError: A store cannot be read or written.
     """
+    with open_resharding(sources, target, settings, open_root=open_root) as resharding:
+        return resharding.write(
+            num_processes=num_processes, overwrite=overwrite, resume=resume, on_shard=on_shard
+        )
+
+
+@contextlib.contextmanager
+def open_resharding(
+    sources: Sequence[SplitAt],
+    target: str | os.PathLike[str],
+    settings: ReshardSettings | None = None,
+    *,
+    open_root: OpenRoot = open_writable_store,
+) -> Generator[Resharding]:
+    """Decide what goes where; nothing is written before `Resharding.write`.
+
+    For callers who write several splits, and want to know of each that it can be written before
+    they write the first. The arguments and errors are those of `reshard`.
+    """
     settings = ReshardSettings() if settings is None else settings
     with contextlib.ExitStack() as stack:
         for source in sources:
@@ -164,40 +183,68 @@ def reshard(
             check_safe(sets[-1])
         described = _describe(sets, settings)
         recipe = _Recipe(*merge_sets(sets), place)
-        plan = plan_shards(recipe.index, settings)
-        stack.enter_context(place.lock())
-        check_target_keys(
-            place,
-            recipe.index.names.select(plan.order),
-            lambda at: recipe.index.shard_of(int(plan.order[at])).name,
-        )
-        names = settings.names.names(plan.num_shards)
-        written = place.begin(
-            str(described.fingerprint), names, settings.names, overwrite=overwrite, resume=resume
-        )
-        for shard in written.values():
-            on_shard(shard.shard, plan.num_shards)
-        tasks = [
-            (name, plan.positions(number))
-            for number, name in enumerate(names)
-            if name not in written
-        ]
-        pool = stack.enter_context(open_pool(recipe, num_processes))
-        for shard in pool.run(_write_shard, tasks):
-            place.put_receipt(shard)
-            written[shard.shard.name] = shard
-            on_shard(shard.shard, plan.num_shards)
-        shards = [written[name] for name in names]
-        result = dataclasses.replace(
-            described,
-            num_samples=len(plan.order),
-            shards=tuple(shard.shard for shard in shards),
-        )
-        index = _build_index(recipe.index, plan, shards)
-        place.finish(
-            index.to_bytes(), None, lambda metadata: metadata.with_split(settings.split, result)
-        )
-        return result
+        yield Resharding(settings, described, recipe, plan_shards(recipe.index, settings))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Resharding:
+    """A split that can be written; what it reads and writes is open as long as its context."""
+
+    _settings: ReshardSettings
+    _described: SplitMetadata
+    """But for its shards."""
+    _recipe: _Recipe
+    _plan: ShardPlan
+
+    def write(
+        self,
+        *,
+        num_processes: int = 1,
+        overwrite: bool = False,
+        resume: bool = True,
+        on_shard: Callable[[ShardMetadata, int], None] = lambda shard, num_shards: None,
+    ) -> SplitMetadata:
+        """Write the split; arguments, result and errors are those of `reshard`."""
+        settings, recipe, plan = self._settings, self._recipe, self._plan
+        place = recipe.place
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(place.lock())
+            check_target_keys(
+                place,
+                recipe.index.names.select(plan.order),
+                lambda at: recipe.index.shard_of(int(plan.order[at])).name,
+            )
+            names = settings.names.names(plan.num_shards)
+            written = place.begin(
+                str(self._described.fingerprint),
+                names,
+                settings.names,
+                overwrite=overwrite,
+                resume=resume,
+            )
+            for shard in written.values():
+                on_shard(shard.shard, plan.num_shards)
+            tasks = [
+                (name, plan.positions(number))
+                for number, name in enumerate(names)
+                if name not in written
+            ]
+            pool = stack.enter_context(open_pool(recipe, num_processes))
+            for shard in pool.run(_write_shard, tasks):
+                place.put_receipt(shard)
+                written[shard.shard.name] = shard
+                on_shard(shard.shard, plan.num_shards)
+            shards = [written[name] for name in names]
+            result = dataclasses.replace(
+                self._described,
+                num_samples=len(plan.order),
+                shards=tuple(shard.shard for shard in shards),
+            )
+            index = _build_index(recipe.index, plan, shards)
+            place.finish(
+                index.to_bytes(), None, lambda metadata: metadata.with_split(settings.split, result)
+            )
+            return result
 
 
 # -- before anything is written
@@ -247,10 +294,11 @@ def plan_shards(index: ShardIndex, settings: ReshardSettings) -> ShardPlan:
             " many samples the sources hold"
         )
     if settings.num_shards is not None and num_samples < settings.num_shards:
-        whole = "the sources" if num_samples == len(index) else "the slice of the sources"
+        holder = "the sources" if num_samples == len(index) else "the slice of the sources"
+        verb = "hold" if num_samples == len(index) else "holds"
         raise ValueError(
-            f"shards: got {settings.num_shards}, expected {num_samples} or fewer, since {whole}"
-            f" hold{'s' * (num_samples < len(index))} {num_samples} samples"
+            f"shards: got {settings.num_shards}, expected {num_samples} or fewer, since {holder}"
+            f" of split {settings.split!r} {verb} {num_samples} samples"
         )
     order = shuffle_positions(num_samples, settings.seed) + settings.start
     if settings.num_shards is not None:

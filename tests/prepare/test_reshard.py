@@ -280,10 +280,10 @@ def test_settings_that_cannot_be_are_refused(how: dict[str, Any], message: str) 
     ("how", "message"),
     [
         ({"start": 60}, "slice: got a start of 60, expected less than 60"),
-        ({"num_shards": 61}, "shards: got 61, expected 60 or fewer, since the sources hold 60 "),
+        ({"num_shards": 61}, "shards: got 61, expected 60 or fewer, since the sources of "),
         (
             {"start": 59, "num_shards": 2},
-            "shards: got 2, expected 1 or fewer, since the slice of the sources holds 1 ",
+            "expected 1 or fewer, since the slice of the sources of split 'train' holds 1 ",
         ),
     ],
 )
@@ -292,6 +292,19 @@ def test_what_leaves_shards_without_samples_is_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         run(source, tmp_path / "new", **how)
+
+
+def test_a_split_that_is_too_small_is_told_before_another_is_written(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_set(open_writable_store(source), [make_samples(3, first=100)], "val")
+
+    status = main(["reshard", str(source), str(tmp_path / "new"), "--shards", "5"])
+
+    assert status == 1
+    said = capsys.readouterr().err
+    assert "expected 3 or fewer, since the sources of split 'val' hold 3 samples" in said
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_set_that_is_not_there_is_named(tmp_path: Path) -> None:

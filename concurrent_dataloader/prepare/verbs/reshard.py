@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-from collections.abc import Sequence
 
 from concurrent_dataloader.prepare.metadata import ShardMetadata
-from concurrent_dataloader.prepare.reshard import ReshardSettings, SplitAt, reshard
-from concurrent_dataloader.prepare.shard_set import OpenRoot
+from concurrent_dataloader.prepare.reshard import (
+    Resharding,
+    ReshardSettings,
+    SplitAt,
+    open_resharding,
+)
 from concurrent_dataloader.prepare.verbs._bar import show_progress
 from concurrent_dataloader.prepare.verbs._common import (
     add_store_options,
@@ -122,8 +126,21 @@ def run(options: argparse.Namespace) -> None:
             )
     if options.target_split is not None:
         taken = {options.target_split: [source for sources in taken.values() for source in sources]}
-    for split, sources in taken.items():
-        _reshard(options, dataclasses.replace(settings, split=split), sources, open_root)
+    with contextlib.ExitStack() as stack:
+        # What cannot be of one split is told before another is written.
+        reshardings = {
+            split: stack.enter_context(
+                open_resharding(
+                    sources,
+                    options.target,
+                    dataclasses.replace(settings, split=split),
+                    open_root=open_root,
+                )
+            )
+            for split, sources in taken.items()
+        }
+        for split, resharding in reshardings.items():
+            _reshard(options, split, resharding)
 
 
 def _settings(options: argparse.Namespace) -> ReshardSettings:
@@ -138,13 +155,7 @@ def _settings(options: argparse.Namespace) -> ReshardSettings:
     )
 
 
-def _reshard(
-    options: argparse.Namespace,
-    settings: ReshardSettings,
-    sources: Sequence[SplitAt],
-    open_root: OpenRoot,
-) -> None:
-    split = settings.split
+def _reshard(options: argparse.Namespace, split: str, resharding: Resharding) -> None:
     with show_progress(f"writing {split}", "shards", None, log_every=1) as progress:
 
         def report(shard: ShardMetadata, num_shards: int) -> None:
@@ -153,11 +164,7 @@ def _reshard(
                 f" {shard.size_bytes} bytes"
             )
 
-        result = reshard(
-            sources,
-            options.target,
-            settings,
-            open_root=open_root,
+        result = resharding.write(
             num_processes=options.processes,
             overwrite=options.overwrite,
             on_shard=report,
