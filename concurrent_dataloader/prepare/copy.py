@@ -17,6 +17,7 @@ from concurrent_dataloader.errors import KeyNotFoundError, LoaderError, StoreErr
 from concurrent_dataloader.index import Index
 from concurrent_dataloader.prepare.index import is_folder, split_url
 from concurrent_dataloader.prepare.made_folders import make_folders
+from concurrent_dataloader.prepare.metadata import METADATA_NAME
 from concurrent_dataloader.prepare.parallel import ByteBudget, call_concurrently
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.shard_names import check_finished
@@ -29,6 +30,9 @@ _PART_BYTES = 64 << 20
 _MEMORY_BYTES = 1 << 30
 """Bodies in memory at once, in all; one larger object travels alone."""
 
+
+_DESCRIPTIONS = ("-index.npz", "-manifest.json", "-FileInfo.json")
+"""What such files are called beside `METADATA_NAME`, behind the name of the split."""
 
 _DISTRIBUTED = re.compile(r"distributed/\d+-instances/")
 
@@ -63,6 +67,8 @@ class CopyReport(NamedTuple):
     """Of those that were not there already."""
 
     duration_s: float
+    held_back: tuple[str, ...] = ()
+    """What describes the others, and was not copied since some of them failed; not in counts."""
 
 
 def items_of_index(index: Index) -> Iterator[CopyItem]:
@@ -97,6 +103,9 @@ def copy_objects(
 ) -> CopyReport:
     """Copy objects from one store to another, each under its own key.
 
+    What describes other objects is copied behind them, and only if none of them failed: indexes of
+    shards, and ``metadata.json`` last. Where it lies, all that it speaks of is there.
+
     What the target has with the same size is left as it is, so that a copy goes on where one was
     stopped; if the target's metadata or indexes are not the source's, contents are compared. The
     size of each copy is asked for after it was written. One that fails does not stop the others.
@@ -124,22 +133,41 @@ def copy_objects(
     copier = _Copier(source, target, is_fresh=is_fresh, verify=verify)
     counts = {"copied": 0, "skipped": 0, "failed": 0}
     copied_bytes = 0
-    with contextlib.closing(call_concurrently(copier.copy, items, concurrency)) as results:
-        for copied in results:
-            if copied.error is not None:
-                counts["failed"] += 1
-            elif copied.is_skipped:
-                counts["skipped"] += 1
+    descriptions: list[CopyItem] = []
+    metadata: list[CopyItem] = []
+    held_back: list[str] = []
+
+    def described() -> Iterator[CopyItem]:
+        for item in items:
+            name = item.key.rpartition("/")[2]
+            if name == METADATA_NAME:
+                metadata.append(item)
+            elif name.endswith(_DESCRIPTIONS):
+                descriptions.append(item)
             else:
-                counts["copied"] += 1
-                copied_bytes += copied.size_bytes
-            on_object(copied)
+                yield item
+
+    for some in (described(), descriptions, metadata):
+        if counts["failed"]:
+            held_back += [item.key for item in some]
+            continue
+        with contextlib.closing(call_concurrently(copier.copy, some, concurrency)) as results:
+            for copied in results:
+                if copied.error is not None:
+                    counts["failed"] += 1
+                elif copied.is_skipped:
+                    counts["skipped"] += 1
+                else:
+                    counts["copied"] += 1
+                    copied_bytes += copied.size_bytes
+                on_object(copied)
     return CopyReport(
         counts["copied"],
         counts["skipped"],
         counts["failed"],
         copied_bytes,
         time.monotonic() - begun_s,
+        tuple(held_back),
     )
 
 
@@ -269,7 +297,7 @@ def index_key_of_url(index: str, source: str) -> str:
 
 def _describes_others(source: Store, target: Store) -> bool:
     """Tell whether what the target's metadata or indexes speak of is not what the source has."""
-    for name in ("metadata.json", *(f"{split}-index.npz" for split in ("train", "val", "test"))):
+    for name in (METADATA_NAME, *(f"{split}-index.npz" for split in ("train", "val", "test"))):
         there = _read_small(target, name)
         if there is not None and there != _read_small(source, name):
             return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import signal
@@ -239,6 +240,37 @@ def test_each_failure_is_named_the_rest_goes_on_and_the_index_is_left_out(
     assert main(arguments) == 0
     assert "1 objects copied" in capsys.readouterr().out
     assert files_below(target) == {**OBJECTS, "i.json": index.read_bytes()}
+
+
+def test_what_describes_a_set_is_copied_last_and_only_if_the_rest_came(
+    bucket: ObjectServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("metadata.json", "train-000000.tar", "train-000001.tar", "train-index.npz")
+    bucket.put_objects("data", {f"sets/{name}": name.encode() for name in names})
+    bucket.set_faults([Fault("truncated_body", key_pattern="000001.tar$")])
+    credentials = write_credentials(bucket, tmp_path / "c.json")
+    target = tmp_path / "copy"
+    arguments = ["copy", "s3://data/sets", str(target), "--credentials", str(credentials)]
+
+    status = main(arguments)
+
+    assert status == 1
+    assert list(files_below(target)) == ["train-000000.tar"]
+    said = capsys.readouterr().err
+    assert "not copied before all is there: train-index.npz, metadata.json" in said
+
+    bucket.set_faults([])
+    seen: list[str] = []
+    with (
+        contextlib.closing(open_bucket(bucket, "s3://data/sets")) as source,
+        contextlib.closing(open_writable_store(target)) as store,
+    ):
+        report = copy_objects(
+            items_below(source), source, store, on_object=lambda copied: seen.append(copied.key)
+        )
+
+    assert seen[2:] == ["train-index.npz", "metadata.json"]
+    assert (report.num_copied, report.num_skipped, report.held_back) == (3, 1, ())
 
 
 class LyingStore:

@@ -34,8 +34,9 @@ from concurrent_dataloader.stores import Store, WritableStore, open_store, open_
 
 DESCRIPTION = (
     "Copy the objects that an index names, and the index, or all that lies below SOURCE, to TARGET."
-    " Either may be a bucket or a folder. What TARGET has with the same size is skipped, so a copy"
-    " that was stopped goes on when it is started again. The options of the store are those of"
+    " Either may be a bucket or a folder. The indexes of shards and metadata.json come last, and"
+    " only if all else came. What TARGET has with the same size is skipped, so a copy that was"
+    " stopped goes on when it is started again. The options of the store are those of"
     " SOURCE, and of TARGET too unless one of the --target options is given."
 )
 
@@ -123,7 +124,8 @@ def run(options: argparse.Namespace) -> int:
         f"in {report.duration_s:.1f} s"
     )
     if report.num_failed:
-        left_out = "; the index was not copied" if index is not None else ""
+        held_back = list(report.held_back) + ([] if index is None else ["the index"])
+        left_out = f"; not copied before all is there: {', '.join(held_back)}" if held_back else ""
         print(f"run it again to copy what failed{left_out}", file=sys.stderr)
     elif index is not None:
         print(f"{target.describe(index.key)}: the index")
