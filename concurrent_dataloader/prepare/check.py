@@ -406,7 +406,8 @@ class _Check:
                 if num_empty:
                     notes.append(f"{split}: {num_empty} of {len(classes)} classes have no sample")
         if self._tally.num_unchecked:
-            notes.append(f"{self._tally.num_unchecked} samples hold no image file: not decoded")
+            num_unchecked = self._tally.num_unchecked
+            notes.append(f"{num_unchecked} samples hold no image file and no tensor: not decoded")
 
     def _check_databases(self, databases: Sequence[ObjectInfo]) -> None:
         from concurrent_dataloader.prepare.deep_lmdb import check_database

@@ -18,6 +18,7 @@ from concurrent_dataloader.errors import (
     BodyMismatchError,
     KeyNotFoundError,
     LoaderError,
+    MissingDependencyError,
     ShardFormatError,
     StoreError,
 )
@@ -73,7 +74,7 @@ class ShardResult(NamedTuple):
     seen: list[Seen]
     bad: list[BadSample]
     num_unchecked: int
-    """Samples without an image file, such as tensors, whose payload was not looked into."""
+    """Samples whose payload was not looked into, as it is neither an image file nor a tensor."""
 
 
 # -- one shard
@@ -95,7 +96,7 @@ def check_shard(
 
     Raises:
         StoreError: It cannot be read.
-        MissingDependencyError: A package that TFRecord needs is not installed.
+        MissingDependencyError: A package that TFRecord or tensors need is not installed.
     """
     result = ShardResult(info.key, [], [], 0)
     num_unchecked = 0
@@ -117,7 +118,9 @@ def check_shard(
                     continue
                 result.seen.append(see_sample(parsed))
                 check_sample(parsed, rules)
-                num_unchecked += parsed.image is None
+                num_unchecked += parsed.image is None and not parsed.is_tensor
+            except MissingDependencyError:  # it is not about this sample
+                raise
             except (LoaderError, ValueError) as error:
                 result.bad.append(BadSample(info.key, name, byte_range, kind, one_line(error)))
     return result._replace(num_unchecked=num_unchecked)

@@ -24,6 +24,7 @@ from concurrent_dataloader.errors import (
 from concurrent_dataloader.formats.crc32c import crc32c
 from concurrent_dataloader.formats.fields import (
     IMAGE_FIELDS,
+    TENSOR_FIELD,
     find_label_field,
     find_payload_field,
 )
@@ -31,6 +32,7 @@ from concurrent_dataloader.formats.image import decode_image
 from concurrent_dataloader.formats.tar import END_OF_ARCHIVE, check_name, read_samples
 from concurrent_dataloader.labels import Classes
 from concurrent_dataloader.prepare.checksums import Finding
+from concurrent_dataloader.prepare.tensors import check_tensor
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.shard_index import ShardIndex
 from concurrent_dataloader.shard_names import find_kind
@@ -120,6 +122,8 @@ class ParsedSample(NamedTuple):
 
     payload: Buffer
     label: int | None
+    is_tensor: bool = False
+    """Whether the payload is a tensor as ``torch.save`` writes it."""
 
 
 def parse_tar_fields(fields: dict[str, bytes], key: str, where: str) -> ParsedSample:
@@ -143,8 +147,9 @@ def parse_tar_fields(fields: dict[str, bytes], key: str, where: str) -> ParsedSa
     name = find_payload_field(list(fields))
     if name is None:
         raise ShardFormatError(f"{where}: got fields {', '.join(fields)}, expected an image")
-    is_image = name.rpartition(".")[2] in IMAGE_FIELDS
-    return ParsedSample(key, fields[name] if is_image else None, fields[name], label)
+    kind = name.rpartition(".")[2]
+    image = fields[name] if kind in IMAGE_FIELDS else None
+    return ParsedSample(key, image, fields[name], label, is_tensor=kind == TENSOR_FIELD)
 
 
 def parse_record(raw: Buffer, rules: Rules, where: str, start: int) -> ParsedSample:
@@ -162,13 +167,16 @@ def parse_record(raw: Buffer, rules: Rules, where: str, start: int) -> ParsedSam
 
 
 def check_sample(parsed: ParsedSample, rules: Rules) -> None:
-    """Decode an image, and look at its label.
+    """Decode an image or a tensor, and look at its label.
 
     Raises:
         LoaderError: It cannot be used.
+        MissingDependencyError: A package that is needed to look into it is not installed.
     """
     if parsed.image is not None:
         decode_image(parsed.image)
+    elif parsed.is_tensor:
+        check_tensor(parsed.payload)
     elif rules.raw_bytes is not None and memoryview(parsed.payload).nbytes != rules.raw_bytes:
         got = memoryview(parsed.payload).nbytes
         raise SampleDecodeError(f"got {got} bytes of pixels, expected {rules.raw_bytes}")

@@ -10,13 +10,14 @@ import json
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from concurrent_dataloader.formats.lmdb_record import (
@@ -44,12 +45,15 @@ from concurrent_dataloader.prepare.lmdb import write_lmdb
 from concurrent_dataloader.prepare.metadata import Metadata, ShardMetadata, SplitMetadata
 from concurrent_dataloader.prepare.shard import write_shards
 from concurrent_dataloader.prepare.shard_settings import ShardSettings
+from concurrent_dataloader.prepare.steps import encode_tensor
 from concurrent_dataloader.prepare.validate import IMAGENET_TREES
 from concurrent_dataloader.shard_index import Shard, ShardIndexBuilder
 from concurrent_dataloader.testing import ObjectServer
 from tests.prepare.memory_source import MemorySource, make_samples
 
 CLASSES = ("ant", "bee", "cat")
+
+PIXELS = np.random.default_rng(0).integers(1, 255, (3, 16, 16), np.uint8)
 
 
 def encode_image(seed: int) -> bytes:
@@ -749,15 +753,69 @@ def sample_fields(number: int) -> list[tuple[str, bytes]]:
     return [("cls", str(number % 3).encode()), ("jpg", encode_image(number))]
 
 
-def test_tensors_are_not_decoded_and_that_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_tar(tmp_path / "train-0.tar", [("0.cls", b"1"), ("0.pth", b"PK tensor")])
+def save_tensor(pixels: np.ndarray, **how: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(torch.from_numpy(pixels), file, **how)
+    return file.getvalue()
+
+
+def test_row_157_tensors_are_decoded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pickled = save_tensor(PIXELS, _use_new_zipfile_serialization=False)
+    payloads = (save_tensor(PIXELS), encode_tensor(PIXELS), pickled)
+    members = [(f"{number}.pth", payload) for number, payload in enumerate(payloads)]
+    write_tar(tmp_path / "train-0.tar", members)
 
     status, lines = validate(capsys, tmp_path, "--deep")
 
     assert status == 0
-    assert "note: 1 samples hold no image file: not decoded" in lines
+    assert not any("not decoded" in line for line in lines)
+
+
+@pytest.mark.parametrize("encode", [save_tensor, encode_tensor])
+def test_row_157_a_tensor_with_zeroed_bytes_is_found_without_index_and_metadata(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], encode: Callable[[np.ndarray], bytes]
+) -> None:
+    good, bad = encode(PIXELS), bytearray(encode(PIXELS[::-1].copy()))
+    start = bad.index(PIXELS[2].tobytes())
+    bad[start : start + 200] = bytes(200)
+    write_tar(tmp_path / "train-0.tar", [("0.pth", good), ("1.pth", bytes(bad))])
+
+    status, lines = validate(capsys, tmp_path, "--deep")
+
+    assert status == 1
+    (found,) = (line for line in lines if ": sample: " in line)
+    assert "sample '1': sample: pth: " in found
+    assert "the tensor is damaged" in found
+
+
+@pytest.mark.parametrize(
+    ("payload", "said"),
+    [
+        (b"PK tensor", "expected a tensor that torch.save wrote"),
+        (b"PK\3\4 tensor", "the tensor is damaged"),
+        (encode_tensor(np.zeros((5, 4, 4), np.uint8)), "expected (3, H, W) or (1, H, W)"),
+    ],
+)
+def test_row_157_what_the_loader_takes_for_no_tensor_is_a_bad_sample(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], payload: bytes, said: str
+) -> None:
+    write_tar(tmp_path / "train-0.tar", [("0.pth", payload)])
+
+    status, lines = validate(capsys, tmp_path, "--deep")
+
+    assert status == 1
+    assert said in "\n".join(lines)
+
+
+def test_other_payloads_are_not_decoded_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tar(tmp_path / "train-0.tar", [("0.cls", b"1"), ("0.npy", b"an array")])
+
+    status, lines = validate(capsys, tmp_path, "--deep")
+
+    assert status == 0
+    assert "note: 1 samples hold no image file and no tensor: not decoded" in lines
 
 
 @pytest.mark.parametrize("label", [b"", b"x", b"-1", b"1.5"])
