@@ -10,6 +10,7 @@ from typing import NamedTuple
 from concurrent_dataloader.errors import KeyNotFoundError
 from concurrent_dataloader.prepare.index import IMAGE_SUFFIXES
 from concurrent_dataloader.prepare.shard_set import OpenRoot, padded_bytes, read_metadata
+from concurrent_dataloader.shard_names import find_kind
 from concurrent_dataloader.stores import open_writable_store
 
 GB = 1_000_000_000
@@ -119,7 +120,7 @@ def measure(
     suffixes: Sequence[str] = IMAGE_SUFFIXES,
     on_progress: Callable[[int], None] = lambda count: None,
 ) -> Amount:
-    """Count what lies in a folder or a bucket: image files, or tar shards where there are some.
+    """Count what lies in a folder or a bucket: image files, or shards where there are some.
 
     Args:
         location: Folder, or ``s3://bucket/prefix``.
@@ -139,7 +140,7 @@ def measure(
             if name.endswith(endings):
                 num_images += 1
                 image_bytes += padded_bytes(info.size_bytes) + padded_bytes(_LABEL_BYTES)
-            elif name.endswith(".tar") and not name.startswith("distributed/"):
+            elif find_kind(name) in ("tar", "tfrecord") and not name.startswith("distributed/"):
                 shard_bytes += info.size_bytes
             if count % _PROGRESS_OBJECTS == 0:
                 on_progress(count)
@@ -152,7 +153,7 @@ def measure(
             )
     if not num_images:
         raise KeyNotFoundError(
-            f"{location}: no file that ends in {', '.join(suffixes)} or .tar; check the place, or"
-            " give --bytes and --samples"
+            f"{location}: no file that ends in {', '.join(suffixes)} or .tar, and no TFRecord;"
+            " check the place, or give --bytes and --samples"
         )
     return Amount(image_bytes, num_images)

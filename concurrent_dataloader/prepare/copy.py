@@ -17,7 +17,7 @@ from concurrent_dataloader.errors import KeyNotFoundError, LoaderError, StoreErr
 from concurrent_dataloader.index import Index
 from concurrent_dataloader.prepare.index import is_folder, split_url
 from concurrent_dataloader.prepare.made_folders import make_folders
-from concurrent_dataloader.prepare.metadata import METADATA_NAME
+from concurrent_dataloader.prepare.metadata import DESCRIPTIONS, METADATA_NAME
 from concurrent_dataloader.prepare.parallel import ByteBudget, call_concurrently
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.shard_names import check_finished
@@ -30,9 +30,6 @@ _PART_BYTES = 64 << 20
 _MEMORY_BYTES = 1 << 30
 """Bodies in memory at once, in all; one larger object travels alone."""
 
-
-_DESCRIPTIONS = ("-index.npz", "-manifest.json", "-FileInfo.json")
-"""What such files are called beside `METADATA_NAME`, behind the name of the split."""
 
 _DISTRIBUTED = re.compile(r"distributed/\d+-instances/")
 
@@ -142,7 +139,7 @@ def copy_objects(
             name = item.key.rpartition("/")[2]
             if name == METADATA_NAME:
                 metadata.append(item)
-            elif name.endswith(_DESCRIPTIONS):
+            elif name.endswith(DESCRIPTIONS):
                 descriptions.append(item)
             else:
                 yield item

@@ -14,7 +14,7 @@ import io
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
@@ -43,6 +43,7 @@ from concurrent_dataloader.formats.tar import (
 )
 from concurrent_dataloader.labels import LabelSpace, imagenet_classes
 from concurrent_dataloader.prepare.index import is_folder
+from concurrent_dataloader.prepare.metadata import DESCRIPTIONS, METADATA_NAME
 from concurrent_dataloader.prepare.parallel import call_concurrently
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.shard_index import (
@@ -55,6 +56,9 @@ from concurrent_dataloader.shard_index import (
 from concurrent_dataloader.shard_names import ShardSet, Source, find_kind, locate_shards
 from concurrent_dataloader.stores.base import Store, WritableStore
 from concurrent_dataloader.stores.ranged_file import RangedFile
+
+if TYPE_CHECKING:
+    from concurrent_dataloader.formats.tfrecord import ImageExample, ReadableFile, Record
 
 OpenStore = Callable[[str], Store]
 """Opens the store at a folder, or at ``s3://bucket/prefix``."""
@@ -112,9 +116,17 @@ def find_shards(source: Source, open_root: OpenStore) -> ShardSet:
                     f"{root}: cannot be listed, expected the names of shards, such as "
                     f"{root}/train-{{000000..000099}}.tar"
                 )
-            yield from store.list(prefix)
+            for info in store.list(prefix):
+                if not is_beside_shards(info.key):  # a glob such as train-* fits these too
+                    yield info
 
     return locate_shards(source, list_objects)
+
+
+def is_beside_shards(key: str) -> bool:
+    """Tell whether a file is one of those that we write beside shards."""
+    name = key.rpartition("/")[2]
+    return name == METADATA_NAME or name.endswith(DESCRIPTIONS)
 
 
 def rebase(shards: ShardSet, folder: str) -> ShardSet:
@@ -336,7 +348,30 @@ def _parent(key: str) -> str | None:
 # -- TFRecord
 
 
-def _scan_tfrecord(file: BinaryIO, where: str, shard_name: str) -> Iterator[_Found]:
+class RecordSample(NamedTuple):
+    """A sample of a TFRecord shard."""
+
+    name: str
+    """As a file would be called, with the folder of its class where that is known."""
+
+    class_name: str | None
+    record: Record
+    example: ImageExample
+    """Its label is as it stands in the record."""
+
+
+def iter_record_samples(file: ReadableFile, where: str, shard_name: str) -> Iterator[RecordSample]:
+    """Read the samples of a TFRecord shard, in order.
+
+    Args:
+        file: Read front to back. It is left open.
+        where: Names it in errors.
+        shard_name: Names samples that have no name of their own, with their number.
+
+    Raises:
+        ShardFormatError: It is damaged, or holds no images.
+        MissingDependencyError: A package that TFRecord needs is not installed.
+    """
     try:
         from concurrent_dataloader.formats.tfrecord import iter_records, parse_image_example
     except ImportError as error:
@@ -353,10 +388,49 @@ def _scan_tfrecord(file: BinaryIO, where: str, shard_name: str) -> Iterator[_Fou
         if example.synset and "/" not in name:
             name = f"{example.synset}/{name}"
         class_name = example.synset or (_parent(name) if example.filename else None)
+        yield RecordSample(name, class_name, record, example)
+
+
+def _scan_tfrecord(file: BinaryIO, where: str, shard_name: str) -> Iterator[_Found]:
+    for name, class_name, record, example in iter_record_samples(file, where, shard_name):
         yield _Found(name, record.byte_range, record.byte_range, example.label, class_name)
 
 
 # -- labels
+
+
+class LabelMeaning(NamedTuple):
+    """What the labels of shards mean."""
+
+    space: LabelSpace | None
+    base: int
+    """What the first class is called."""
+
+    classes: list[str] | None
+    """Name of each class in the order of the labels; None where that is not known."""
+
+
+def find_meaning(
+    names: Mapping[int, set[str | None]],
+    kind: ShardKind,
+    label_space: LabelSpace | None = None,
+    label_base: int | None = None,
+) -> LabelMeaning:
+    """Find out what labels mean, as far as it was not told; pure.
+
+    Args:
+        names: The names of classes that stand beside each label.
+        kind: Of the shards.
+        label_space: As in `scan_shards`.
+        label_base: As in `scan_shards`.
+    """
+    by_label = _names_by_label(names)
+    if label_space is None and label_base is None:
+        label_space, label_base = _recognise(by_label)
+    if label_base is None:
+        by_convention = 1 if kind == "tfrecord" else 0
+        label_base = by_convention if label_space is None else label_space.first_id
+    return LabelMeaning(label_space, label_base, _list_classes(by_label, label_space, label_base))
 
 
 def _finish(
@@ -367,13 +441,7 @@ def _finish(
     label_base: int | None,
     where: str,
 ) -> ShardIndex:
-    by_label = _names_by_label(names)
-    if label_space is None and label_base is None:
-        label_space, label_base = _recognise(by_label)
-    if label_base is None:
-        by_convention = 1 if kind == "tfrecord" else 0
-        label_base = by_convention if label_space is None else label_space.first_id
-    classes = _list_classes(by_label, label_space, label_base)
+    label_space, label_base, classes = find_meaning(names, kind, label_space, label_base)
     index = builder.build(classes, None if label_space is None else label_space.value)
     if not len(index):
         raise KeyNotFoundError(f"{where}: no sample in {len(index.shards)} shards; check them")
@@ -395,7 +463,7 @@ def _finish(
     return index
 
 
-def _names_by_label(names: dict[int, set[str | None]]) -> dict[int, str] | None:
+def _names_by_label(names: Mapping[int, set[str | None]]) -> dict[int, str] | None:
     """Give the one name of each class; None unless each has one, and no two the same."""
     by_label = {
         label: name

@@ -4,6 +4,7 @@
 opening     open_source: finds out what is meant, and puts the parts together
 layouts     what lies in a folder: splits, archives, ImageNet's and Kaggle's layouts
 listing     samples that are objects;  archives  samples in tars, by read_ahead
+tfrecords   samples in TFRecord shards
 found       what was found: names, places, strays;  places  bytes by position
 labeller    chooses what says the classes;  labelling  labels by it;  class_map  files of classes
 boxes       bounding boxes;  box_files  the files that hold them

@@ -223,11 +223,11 @@ def find_in_archives(archives: Archives, sieve: Sieve, prefixes: Sequence[str]) 
     """
     numbered = list(enumerate(archives.keys))
     where = [archives.store.describe(key) for key in archives.keys]
-    whole = _map(
+    whole = map_archives(
         archives, lambda item: _scan_tar(archives, item[1], None, sieve, where[item[0]]), numbered
     )
     nested = [(number, tar) for number, scan in enumerate(whole) for tar in scan.inner]
-    inside = _map(
+    inside = map_archives(
         archives,
         lambda item: _scan_tar(archives, archives.keys[item[0]], item[1], sieve, where[item[0]]),
         nested,
@@ -239,7 +239,8 @@ def find_in_archives(archives: Archives, sieve: Sieve, prefixes: Sequence[str]) 
     return _join(archives, parts, sieve)
 
 
-def _map(archives: Archives, function: Callable[[Any], _Scan], items: Sequence[Any]) -> list[_Scan]:
+def map_archives(archives: Archives, function: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
+    """Call a function for each item, several at once where archives lie behind a network."""
     if not archives.is_remote or len(items) < 2:
         return [function(item) for item in items]
     with concurrent.futures.ThreadPoolExecutor(min(_REMOTE_SCANNERS, len(items))) as pool:

@@ -39,6 +39,12 @@ class Found:
     boxes: BoxLookup | None = None
     """Those that shards hold."""
 
+    classes: tuple[str, ...] | None = None
+    """What shards themselves call the classes of these labels; None where they do not say."""
+
+    label_space: str | None = None
+    """As `Source.label_space`, of these classes."""
+
     def select(self, positions: NDArray[np.int64]) -> Found:
         """Give some of the files, in the order given."""
         return dataclasses.replace(

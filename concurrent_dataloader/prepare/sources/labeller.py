@@ -152,6 +152,9 @@ class Labeller:
                         f" shards hold label {count - 1}"
                     )
                 return Labelling(labels, told.classes, told.label_space)
+        told = self.place.found.classes
+        if told is not None and len(told) >= count:
+            return Labelling(labels, told, self.place.found.label_space)
         return Labelling(labels, classes, space)
 
     def _label_by_xml(self, folder: str) -> Labelling:

@@ -29,6 +29,10 @@ from concurrent_dataloader.prepare.sources.found import IMAGE_SUFFIXES, Found
 from concurrent_dataloader.prepare.sources.labeller import NO_LABELS, Labeller
 from concurrent_dataloader.prepare.sources.layouts import Search, find_xml
 from concurrent_dataloader.prepare.sources.table import SampleTable
+from concurrent_dataloader.prepare.sources.tfrecords import (
+    find_named_records,
+    find_records_of_folder,
+)
 
 OnStray = Literal["skip", "error"]
 
@@ -72,7 +76,8 @@ def open_source(
     - a JSON or packed index of files below ``root``;
     - a tar: flat, with class folders, of class tars, or a WebDataset shard; ``.tar.gz``,
       ``.tar.bz2`` and ``.tar.xz`` are unpacked to a temporary file, which `close` removes;
-    - tars by pattern: ``shards/train-{000..146}.tar``, ``shards/train-*.tar``.
+    - TFRecord shards of images, in the layout of TensorFlow's builder, or a folder of them;
+    - tars or TFRecord shards by pattern: ``shards/train-{000..146}.tar``, ``records/train-*``.
 
     Samples are sorted by name, but for those of an index and of shards, which keep their order.
     The same content gives the same source on any machine and from any of these.
@@ -131,7 +136,10 @@ def open_source(
         temporary_folder=temporary_folder,
         check_archive=check if verify_archives else _accept,
     )
-    place = search.run(os.fspath(text))
+    takes_labels = (label_rule, class_map, meta_mat, ground_truth) == (None, None, None, None)
+    named = find_named_records(search, os.fspath(text), takes_labels=takes_labels)
+    place = search.run(os.fspath(text)) if named is None else named
+    place = find_records_of_folder(search, place, takes_labels=takes_labels)
     labeller = Labeller(
         search=search,
         place=place,

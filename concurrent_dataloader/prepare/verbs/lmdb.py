@@ -44,9 +44,9 @@ from concurrent_dataloader.prepare.verbs._source import (
 DESCRIPTION = (
     "Write the samples of SOURCE to TARGET/ILSVRC-SPLIT.lmdb, one database a split: files as they"
     " are, with their names and labels. SOURCE is a folder, a bucket, an index, a tar, a tar of"
-    " class tars, shards, or ImageNet as Kaggle or torchvision lays it out. The same seed gives"
-    " the same records in the same order. A run that was stopped goes on when the command is given"
-    " again; a database has its name only when it is complete."
+    " class tars, tar or TFRecord shards, or ImageNet as Kaggle or torchvision lays it out. The"
+    " same seed gives the same records in the same order. A run that was stopped goes on when the"
+    " command is given again; a database has its name only when it is complete."
 )
 
 CALLED_IN_MESSAGES = {"concurrency": "readers", "map_bytes": "map_size", "split": "splits"}

@@ -60,10 +60,10 @@ from concurrent_dataloader.shard_index import ShardKind
 DESCRIPTION = (
     "Pack the samples of SOURCE into shards in TARGET, shuffled as a whole by a seed, with an index"
     " of byte ranges and metadata.json. SOURCE is a folder, a bucket, an index, a tar, a tar of"
-    " class tars, shards, or ImageNet as Kaggle or torchvision lays it out; TARGET is a folder or"
-    " s3://bucket/prefix. Files are packed as they are unless a payload, steps or a function are"
-    " asked for. The same seed gives the same bytes on any machine, with any number of processes. A"
-    " run that was stopped goes on when the command is given again."
+    " class tars, tar or TFRecord shards, or ImageNet as Kaggle or torchvision lays it out; TARGET"
+    " is a folder or s3://bucket/prefix. Files are packed as they are unless a payload, steps or a"
+    " function are asked for. The same seed gives the same bytes on any machine, with any number of"
+    " processes. A run that was stopped goes on when the command is given again."
 )
 
 CALLED_IN_MESSAGES = {"field": "data_type", "num_readers": "readers", "split": "splits"}
