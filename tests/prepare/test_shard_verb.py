@@ -79,6 +79,23 @@ def test_a21_a_folder_becomes_shards_with_a_line_for_each(
     ]
 
 
+@pytest.mark.parametrize("verb", ["shard", "lmdb", "folders"])
+def test_row_120_all_ignored_files_are_listed_if_asked_for(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    strays = [f"cat/notes {number:02d}.txt" for number in range(30)]
+    for name in strays:
+        (folder / name).write_text("stray")
+
+    status = main([verb, str(folder), str(tmp_path / "out"), "--strays", str(tmp_path / "list")])
+
+    assert status == 0
+    assert (tmp_path / "list").read_text().splitlines() == [f"{folder}/{name}" for name in strays]
+    assert f"{folder}: 30 stray files left out, listed in {tmp_path / 'list'}\n" in (
+        capsys.readouterr().out
+    )
+
+
 def test_a_link_to_nothing_is_an_error_not_a_smaller_set(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,8 +17,6 @@ from concurrent_dataloader.prepare.sources.places import Places
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".ppm", ".bmp")
 """Endings of the files that are samples, in any case, unless told otherwise."""
 
-MAX_STRAYS_NAMED = 20
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
@@ -31,7 +29,7 @@ class Found:
     places: Places
     num_stray: int = 0
     strays: tuple[str, ...] = ()
-    """The first ones."""
+    """Their names, in the order in which they were found."""
 
     labels: NDArray[np.int32] | None = None
     """Those that shards hold, (N,) int32, -1 where there is none; None where no sample has one."""
@@ -82,8 +80,7 @@ class Sieve:
     def count_stray(self, name: str) -> None:
         """Count a file that is no sample."""
         self.num_stray += 1
-        if len(self.strays) < MAX_STRAYS_NAMED:
-            self.strays.append(name)
+        self.strays.append(name)
 
 
 def is_hidden(name: str) -> bool:

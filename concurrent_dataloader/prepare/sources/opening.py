@@ -69,7 +69,8 @@ def open_source(
     What ``text`` may be, as path or ``s3://`` URL (an archive also as ``http(s)://`` URL):
 
     - a folder or prefix of images, in class folders or flat, nested as deep as you like; links are
-      followed, but not into a folder that holds them;
+      followed, but not into a folder that holds them, and one to nothing is an error; those in
+      archives are left out;
     - one with a folder for each split, ``train`` and ``val`` or ``validation``, as torchvision's
       ImageNet has it; with original archives, ``ILSVRC2012_img_*.tar``; with shards
       ``train-*.tar``; or in Kaggle's layout, ``ILSVRC/Data/CLS-LOC``;
@@ -94,8 +95,8 @@ def open_source(
         split: Which part of it: "train", "val", "test".
         root: What the keys of an index are relative to; None: the folder in which it lies.
         suffixes: Endings of samples, in any case; every file is one when empty.
-        on_stray: Whether files that are no samples are counted (`SampleTable.num_stray`), or are
-            an error.
+        on_stray: Whether files that are no samples are listed (`SampleTable.strays`), or are an
+            error.
         label_rule: How a name holds its class, as in `labels.LabelRule`: "parent", "prefix",
             "regex:PATTERN", ...; "none": samples have no labels.
         class_map: File of classes: see `parse_class_map`.

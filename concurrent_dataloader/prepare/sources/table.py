@@ -37,7 +37,7 @@ class SampleTable:
         self.num_stray = found.num_stray
         """Files that are no samples, and were left out."""
         self.strays = found.strays
-        """Names of the first of them."""
+        """Their names; in a pickled twin only the first one."""
         self.num_unlabelled = 0 if labelling is None else labelling.num_skipped
         """Samples that were left out, since their class is not known."""
         self._names = found.names
@@ -48,6 +48,9 @@ class SampleTable:
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "strays": self.strays[:1]}
 
     def __repr__(self) -> str:
         return f"SampleTable({len(self)} samples, {self.where!r})"

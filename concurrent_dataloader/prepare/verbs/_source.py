@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterable
+from pathlib import Path
 from typing import get_args
 
+from concurrent_dataloader.files import write_whole
 from concurrent_dataloader.labels import LabelSpace, check_label_rule
 from concurrent_dataloader.prepare.index import is_folder
 from concurrent_dataloader.prepare.sources import (
@@ -16,7 +19,11 @@ from concurrent_dataloader.prepare.sources import (
     SampleTable,
     open_source,
 )
-from concurrent_dataloader.prepare.verbs._common import check_at_least, store_settings
+from concurrent_dataloader.prepare.verbs._common import (
+    check_at_least,
+    check_output_files,
+    store_settings,
+)
 from concurrent_dataloader.prepare.verbs._config import BOOL, INT, TEXT, Kind, list_of, one_of
 
 OWN_BOXES = "own"
@@ -83,7 +90,16 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         "--on-stray",
         choices=get_args(OnStray),
         default="skip",
-        help="what to do about files that are no samples (default: %(default)s)",
+        help="what to do about files that are no samples, by their ending or since they are hidden"
+        " (default: %(default)s). Links in a folder are followed, but not into a folder that holds"
+        " them, and one to nothing is an error; links in archives are left out",
+    )
+    group.add_argument(
+        "--strays",
+        type=Path,
+        metavar="FILE",
+        help="write the names of all files that are no samples to this file, a line each (default:"
+        " say how many, and one of them)",
     )
     group.add_argument(
         "--limit", type=int, metavar="N", help="take that many samples (default: all)"
@@ -157,6 +173,7 @@ def check_source_options(options: argparse.Namespace) -> None:
         ValueError: A number or a rule cannot be, or a file or folder that is named is not there.
     """
     check_at_least(options, limit=1)
+    check_output_files(options, "strays")
     if options.limit_seed is not None and not 0 <= options.limit_seed < 1 << 32:
         raise ValueError(f"limit_seed: got {options.limit_seed}, expected 0 to {(1 << 32) - 1}")
     if options.label_rule not in (None, NO_LABELS):
@@ -208,3 +225,23 @@ def open_samples(options: argparse.Namespace, text: str, split: str | None) -> S
         verify_archives=options.verify_archives,
         **store_settings(options),
     )
+
+
+def write_strays(options: argparse.Namespace, sources: Iterable[SampleTable]) -> None:
+    """Write the names of files that are no samples, if asked to; before the work, which may fail.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    if options.strays is not None:
+        lines = [f"{source.where}/{name}\n" for source in sources for name in source.strays]
+        write_whole(options.strays, (line.encode(errors="surrogateescape") for line in lines))
+
+
+def print_left_out(options: argparse.Namespace, source: SampleTable) -> None:
+    """Say how many files and samples were left out, if any were."""
+    if source.num_stray:
+        listed = f"listed in {options.strays}" if options.strays else f"as {source.strays[0]!r}"
+        print(f"{source.where}: {source.num_stray} stray files left out, {listed}")
+    if source.num_unlabelled:
+        print(f"{source.where}: {source.num_unlabelled} samples of unknown class left out")

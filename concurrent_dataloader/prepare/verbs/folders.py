@@ -23,6 +23,8 @@ from concurrent_dataloader.prepare.verbs._source import (
     add_source_options,
     check_source_options,
     open_samples,
+    print_left_out,
+    write_strays,
 )
 from concurrent_dataloader.stores import open_writable_store
 
@@ -72,6 +74,7 @@ def run(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         source = open_samples(options, options.source, options.split)
         stack.enter_context(contextlib.closing(source))
+        write_strays(options, [source])
         if is_folder(options.target):
             folder = Path(options.target.removeprefix("file://")).expanduser()
             stack.enter_context(make_folders(folder))
@@ -92,8 +95,7 @@ def run(options: argparse.Namespace) -> int:
         f" {len(source.classes or ())} classes, {report.num_skipped} there already,"
         f" {report.num_failed} failed"
     )
-    if source.num_stray:
-        print(f"{source.where}: {source.num_stray} stray files left out, as {source.strays[0]!r}")
+    print_left_out(options, source)
     if report.num_failed:
         print("run it again to copy what failed", file=sys.stderr)
     return 1 if report.num_failed else 0

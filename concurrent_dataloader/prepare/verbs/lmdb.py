@@ -39,6 +39,8 @@ from concurrent_dataloader.prepare.verbs._source import (
     is_sample,
     open_samples,
     parse_splits,
+    print_left_out,
+    write_strays,
 )
 
 DESCRIPTION = (
@@ -160,6 +162,7 @@ def run(options: argparse.Namespace) -> None:
         for split in paths:
             source = open_samples(options, options.source, split)
             sources[split] = stack.enter_context(contextlib.closing(source))
+        write_strays(options, sources.values())
         check_same_classes(sources)
         for split, path in paths.items():
             _write(options, sources[split], split, path)
@@ -183,7 +186,4 @@ def _write(options: argparse.Namespace, source: SampleTable, split: str, path: P
     print(
         f"{path}: {written.num_records} records{found}, {num_classes}, {written.size_bytes} bytes"
     )
-    if source.num_stray:
-        print(f"{source.where}: {source.num_stray} stray files left out, as {source.strays[0]!r}")
-    if source.num_unlabelled:
-        print(f"{source.where}: {source.num_unlabelled} samples of unknown class left out")
+    print_left_out(options, source)

@@ -54,6 +54,8 @@ from concurrent_dataloader.prepare.verbs._source import (
     open_samples,
     parse_list,
     parse_splits,
+    print_left_out,
+    write_strays,
 )
 from concurrent_dataloader.shard_index import ShardKind
 
@@ -304,6 +306,7 @@ def run(options: argparse.Namespace) -> None:
             part = split if options.splits else None
             source = open_samples(options, options.source, part)
             sources[split] = stack.enter_context(contextlib.closing(source))
+        write_strays(options, sources.values())
         labelled = {split: each for split, each in sources.items() if each.classes is not None}
         if len(labelled) > 1:  # test images often have no labels
             check_same_classes(labelled)
@@ -394,10 +397,7 @@ def _write(options: argparse.Namespace, source: SampleTable, settings: ShardSett
             on_shard=on_shard,
         )
     print(f"{options.target}: {_total(settings.split, split)}")
-    if source.num_stray:
-        print(f"{source.where}: {source.num_stray} stray files left out, as {source.strays[0]!r}")
-    if source.num_unlabelled:
-        print(f"{source.where}: {source.num_unlabelled} samples of unknown class left out")
+    print_left_out(options, source)
 
 
 def _total(name: str, split: SplitMetadata) -> str:
