@@ -42,11 +42,11 @@ from benchmarking.misc.init_benchmarking import DATASETS, get_dataset
 from concurrent_dataloader import (
     DataLoader,
     ElasticDistributedSampler,
-    MemoryCachedDataset,
     ShardDataset,
     StreamedShards,
     open_store,
 )
+from concurrent_dataloader.datasets import MemoryCachedDataset
 from concurrent_dataloader.errors import LoaderError
 from concurrent_dataloader.labels import LabelSpace
 from concurrent_dataloader.prepare.copy import copy_to_folder

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from concurrent_dataloader.datasets import (
         IndexedDataset,
         LmdbDataset,
-        MemoryCachedDataset,
         S3_Dataset,
         S3Dataset,
         ScratchDataset,
@@ -50,7 +49,6 @@ __all__ = [
     "Index",
     "IndexedDataset",
     "LmdbDataset",
-    "MemoryCachedDataset",
     "S3Dataset",
     "S3_Dataset",
     "ScratchDataset",
@@ -69,7 +67,6 @@ _HOMES = {
     "ImagenetLoader": "concurrent_dataloader.imagenet_loader",
     "IndexedDataset": "concurrent_dataloader.datasets",
     "LmdbDataset": "concurrent_dataloader.datasets",
-    "MemoryCachedDataset": "concurrent_dataloader.datasets",
     "S3Dataset": "concurrent_dataloader.datasets",
     "S3_Dataset": "concurrent_dataloader.datasets",
     "ScratchDataset": "concurrent_dataloader.datasets",

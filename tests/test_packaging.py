@@ -27,7 +27,7 @@ OPTIONAL_OF = {
     "_aiobotocore": {"aiobotocore", "aiohttp"},
     "_aiohttp": {"aiohttp", "yarl"},
     "arrays": {"h5py"},
-    "imagenet": {"scipy"},
+    "devkit": {"scipy"},
     "lmdb_file": {"lmdb"},
     "lmdb_writer": {"lmdb"},
     "lmdb_record": {"msgpack"},

@@ -15,8 +15,8 @@ import torch.utils.data
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from concurrent_dataloader import DataLoader, IndexedDataset, MemoryCachedDataset, S3Dataset
-from concurrent_dataloader.datasets import ShardDataset
+from concurrent_dataloader import DataLoader, IndexedDataset, S3Dataset
+from concurrent_dataloader.datasets import MemoryCachedDataset, ShardDataset
 from concurrent_dataloader.index import Index
 from concurrent_dataloader.labels import Classes
 from concurrent_dataloader.stores import Credentials
