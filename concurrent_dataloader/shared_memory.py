@@ -40,11 +40,11 @@ def remove_name(error: RuntimeError) -> None:
 
 
 def describe() -> str:
-    """Say how much there is; empty where that is not known."""
+    """Say how much there is."""
     try:
         system = os.statvfs(_FOLDER)
     except OSError:
-        return ""
+        return f"{_FOLDER} cannot be asked for its size"
     size_mib, free_mib = (
         blocks * system.f_frsize / 2**20 for blocks in (system.f_blocks, system.f_bavail)
     )

@@ -400,7 +400,8 @@ class ResilientStore(ValueObject):
         key = flow.try_sign_of_life(request.key, now_s)
         if key is None:
             return None
-        # As a retry, it is made where it can be cut at the end of its time.
+        # Where a retry is cut at the end of its time, it is too; in a main thread that blocks,
+        # where nothing can be, it ends by the client's own limits.
         size_class = HedgePlan.size_class(1)
         return _Request(key, _FIRST_BYTE, now_s, now_s + left_s, size_class, num_attempts=1)
 
