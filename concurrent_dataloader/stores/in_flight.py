@@ -54,8 +54,10 @@ class InFlightLimit:
     - more than a tenth refused (429, 503): fewer by that share, a quarter of them at least; some
       refused: as many. Requests that were begun before such a cut count no more: they are those of
       the flood that it ended;
-    - latency eight times the lowest, and no more throughput than in the round before: a tenth
-      fewer, but not below 16, since latency rises on a busy machine too;
+    - latency six times the lowest and more, so that requests wait for each other: no more of them.
+      If throughput does not rise either, as many fewer as bring it to five times the lowest, a half
+      at most, and not below 16; taken back if less comes by fewer, since then it was not they that
+      waited for each other;
     - else, if all that were allowed were used: twice as many as long as throughput rises by a
       tenth; the doubling that brings no more is taken back. From then on a quarter more is tried
       for some rounds now and then, and kept if throughput follows: beyond what hides the latency,
@@ -76,9 +78,6 @@ class InFlightLimit:
     _SOME_REFUSED_SHARE = 0.02
     _MAX_CUT = 0.25
     _CAREFUL_S = 60.0
-    _SLOW_FACTOR = 8.0
-    _SLOW_CUT = 0.9
-    _SLOW_MINIMUM = 16.0
     _RISE = 1.1
     _MIN_ENDED = 16
     _MIN_ROUND_S = 0.5
@@ -93,6 +92,7 @@ class InFlightLimit:
         self._proved = self._limit
         """What the last doubling that brought more came to."""
         self._trial = _Trial()
+        self._fall = _Fall()
         self._careful_until_s = -math.inf
         self._careful_step = 1.0
         self._cut_s = -math.inf
@@ -168,12 +168,15 @@ class InFlightLimit:
 
     def _follow_latency(self, throughput: float, *, is_careful: bool) -> None:
         rises = throughput > self._throughput_before * self._RISE
-        is_slow = statistics.median(self._latencies_s) > self._lowest_s * self._SLOW_FACTOR
+        latency_s = statistics.median(self._latencies_s)
+        wait = latency_s / self._lowest_s if self._lowest_s > 0 else 1.0
         self._lowest_s *= self._LOWEST_DRIFT
-        if is_slow and not rises:
-            if self._limit > self._SLOW_MINIMUM:
-                self._cut(max(self._SLOW_CUT, self._SLOW_MINIMUM / self._limit))
-            self._is_doubling = False
+        fewer = self._fall.next(self._limit, throughput, wait, rises=rises)
+        if fewer is not None:
+            if fewer != self._limit:
+                self._is_doubling = False
+                self._trial = _Trial()
+            self._set(fewer)
         elif self._is_used_up:
             if self._is_doubling and rises:
                 self._proved = self._limit
@@ -190,6 +193,7 @@ class InFlightLimit:
     def _cut(self, factor: float) -> None:
         self._is_doubling = False
         self._trial = _Trial()
+        self._fall = _Fall()
         self._set(self._limit * factor)
 
     def _set(self, limit: float) -> None:
@@ -241,6 +245,65 @@ class _Trial:
     def _begin(self, before: float | None) -> None:
         self._before = before
         self._num_rounds = 0
+
+
+class _Fall:
+    """Tries fewer requests where they wait for each other, and takes it back if less comes by them.
+
+    Latency also rises when the store, the network or the machine is busy with others; then fewer
+    requests bring less, and nothing is tried for some rounds, more of them each time.
+    """
+
+    _SLOW = 6.0
+    """Latency over the lowest: that of a store which is not busy comes to 3, and seldom to 5."""
+
+    _WANTED = 5.0
+    _MAX_CUT = 0.5
+    _MINIMUM = 16.0
+    """Latency rises on a busy machine too."""
+
+    _KEPT = 0.92
+    """The share of throughput that is as good as all of it, for the noise of a round."""
+
+    _FIRST_WAIT, _MAX_WAIT = 2, 32
+
+    def __init__(self) -> None:
+        self._before: tuple[float, float] | None = None
+        """What was allowed and what came before the fall; None while there is none."""
+        self._wait = 0
+        self._next_wait = self._FIRST_WAIT
+
+    def next(self, limit: float, throughput: float, wait: float, *, rises: bool) -> float | None:
+        """Take in a round.
+
+        Args:
+            limit: What was allowed.
+            throughput: In requests a second.
+            wait: Latency over the lowest.
+            rises: Whether throughput is higher than in the round before.
+
+        Returns:
+            The limit for the next round; None: it says nothing.
+        """
+        before, self._before = self._before, None
+        if before is not None:
+            limit_before, throughput_before = before
+            if throughput < throughput_before * self._KEPT:
+                self._wait, self._next_wait = (
+                    self._next_wait,
+                    min(2 * self._next_wait, self._MAX_WAIT),
+                )
+                return limit_before
+            self._next_wait = self._FIRST_WAIT
+        if self._wait > 0:
+            self._wait -= 1
+            return None
+        if wait < self._SLOW or limit <= self._MINIMUM:
+            return None
+        if rises:
+            return limit
+        self._before = limit, throughput
+        return max(limit * max(self._WANTED / wait, self._MAX_CUT), self._MINIMUM)
 
 
 class Gate:

@@ -216,6 +216,41 @@ def test_latency_that_rises_without_gain_lowers_it() -> None:
     assert simulation.limits[0].limit < 64
 
 
+@pytest.mark.parametrize(("per_s", "fewer_than"), [(1000.0, 48), (2000.0, 80)])
+def test_requests_that_only_wait_for_each_other_are_given_up_within_seconds(
+    per_s: float, fewer_than: int
+) -> None:
+    """As seen with raw objects at 5 ms, where the client's core is the bound: 256 cost a fifth."""
+    store, rng = store_of_capacity(per_s, 0.0), random.Random(4)
+
+    def answer(now_s: float, num_under_way: int) -> Answer:
+        took_s, outcome = store(now_s, num_under_way)
+        return took_s + 0.005 * rng.lognormvariate(0.0, 0.3), outcome
+
+    simulation = Simulation(answer, [256])
+    simulation.run(4)
+
+    assert 16 <= simulation.limits[0].limit < fewer_than
+    simulation.num_answered = [0]
+    simulation.run(24)
+    assert simulation.num_answered[0] / 20 > 0.95 * per_s
+
+
+def test_latency_that_others_cause_does_not_lower_it() -> None:
+    """The network is twenty times as slow from one moment on: fewer requests would bring less."""
+    near, far = store_of_capacity(1e4, 0.01), store_of_capacity(1e4, 0.2)
+    simulation = Simulation(lambda now_s, n: (near if now_s < 20 else far)(now_s, n), [64])
+    simulation.run(20)
+    limit_before = simulation.limits[0].limit
+
+    simulation.run(80)
+    simulation.num_answered = [0]
+    simulation.run(120)
+
+    assert simulation.limits[0].limit >= limit_before
+    assert simulation.num_answered[0] / 40 > 0.85 * limit_before / 0.2
+
+
 @pytest.mark.parametrize("num_clients", [1, 2, 8])
 def test_a_store_that_refuses_is_used_in_full_and_seldom_refuses(num_clients: int) -> None:
     per_s = 200.0 * num_clients
