@@ -21,13 +21,8 @@ from concurrent_dataloader.devkit import (
 )
 from concurrent_dataloader.errors import ClassesFormatError, UnknownClassError
 from concurrent_dataloader.index import Index
-from concurrent_dataloader.labels import (
-    LabelRule,
-    LabelSpace,
-    class_finder,
-    convert_ids,
-    imagenet_classes,
-)
+from concurrent_dataloader.label_rules import LabelRule, class_finder
+from concurrent_dataloader.labels import LabelSpace, convert_ids, imagenet_classes
 
 OnUnknown = Literal["skip", "error"]
 

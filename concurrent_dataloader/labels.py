@@ -11,28 +11,19 @@ import difflib
 import enum
 import functools
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple, Self, cast, overload
+from typing import Any, NamedTuple, Self, overload
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from concurrent_dataloader.classes_file import key_by_image_number, read_entries
 from concurrent_dataloader.errors import ClassesFormatError, UnknownClassError
 from concurrent_dataloader.files import write_whole
-
-LabelRule = str | Mapping[str, str]
-"""How a key names its class.
-
-- ``"parent"``: its last folder, at any depth: ``a/b/n01440764/x.JPEG``.
-- ``"prefix"``: its file name up to the first underscore: ``n01440764_10026.JPEG``.
-- ``"number"``: the last digits of its file name: ``ILSVRC2012_val_00000001.JPEG`` is ``1``.
-- ``"regex:PATTERN"``: the first group of the pattern, searched in the whole key.
-- a mapping from each key to its class.
-"""
+from concurrent_dataloader.label_rules import LabelRule, class_finder, rule_name
 
 # Source: the first lines of ILSVRC2012_validation_ground_truth.txt, ILSVRC2012 development kit.
 _VALIDATION_HEAD = (490, 361, 171, 822, 297, 482, 13, 704, 599, 164)
@@ -161,7 +152,7 @@ class Classes:
         self._labels = dict(labels)
         self._names = dict(names or {})
         self._where = where
-        self._value_of = _value_finder(label_rule)
+        self._value_of = class_finder(label_rule)
 
     @classmethod
     def load(
@@ -195,11 +186,11 @@ class Classes:
         """
         where = os.fspath(path)
         _check_declared(id_base, number_base, label_space)
-        entries, by_number = _read_entries(Path(path))
+        entries, by_number = read_entries(Path(path))
         if label_rule is not None and label_rule != "number":
             by_number = False
         if by_number:
-            entries = _by_image_number(entries, number_base, where)
+            entries = key_by_image_number(entries, number_base, where)
         ids = {value: entry.id for value, entry in entries.items()}
         space, base = _find_space(ids, by_number, label_space, id_base, where)
         if by_number:
@@ -224,13 +215,13 @@ class Classes:
         Raises:
             UnknownClassError: A key names no class.
         """
-        value_of = _value_finder(label_rule)
+        value_of = class_finder(label_rule)
         found: set[str] = set()
         for key in keys:
             value = value_of(key)
             if not value:
                 raise UnknownClassError(
-                    f"{key}: names no class by label_rule {_rule_name(label_rule)}; choose another"
+                    f"{key}: names no class by label_rule {rule_name(label_rule)}; choose another"
                 )
             found.add(value)
         values = sorted(found)
@@ -349,94 +340,14 @@ class Classes:
         value = self._value_of(key)
         near = difflib.get_close_matches(value, self._labels, 3)
         others = (rule for rule in ("parent", "prefix", "number") if rule != self.label_rule)
-        fitting = [rule for rule in others if _value_finder(rule)(key) in self._labels]
+        fitting = [rule for rule in others if class_finder(rule)(key) in self._labels]
         return (
-            f"{where}: got class {value!r} by label_rule {_rule_name(self.label_rule)}, expected"
+            f"{where}: got class {value!r} by label_rule {rule_name(self.label_rule)}, expected"
             f" one of the {len(self._labels)} in {self._where}"
             + (f" (near: {', '.join(map(repr, near))})" if near else "")
             + "; "
             + (f"try label_rule={fitting[0]!r}" if fitting else "add it there, or drop the sample")
         )
-
-
-class _Entry(NamedTuple):
-    """What a classes file says of a class, or of an image."""
-
-    id: int
-    name: str | None
-
-
-def _parent(key: str) -> str:
-    parts = key.rsplit("/", 2)
-    return parts[-2] if len(parts) > 1 else ""
-
-
-def _prefix(key: str) -> str:
-    return key[key.rfind("/") + 1 :].partition("_")[0]
-
-
-_LAST_DIGITS = re.compile(r"0*(\d+)\D*$")
-
-
-def _number(key: str) -> str:
-    name = key[key.rfind("/") + 1 :]
-    stem, dot, _ = name.rpartition(".")
-    found = _LAST_DIGITS.search(stem if dot else name)
-    return found[1] if found else ""
-
-
-def _by_pattern(pattern: re.Pattern[str], key: str) -> str:
-    found = pattern.search(key)
-    return (found[1] or "") if found else ""
-
-
-def _by_map(mapping: Mapping[str, str], key: str) -> str:
-    return mapping.get(key, "")
-
-
-def check_label_rule(rule: LabelRule) -> None:
-    """Raise unless a class can be found by this rule.
-
-    Raises:
-        ValueError: There is no such rule, or its pattern is none.
-    """
-    _value_finder(rule)
-
-
-def class_finder(rule: LabelRule) -> Callable[[str], str]:
-    """Give the function that a rule stands for: of a key its class, ``""`` if it names none.
-
-    It pickles.
-
-    Raises:
-        ValueError: As in `check_label_rule`.
-    """
-    return _value_finder(rule)
-
-
-def _value_finder(rule: LabelRule) -> Callable[[str], str]:
-    """Turn a rule into a function that pickles; it gives ``""`` for a key that names no class."""
-    if isinstance(rule, Mapping):
-        return functools.partial(_by_map, dict(rule))
-    if rule.startswith("regex:"):
-        try:
-            pattern = re.compile(rule.removeprefix("regex:"))
-        except re.error as error:
-            raise ValueError(f"label_rule {rule!r}: no regular expression: {error}") from error
-        if not pattern.groups:
-            raise ValueError(f"label_rule {rule!r}: expected a group in parentheses for the class")
-        return functools.partial(_by_pattern, pattern)
-    finders = {"parent": _parent, "prefix": _prefix, "number": _number}
-    if rule not in finders:
-        raise ValueError(
-            f"label_rule: got {rule!r}, expected 'parent', 'prefix', 'number', 'regex:PATTERN'"
-            " or a mapping from key to class"
-        )
-    return finders[rule]
-
-
-def _rule_name(rule: LabelRule) -> str:
-    return repr(rule) if isinstance(rule, str) else f"map of {len(rule)} keys"
 
 
 def _check_declared(
@@ -452,85 +363,6 @@ def _check_declared(
             f"id_base: got {id_base}, but the ids of {label_space.value} count from"
             f" {label_space.first_id}; leave one of the two out"
         )
-
-
-def _read_entries(path: Path) -> tuple[dict[str, _Entry], bool]:
-    """Read what a file says, by class or image number as text; tells whether it is by number."""
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{path}: no such classes file; write it with"
-            " `concurrent-dataloader index --classes-output`"
-        ) from error
-    if path.suffix == ".txt":
-        return _read_lines(path, raw), True
-    try:
-        content = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        raise ClassesFormatError(
-            f"{path}, line {error.lineno}, column {error.colno}: {error.msg};"
-            " expected a JSON object of classes"
-        ) from error
-    if not isinstance(content, dict) or not content:
-        got = "an empty object" if content == {} else f"a JSON {type(content).__name__}"
-        raise ClassesFormatError(
-            f'{path}: got {got}, expected {{"n01440764": {{"id": 1, "name": "tench"}}, ...}}'
-            ' or {"1": 490, ...}'
-        )
-    table = cast("dict[str, object]", content)
-    entries = {value: _read_entry(path, value, given) for value, given in table.items()}
-    by_number = all(value.isascii() and value.isdigit() for value in entries)
-    return entries, by_number and not any(isinstance(given, dict) for given in table.values())
-
-
-def _read_entry(path: Path, value: str, given: object) -> _Entry:
-    name = None
-    number = given
-    if isinstance(given, dict):
-        fields = cast("dict[str, object]", given)
-        number, name = fields.get("id"), fields.get("name")
-    if isinstance(number, str) and number.isascii() and number.isdigit():
-        number = int(number)
-    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-        raise ClassesFormatError(
-            f"{path}, entry {value!r}: got id {number!r}, expected an integer from 0 on"
-        )
-    if name is not None and not isinstance(name, str):
-        raise ClassesFormatError(f"{path}, entry {value!r}: got name {name!r}, expected a string")
-    return _Entry(number, name)
-
-
-def _read_lines(path: Path, raw: bytes) -> dict[str, _Entry]:
-    entries: dict[str, _Entry] = {}
-    for number, line in enumerate(raw.split(), start=1):
-        if not line.isdigit():
-            raise ClassesFormatError(
-                f"{path}, line {number}: got {line.decode(errors='replace')!r}, expected a class id"
-            )
-        entries[str(number)] = _Entry(int(line), None)
-    if not entries:
-        raise ClassesFormatError(f"{path}: got an empty file, expected a class id on each line")
-    return entries
-
-
-def _by_image_number(
-    entries: dict[str, _Entry], number_base: int | None, where: str
-) -> dict[str, _Entry]:
-    """Key entries by the number in the image's name, which counts from 1."""
-    numbers = {int(value): entry for value, entry in entries.items()}
-    if len(numbers) != len(entries):
-        raise ClassesFormatError(f"{where}: an image number stands there twice, such as 1 and 01")
-    low, high = min(numbers), max(numbers)
-    if number_base is None:
-        if low > 1 or high - low + 1 != len(numbers):
-            raise ClassesFormatError(
-                f"{where}: image numbers go from {low} to {high} with gaps, which does not tell"
-                " whether the image whose name says 1 is 0 or 1 there; give number_base=0 or"
-                " number_base=1"
-            )
-        number_base = low
-    return {str(number + 1 - number_base): entry for number, entry in numbers.items()}
 
 
 def _ids_by_wnid(space: LabelSpace) -> dict[str, int]:

@@ -13,7 +13,7 @@ import concurrent_dataloader
 PACKAGE = Path(concurrent_dataloader.__file__).parent
 LAYERS = [
     {"errors", "ranges", "threads", "shared_memory"},
-    {"files", "packed", "shard_names"},
+    {"classes_file", "files", "label_rules", "packed", "shard_names"},
     {"stores", "formats", "index", "labels"},
     {"shard_index", "devkit"},
     {"labelling"},
@@ -28,7 +28,7 @@ CLIENTS = {
     "aiobotocore": {"_aiobotocore"},
     "aiohttp": {"_aiohttp", "_aiobotocore"},
     "boto3": {"_boto3"},
-    "lmdb": {"lmdb_file", "lmdb_writer"},
+    "lmdb": {"lmdb_environment", "lmdb_file", "lmdb_writer"},
     "obstore": {"_obstore"},
 }
 MAY_IMPORT_TORCH = {"datasets", "dataloader_mod", "formats", "imagenet_loader", "shared_memory"}

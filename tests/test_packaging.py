@@ -28,6 +28,7 @@ OPTIONAL_OF = {
     "_aiohttp": {"aiohttp", "yarl"},
     "arrays": {"h5py"},
     "devkit": {"scipy"},
+    "lmdb_environment": {"lmdb"},
     "lmdb_file": {"lmdb"},
     "lmdb_writer": {"lmdb"},
     "lmdb_record": {"msgpack"},

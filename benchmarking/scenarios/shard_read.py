@@ -53,7 +53,8 @@ from benchmarking.workload import (
 )
 from concurrent_dataloader.dataloader_mod.dataloader import DataLoader
 from concurrent_dataloader.datasets import ShardDataset, StreamedShards
-from concurrent_dataloader.formats.tar import SampleMembers, TarWriter
+from concurrent_dataloader.formats.tar import SampleMembers
+from concurrent_dataloader.formats.tar_writer import TarWriter
 from concurrent_dataloader.shard_index import SampleCrcs, Shard, ShardIndex, ShardIndexBuilder
 from concurrent_dataloader.stores._memory import MemoryStore
 from concurrent_dataloader.testing import ObjectServer

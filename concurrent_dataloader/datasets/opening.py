@@ -16,7 +16,8 @@ from concurrent_dataloader.datasets.indexed import Decode, IndexedDataset
 from concurrent_dataloader.errors import IndexFormatError
 from concurrent_dataloader.files import fetch_file_if_missing
 from concurrent_dataloader.index import Index
-from concurrent_dataloader.labels import Classes, LabelRule
+from concurrent_dataloader.label_rules import LabelRule
+from concurrent_dataloader.labels import Classes
 from concurrent_dataloader.stores import CredentialsFile, Store, WritableStore, open_store
 from concurrent_dataloader.stores.address import check_bucket
 from concurrent_dataloader.stores.cache import uncached

@@ -35,13 +35,8 @@ from concurrent_dataloader.formats.fields import (
     is_label_field,
 )
 from concurrent_dataloader.formats.tar import parse_sample, split_name
-from concurrent_dataloader.labels import (
-    Classes,
-    LabelRule,
-    LabelSpace,
-    convert_ids,
-    imagenet_classes,
-)
+from concurrent_dataloader.label_rules import LabelRule
+from concurrent_dataloader.labels import Classes, LabelSpace, convert_ids, imagenet_classes
 from concurrent_dataloader.ranges import ByteRange, cover, merge_near
 from concurrent_dataloader.shard_index import NO_LABEL, ShardIndex
 from concurrent_dataloader.stores.base import Store

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from concurrent_dataloader.errors import ShardFormatError
-from concurrent_dataloader.formats.lmdb_file import (
-    _check_whole,
-    _count_records,
-    _explain,
-    _import_lmdb,
-    _naming_damage,
+from concurrent_dataloader.formats.lmdb_environment import (
+    check_whole,
+    explain,
+    import_lmdb,
+    naming_damage,
 )
+from concurrent_dataloader.formats.lmdb_file import _count_records
 from concurrent_dataloader.formats.lmdb_record import (
     LABELS_KEY,
     METADATA_KEY,
@@ -76,7 +76,7 @@ class LmdbWriter:
         for name, value in (("map_bytes", map_bytes), ("commit_bytes", commit_bytes)):
             if value < 1:
                 raise ValueError(f"{name}: got {value}, expected 1 or more")
-        self._lmdb = _import_lmdb()
+        self._lmdb = import_lmdb()
         self._path = path
         self._commit_bytes = commit_bytes
         self._transaction: Any = None
@@ -99,7 +99,7 @@ class LmdbWriter:
     def read_metadata(self) -> DatabaseMetadata | None:
         """Read what the file says of itself; None if it is new."""
         with (
-            _naming_damage(str(self._path)),
+            naming_damage(str(self._path)),
             self._environment.begin(buffers=True) as transaction,
         ):
             raw = transaction.get(METADATA_KEY)
@@ -107,7 +107,7 @@ class LmdbWriter:
 
     def count_records(self) -> int:
         """Count the records that are on the disk."""
-        with _naming_damage(str(self._path)), self._environment.begin() as transaction:
+        with naming_damage(str(self._path)), self._environment.begin() as transaction:
             return _count_records(transaction)
 
     def put_record(self, position: int, packed: bytes) -> None:
@@ -185,12 +185,12 @@ class LmdbWriter:
             size_bytes = self._path.stat().st_size
             raise ShardFormatError(
                 f"{self._path}: got {size_bytes} bytes that are no LMDB database"
-                f" ({_explain(str(self._path), error)}); remove it, and write it anew"
+                f" ({explain(str(self._path), error)}); remove it, and write it anew"
             ) from error
         try:
             # A new file has no page yet, but is said to have two.
             if self._path.stat().st_size:
-                _check_whole(environment, self._path, self._path.stat().st_size)
+                check_whole(environment, self._path, self._path.stat().st_size)
         except BaseException:
             environment.close()
             raise
@@ -236,7 +236,7 @@ class LmdbWriter:
                     f"{reason.strerror}; make room and run it again: it goes on where it stopped",
                     where,
                 )
-        return OSError(errno.EIO, _explain(where, error), where)
+        return OSError(errno.EIO, explain(where, error), where)
 
     def _try_to_grow(self) -> None:
         size_bytes = os.fstat(self._lock_file).st_size

@@ -23,13 +23,8 @@ from typing_extensions import Buffer
 
 from concurrent_dataloader.errors import LoaderError, ShardFormatError
 from concurrent_dataloader.formats.fields import LABEL_FIELD, find_field
-from concurrent_dataloader.formats.tar import (
-    END_OF_ARCHIVE,
-    Sample,
-    TarWriter,
-    check_name,
-    read_samples,
-)
+from concurrent_dataloader.formats.tar import END_OF_ARCHIVE, Sample, check_name, read_samples
+from concurrent_dataloader.formats.tar_writer import TarWriter
 from concurrent_dataloader.prepare.distribute import describe_shards
 from concurrent_dataloader.prepare.extents import read_extents
 from concurrent_dataloader.prepare.metadata import ShardMetadata, SplitMetadata
@@ -37,6 +32,7 @@ from concurrent_dataloader.prepare.nesting import refuse_target_in_source
 from concurrent_dataloader.prepare.plan import NamePattern
 from concurrent_dataloader.prepare.pool import open_pool
 from concurrent_dataloader.prepare.reshard import SplitAt, check_target_keys
+from concurrent_dataloader.prepare.shard_file import HashedFile, WrittenShard
 from concurrent_dataloader.prepare.shard_set import (
     FoundSample,
     OpenRoot,
@@ -50,7 +46,7 @@ from concurrent_dataloader.prepare.shard_set import (
     parse_label,
     places_of,
 )
-from concurrent_dataloader.prepare.target import HashedFile, ShardTarget, WrittenShard
+from concurrent_dataloader.prepare.target import ShardTarget
 from concurrent_dataloader.shard_index import SampleCrcs, Shard, ShardIndex, ShardIndexBuilder
 from concurrent_dataloader.stores import open_writable_store
 

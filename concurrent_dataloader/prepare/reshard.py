@@ -31,6 +31,7 @@ from concurrent_dataloader.prepare.plan import (
     split_by_size,
 )
 from concurrent_dataloader.prepare.pool import open_pool
+from concurrent_dataloader.prepare.shard_file import HashedFile, WrittenShard
 from concurrent_dataloader.prepare.shard_set import (
     OpenRoot,
     Place,
@@ -44,7 +45,7 @@ from concurrent_dataloader.prepare.shard_set import (
     open_shard_set,
     places_of,
 )
-from concurrent_dataloader.prepare.target import HashedFile, ShardTarget, WrittenShard
+from concurrent_dataloader.prepare.target import ShardTarget
 from concurrent_dataloader.shard_index import NO_LABEL, Shard, ShardIndex, ShardIndexBuilder
 from concurrent_dataloader.stores import open_writable_store
 

@@ -29,6 +29,7 @@ from concurrent_dataloader.prepare.plan import (
     split_by_size,
 )
 from concurrent_dataloader.prepare.pool import Pool, open_pool
+from concurrent_dataloader.prepare.shard_file import WrittenShard
 from concurrent_dataloader.prepare.shard_settings import ShardSettings
 from concurrent_dataloader.prepare.shard_writing import (
     TFRECORD_LABEL_BASE,
@@ -44,7 +45,7 @@ from concurrent_dataloader.prepare.survey import (
     count_tar_bytes,
     survey_source,
 )
-from concurrent_dataloader.prepare.target import ShardTarget, WrittenShard
+from concurrent_dataloader.prepare.target import ShardTarget
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.shard_index import SampleCrcs, Shard, ShardIndex, ShardIndexBuilder
 from concurrent_dataloader.stores import WritableStore

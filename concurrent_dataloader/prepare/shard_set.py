@@ -26,12 +26,7 @@ from typing_extensions import Buffer
 from concurrent_dataloader.errors import KeyNotFoundError, LoaderError, ShardFormatError
 from concurrent_dataloader.files import write_whole
 from concurrent_dataloader.formats.fields import LABEL_FIELD, find_field, find_payload_field
-from concurrent_dataloader.formats.tar import (
-    BLOCK_BYTES,
-    SampleMembers,
-    check_name,
-    split_name,
-)
+from concurrent_dataloader.formats.tar import BLOCK_BYTES, SampleMembers, check_name, split_name
 from concurrent_dataloader.index import Index
 from concurrent_dataloader.prepare.index import is_folder
 from concurrent_dataloader.prepare.metadata import METADATA_NAME, Metadata, SplitMetadata

@@ -14,13 +14,14 @@ from typing_extensions import Buffer
 
 from concurrent_dataloader.formats.crc32c import CrcTable, crc32c
 from concurrent_dataloader.formats.fields import LABEL_FIELD
-from concurrent_dataloader.formats.tar import TarWriter, count_sample_bytes
+from concurrent_dataloader.formats.tar_writer import TarWriter, count_sample_bytes
 from concurrent_dataloader.prepare.metadata import ShardMetadata
 from concurrent_dataloader.prepare.plan import index_digits
 from concurrent_dataloader.prepare.reading import Reader
+from concurrent_dataloader.prepare.shard_file import HashedFile, WrittenShard
 from concurrent_dataloader.prepare.shard_settings import ShardSettings
 from concurrent_dataloader.prepare.source import Box, Source
-from concurrent_dataloader.prepare.target import HashedFile, ShardTarget, WrittenShard
+from concurrent_dataloader.prepare.target import ShardTarget
 from concurrent_dataloader.ranges import ByteRange
 
 _SYNSET = re.compile(r"n\d{8}", re.ASCII)

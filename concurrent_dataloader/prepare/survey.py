@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from concurrent_dataloader.formats.fields import LABEL_FIELD
-from concurrent_dataloader.formats.tar import BLOCK_BYTES, check_name, encode_header, split_name
+from concurrent_dataloader.formats.tar import BLOCK_BYTES, check_name, split_name
+from concurrent_dataloader.formats.tar_writer import encode_header
 from concurrent_dataloader.prepare.plan import find_duplicate, index_digits
 from concurrent_dataloader.prepare.shard_settings import ShardSettings
 from concurrent_dataloader.prepare.shard_writing import Recipe, encode_boxes

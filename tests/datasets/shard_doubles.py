@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from concurrent_dataloader.formats.crc32c import crc32c
 from concurrent_dataloader.formats.fields import find_payload_field
-from concurrent_dataloader.formats.tar import TarWriter
+from concurrent_dataloader.formats.tar_writer import TarWriter
 from concurrent_dataloader.shard_index import SampleCrcs, Shard, ShardIndex, ShardIndexBuilder
 
 Samples = Sequence[tuple[str, Mapping[str, bytes]]]

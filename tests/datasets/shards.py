@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from concurrent_dataloader.formats.tar import TarWriter
+from concurrent_dataloader.formats.tar_writer import TarWriter
 from concurrent_dataloader.shard_index import Shard, ShardIndexBuilder
 
 

@@ -19,7 +19,7 @@ import lmdb
 import pytest
 
 from concurrent_dataloader.errors import MissingDependencyError, ShardFormatError
-from concurrent_dataloader.formats import lmdb_file
+from concurrent_dataloader.formats import lmdb_environment
 from concurrent_dataloader.formats.lmdb_file import LmdbFile
 from concurrent_dataloader.formats.lmdb_record import (
     DatabaseMetadata,
@@ -329,7 +329,7 @@ def test_threads_may_open_what_others_are_closing(whole: Path) -> None:
         thread.join()
 
     assert not errors
-    assert not lmdb_file._opened
+    assert not lmdb_environment._opened
 
 
 def test_a_file_that_the_process_has_open_by_other_means_is_refused(tmp_path: Path) -> None:
@@ -371,14 +371,14 @@ def test_b_14_a_child_reads_what_its_parent_has_open(whole: Path, method: str) -
 def test_b_14_a_child_has_an_environment_of_its_own(whole: Path) -> None:
     file = LmdbFile(whole)
     file.read(0)
-    (of_parent,) = lmdb_file._opened.values()
+    (of_parent,) = lmdb_environment._opened.values()
     reading, writing = os.pipe()
 
     child = os.fork()
     if child == 0:  # nothing of pytest may run in it
         try:
             file.read(0)
-            (of_child,) = lmdb_file._opened.values()
+            (of_child,) = lmdb_environment._opened.values()
             os.write(writing, b"own" if of_child is not of_parent else b"parent's")
         finally:
             os._exit(0)

@@ -15,16 +15,14 @@ from hypothesis import strategies as st
 
 from concurrent_dataloader.errors import ShardFormatError
 from concurrent_dataloader.formats.tar import (
-    TarWriter,
     check_name,
-    count_sample_bytes,
-    encode_header,
     group_members,
     parse_sample,
     read_members,
     read_samples,
     split_name,
 )
+from concurrent_dataloader.formats.tar_writer import TarWriter, count_sample_bytes, encode_header
 
 LONG = "folder/" + "n" * 150
 SAMPLES: list[tuple[str, dict[str, bytes]]] = [

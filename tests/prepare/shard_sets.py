@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from concurrent_dataloader.formats.crc32c import crc32c
-from concurrent_dataloader.formats.tar import TarWriter
+from concurrent_dataloader.formats.tar_writer import TarWriter
 from concurrent_dataloader.prepare.metadata import Metadata, ShardMetadata, SplitMetadata
 from concurrent_dataloader.prepare.shard_set import describe_sample, index_name, parse_label
 from concurrent_dataloader.shard_index import SampleCrcs, Shard, ShardIndexBuilder

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from concurrent_dataloader import DataLoader, S3Dataset, ScratchDataset, ShardDataset, open_store
 from concurrent_dataloader.datasets.contract import BytesKind
-from concurrent_dataloader.formats.tar import TarWriter
+from concurrent_dataloader.formats.tar_writer import TarWriter
 from concurrent_dataloader.prepare.__main__ import main
 from concurrent_dataloader.prepare.samples import SampleKind, read_report
 from concurrent_dataloader.shard_index import Shard, ShardIndex, ShardIndexBuilder

@@ -30,7 +30,7 @@ from concurrent_dataloader.errors import (
     UnknownClassError,
 )
 from concurrent_dataloader.formats.fields import Box
-from concurrent_dataloader.formats.tar import TarWriter
+from concurrent_dataloader.formats.tar_writer import TarWriter
 from concurrent_dataloader.prepare.metadata import Metadata, SplitMetadata
 from concurrent_dataloader.prepare.shard import write_shards as pack_shards
 from concurrent_dataloader.prepare.shard_settings import ShardSettings

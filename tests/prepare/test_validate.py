@@ -27,7 +27,7 @@ from concurrent_dataloader.formats.lmdb_record import (
     pack_record,
 )
 from concurrent_dataloader.formats.lmdb_writer import LmdbWriter
-from concurrent_dataloader.formats.tar import TarWriter
+from concurrent_dataloader.formats.tar_writer import TarWriter
 from concurrent_dataloader.formats.tfrecord import (
     ImageExample,
     TFRecordWriter,

@@ -11,18 +11,13 @@ import orjson
 from concurrent_dataloader.devkit import GroundTruth
 from concurrent_dataloader.errors import ClassesFormatError
 from concurrent_dataloader.index import Index
+from concurrent_dataloader.label_rules import LabelRule, class_finder
 from concurrent_dataloader.labelling import (
     ClassTable,
     table_of_ids,
     table_of_names,
 )
-from concurrent_dataloader.labels import (
-    LabelRule,
-    LabelSpace,
-    class_finder,
-    convert_ids,
-    imagenet_classes,
-)
+from concurrent_dataloader.labels import LabelSpace, convert_ids, imagenet_classes
 
 # What a map may go by, in the order in which it is tried: class folder, file name, file name
 # without ending, whole name.

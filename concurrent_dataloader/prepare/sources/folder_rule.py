@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 
-from concurrent_dataloader.labels import LabelRule
+from concurrent_dataloader.label_rules import LabelRule
 
 
 def find_folder_rule(names: Iterable[str], leading: Collection[str] | None = None) -> LabelRule:

@@ -9,6 +9,7 @@ from typing import Any
 
 from concurrent_dataloader import devkit
 from concurrent_dataloader.errors import ClassesFormatError
+from concurrent_dataloader.label_rules import LabelRule, class_finder
 from concurrent_dataloader.labelling import (
     ClassTable,
     Labelling,
@@ -20,7 +21,7 @@ from concurrent_dataloader.labelling import (
     label_by_values,
     table_of_meta,
 )
-from concurrent_dataloader.labels import LabelRule, LabelSpace, class_finder
+from concurrent_dataloader.labels import LabelSpace
 from concurrent_dataloader.prepare.metadata import METADATA_NAME, Metadata
 from concurrent_dataloader.prepare.sources.archives import is_compressed_tar, is_tar
 from concurrent_dataloader.prepare.sources.class_map import find_rule, parse_class_map

@@ -15,7 +15,7 @@ import orjson
 
 from concurrent_dataloader.errors import AccessDeniedError, IndexFormatError, KeyNotFoundError
 from concurrent_dataloader.index import Index
-from concurrent_dataloader.labels import LabelRule
+from concurrent_dataloader.label_rules import LabelRule
 from concurrent_dataloader.prepare.sources.archives import (
     UnpackedTar,
     find_in_archives,

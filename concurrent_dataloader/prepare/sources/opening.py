@@ -13,12 +13,13 @@ from concurrent_dataloader.errors import (
     ShardFormatError,
 )
 from concurrent_dataloader.index import choose_positions
+from concurrent_dataloader.label_rules import LabelRule, check_label_rule
 from concurrent_dataloader.labelling import (
     Labelling,
     OnUnknown,
     drop_unknown,
 )
-from concurrent_dataloader.labels import LabelRule, LabelSpace, check_label_rule
+from concurrent_dataloader.labels import LabelSpace
 from concurrent_dataloader.prepare.sources.box_files import (
     boxes_from_table,
     parse_box_table,

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import get_args
 
 from concurrent_dataloader.files import write_whole
-from concurrent_dataloader.labels import LabelSpace, check_label_rule
+from concurrent_dataloader.label_rules import check_label_rule
+from concurrent_dataloader.labels import LabelSpace
 from concurrent_dataloader.prepare.index import is_folder
 from concurrent_dataloader.prepare.sources import (
     AUTO_BOXES,

@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 
 from concurrent_dataloader.index import PACK_ABOVE_KEYS, packed_path
-from concurrent_dataloader.labels import Classes, LabelSpace, check_label_rule
+from concurrent_dataloader.label_rules import check_label_rule
+from concurrent_dataloader.labels import Classes, LabelSpace
 from concurrent_dataloader.prepare.index import (
     IMAGE_SUFFIXES,
     check_object_url,
