@@ -8,13 +8,12 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 
 from concurrent_dataloader.files import write_whole
-from concurrent_dataloader.prepare.check import (
+from concurrent_dataloader.prepare.check import check_dataset, check_samples_again
+from concurrent_dataloader.prepare.check_settings import (
     CheckSettings,
     Outcome,
     Place,
     Unit,
-    check_dataset,
-    check_samples_again,
     list_place,
     locate,
 )
