@@ -375,6 +375,14 @@ def open_split(args: Args, split: str, classes: Any = None) -> Any:
     return dataset
 
 
+def tell_baked(place: Place, **splits: Any) -> None:
+    """Say which steps a split's transform leaves out, since its shards were packed with them."""
+    for split, dataset in splits.items():
+        steps = getattr(dataset, "skipped_steps", ())
+        if steps and place.rank == 0:
+            print(f"{split}: without {', '.join(steps)}, which is baked into the shards")
+
+
 def open_stream(args: Args, shards: Any, place: Place, batch_size: int) -> Any:
     """Make a stream of the shards that were opened for random access: the same, front to back."""
     if not isinstance(shards, ShardDataset):
@@ -784,6 +792,7 @@ def set_up(args: Args, place: Place) -> Job:
     copy_s = 0.0 if args.copy_to is None else copy_data(args, place)
     train = None if args.evaluate else open_split(args, "train")
     val = open_split(args, "val", getattr(train, "classes", None))
+    tell_baked(place, train=train, val=val)
     classes = find_classes(args, val if train is None else train, state.get("classes"))
     model = make_model(args, len(classes), place)
     optimizer = torch.optim.SGD(

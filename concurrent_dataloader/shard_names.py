@@ -5,6 +5,7 @@ train-{000000..000489}.tar    train-000000.tar ... train-000489.tar    as wide a
 Data{0..251}.tar              Data0.tar ... Data251.tar                not padded
 {train,val}-{0..{1,3}}.tar    nested: the inner ones first             bash's order of the rest
 train-*.tar                   a glob: what is listed and fits          ``*`` stays in one folder
+train-*                       the same, without train-index.npz or train-FileInfo.json
 ```
 """
 
@@ -32,6 +33,12 @@ ListObjects = Callable[[str, str], Iterable[tuple[str, int]]]
 
 MAX_SHARDS = 1_000_000
 """A pattern that names more is a slip of the pen, and would fill the memory."""
+
+METADATA_NAME = "metadata.json"
+"""What describes all splits of a set, beside its shards."""
+
+DESCRIPTIONS = ("-index.npz", "-manifest.json", "-FileInfo.json")
+"""What the other files that describe shards are called, behind the name of the split."""
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 _TFRECORD = re.compile(r"\.tfrecords?(-\d{5,}-of-\d{5,})?$|-\d{5,}-of-\d{5,}$", re.IGNORECASE)
@@ -170,6 +177,12 @@ def find_kind(name: str) -> Kind | None:
     return "tfrecord" if _TFRECORD.search(name) else None
 
 
+def describes_shards(name: str) -> bool:
+    """Tell whether a file is one that this library writes beside shards, to describe them."""
+    base = name[name.rfind("/") + 1 :]
+    return base == METADATA_NAME or base.endswith(DESCRIPTIONS)
+
+
 def find_split(name: str) -> Split | None:
     """Tell of which split a file is by a word in its name, such as ``imagenet-train-000000.tar``.
 
@@ -297,7 +310,7 @@ def _list_shards(
     begin_of_names = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
     listed = dict(list_objects(root, begin_of_names))
     check_finished(dict(list_objects(root, UNFINISHED)) if begin_of_names else listed, name)
-    names = match_names(pattern, listed)
+    names = [key for key in match_names(pattern, listed) if not describes_shards(key)]
     shards = [key for key in names if not is_folder or find_kind(key) is not None]
     if not shards:
         raise KeyNotFoundError(

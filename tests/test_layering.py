@@ -16,7 +16,7 @@ LAYERS = [
     {"classes_file", "files", "label_rules", "packed", "shard_names"},
     {"stores", "formats", "index", "labels"},
     {"shard_index", "devkit"},
-    {"labelling"},
+    {"labelling", "boxes"},
     {"datasets"},
     {"dataloader_mod", "prepare"},
     {"imagenet_loader"},

@@ -180,6 +180,18 @@ def test_folders_and_globs_are_listed() -> None:
     ]
 
 
+def test_globs_leave_out_what_describes_the_shards() -> None:
+    shards = ["train-00000-of-00002", "train-00001-of-00002"]
+    beside = ["train-index.npz", "train-FileInfo.json", "train-manifest.json", "metadata.json"]
+    listing = Listing(*shards, *beside, "train-mine.json")
+
+    assert list(locate_shards("train-*", listing).names) == [*shards, "train-mine.json"]
+    assert list(locate_shards("*-of-*", listing).names) == shards
+    assert list(locate_shards("s3://b/*", Listing(*shards, *beside)).names) == shards
+    with pytest.raises(KeyNotFoundError, match="no shard there"):
+        locate_shards("train-*", Listing(*beside))
+
+
 def test_what_fits_nothing_or_lies_in_two_places_is_an_error() -> None:
     for nothing in ("x*.tar", "s3://b/p"):
         with pytest.raises(KeyNotFoundError, match="no shard there"):

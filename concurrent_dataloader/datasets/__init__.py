@@ -1,6 +1,7 @@
 """Data sets: a sample by its position."""
 
 from concurrent_dataloader.datasets.array_windows import WindowDataset, open_windows
+from concurrent_dataloader.datasets.baked import skip_baked
 from concurrent_dataloader.datasets.contract import StagedDataset
 from concurrent_dataloader.datasets.detection import open_dataset
 from concurrent_dataloader.datasets.indexed import IndexedDataset
@@ -36,4 +37,5 @@ __all__ = [
     "open_dataset",
     "open_shards",
     "open_windows",
+    "skip_baked",
 ]

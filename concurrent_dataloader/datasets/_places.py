@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from concurrent_dataloader.errors import KeyNotFoundError
-from concurrent_dataloader.shard_names import Split, find_kind
+from concurrent_dataloader.shard_names import METADATA_NAME, Split, find_kind
 from concurrent_dataloader.stores import Store, WritableStore
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Taken for images where no index says so, in any case. Source: torchvision's ImageFolder."""
 
 INDEX_SUFFIX = "index.npz"
-METADATA_NAME = "metadata.json"
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 _KAGGLE_IMAGES = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")

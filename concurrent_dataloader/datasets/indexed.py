@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Buffer, override
 
+from concurrent_dataloader.boxes import BoxLookup, merge
+from concurrent_dataloader.datasets._boxes import as_item
 from concurrent_dataloader.datasets.contract import SampleLocation
 from concurrent_dataloader.datasets.labelled import DecodedImage, LabelledDataset, SampleMetadata
 from concurrent_dataloader.errors import IndexFormatError, LoaderError
@@ -48,6 +50,8 @@ class IndexedDataset(LabelledDataset):
         decode: Decode = "pillow",
         missing_label: int | None = MISSING_LABEL,
         with_metadata: bool = False,
+        boxes: BoxLookup | None = None,
+        missing_box: float | None = None,
         index_name: str = "the index",
     ) -> None:
         """Join an index, a store and classes.
@@ -63,6 +67,11 @@ class IndexedDataset(LabelledDataset):
             missing_label: The label when there are no classes; when None, an item is then the image
                 alone instead of a pair.
             with_metadata: Whether items have a last element more, a `SampleMetadata`.
+            boxes: The bounding boxes of the samples, by position: items are then
+                ``((image, box), label)``, a box being a (4,) float32 tensor of x1, y1, x2, y2, from
+                0 to 1, and the union where an image has several.
+            missing_box: Each side of the box of an image that has none. None: it is None, which
+                torch's ``default_collate`` refuses; ``math.nan`` gives a tensor, which it takes.
             index_name: What errors call the index, such as its file.
 
         Raises:
@@ -89,6 +98,8 @@ class IndexedDataset(LabelledDataset):
         self._decodes_images = isinstance(decode, str)
         self._missing_label = missing_label
         self._with_metadata = with_metadata
+        self._boxes = boxes
+        self._missing_box = missing_box
         self._index_name = index_name
         self._choice = random.Random()
 
@@ -136,7 +147,8 @@ class IndexedDataset(LabelledDataset):
         metadata = None
         if self._with_metadata:
             metadata = self.metadata(position)._replace(size_bytes=memoryview(raw).nbytes)
-        return DecodedImage(self._decode_image(position, raw), self.label(position), metadata)
+        image = self._decode_image(position, raw)
+        return DecodedImage(image, self.label(position), metadata, self._find_beside(position))
 
     # -- around them
 
@@ -189,6 +201,12 @@ class IndexedDataset(LabelledDataset):
 
     def _locate(self, position: int) -> tuple[str, ByteRange | None]:
         return self.index.key(position), None
+
+    def _find_beside(self, position: int) -> tuple[Any, ...]:
+        """Give what stands beside the image in the item."""
+        if self._boxes is None:
+            return ()
+        return (as_item(merge(self._boxes.boxes(position)), self._missing_box),)
 
     def _decode_image(self, position: int, raw: Buffer) -> Any:
         try:

@@ -40,9 +40,16 @@ class DecodedImage(NamedTuple):
     metadata: SampleMetadata | None
     """None: the item has none."""
 
+    beside: tuple[Any, ...] = ()
+    """What stands beside the image in the item: its box, where boxes were asked for."""
+
 
 class LabelledDataset(StagedDataset[DecodedImage, Any]):
-    """A dataset whose items are ``(image, label)``, with a transform for each of the two."""
+    """A dataset whose items are ``(image, label)``, with a transform for each of the two.
+
+    With boxes, they are ``((image, box), label)``; the transform is given the image alone. To crop
+    by the box, override `apply_transform`, which has it in ``decoded.beside``.
+    """
 
     def __init__(
         self,
@@ -55,9 +62,11 @@ class LabelledDataset(StagedDataset[DecodedImage, Any]):
     @override
     def apply_transform(self, decoded: DecodedImage) -> Any:
         """Transform an image and its label, and make the item of them."""
-        image, label, metadata = decoded
+        image, label, metadata, beside = decoded
         if self.transform is not None:
             image = self.transform(image)
+        if beside:
+            image = (image, *beside)
         if label is None:
             return image if metadata is None else (image, metadata)
         target = label if self.target_transform is None else self.target_transform(label)

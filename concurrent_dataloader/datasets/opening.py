@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from concurrent_dataloader.datasets._boxes import BoxSource, look_up_boxes
 from concurrent_dataloader.datasets._ground_truth import (
     find_validation_classes,
     is_flat_validation,
@@ -48,6 +49,8 @@ class S3Dataset(IndexedDataset):
         decode: Decode = "pillow",
         missing_label: int | None = -1,
         with_metadata: bool = False,
+        boxes: BoxSource | None = None,
+        missing_box: float | None = None,
         **store_options: Any,
     ) -> None:
         """Open the images of a bucket. The first sample makes the first request, but for a listing.
@@ -75,6 +78,12 @@ class S3Dataset(IndexedDataset):
             decode: A decoder's name, a pure function of the raw bytes, or None for the bytes.
             missing_label: Label where there are no classes; when None, items are images alone.
             with_metadata: Whether items have a `SampleMetadata` as last element.
+            boxes: Bounding boxes, a ``.csv`` table ``name,x1,y1,x2,y2`` relative to the image as
+                path or URL, or ``{name: [(x1, y1, x2, y2), ...]}``; rows are found by the image's
+                key, its file name, or that without its ending, and several are united. Items are
+                then ``((image, box), label)``, as `IndexedDataset` says.
+            missing_box: Each side of the box of an image without a row; the box is None when None,
+                which cannot be collated, while ``math.nan`` can.
             store_options: What else `open_store` takes, such as ``client="aiohttp"``, ``region`` or
                 ``anonymous=True``.
 
@@ -82,6 +91,7 @@ class S3Dataset(IndexedDataset):
             FileNotFoundError: A file is missing, and nothing says where it can be had.
             IndexFormatError: The index is malformed or empty, or the listing is.
             ClassesFormatError: The classes file is malformed.
+            ValueError: The table of boxes is none, or none of its rows belongs to any image.
             UnknownClassError: A sample's class is not in the classes file.
             CredentialsError: The credentials file cannot be used.
             StoreError: A listing or a download did not succeed.
@@ -97,6 +107,10 @@ class S3Dataset(IndexedDataset):
             urls = CredentialsFile(s3_credential_file).read()
             _download_if_missing(index_file, urls.index_url(split), store_options)
             _download_if_missing(classes_file, urls.classes_url(split), store_options)
+
+        def open_root(url: str) -> Store:
+            return uncached(open_store(url, **store_options))
+
         root = f"s3://{bucket_name}/{prefix}".rstrip("/")
         store = open_store(root, **store_options)
         index = _list_images(store, root) if index_file is None else Index.load(index_file)
@@ -107,7 +121,7 @@ class S3Dataset(IndexedDataset):
             label_rule,
             missing_label,
             root=root,
-            open_root=lambda url: uncached(open_store(url, **store_options)),
+            open_root=open_root,
             is_listed=index_file is None,
         )
         super().__init__(
@@ -120,6 +134,8 @@ class S3Dataset(IndexedDataset):
             decode=decode,
             missing_label=missing_label,
             with_metadata=with_metadata,
+            boxes=look_up_boxes(boxes, index, open_root, limit=limit, sample_seed=sample_seed),
+            missing_box=missing_box,
         )
 
 
@@ -144,6 +160,8 @@ class ScratchDataset(IndexedDataset):
         decode: Decode = "pillow",
         missing_label: int | None = -1,
         with_metadata: bool = False,
+        boxes: BoxSource | None = None,
+        missing_box: float | None = None,
     ) -> None:
         """Open the images of a folder.
 
@@ -162,11 +180,18 @@ class ScratchDataset(IndexedDataset):
             decode: A decoder's name, a pure function of the raw bytes, or None for the bytes.
             missing_label: Label where there are no classes; when None, items are images alone.
             with_metadata: Whether items have a `SampleMetadata` as last element.
+            boxes: Bounding boxes, a ``.csv`` table ``name,x1,y1,x2,y2`` relative to the image as
+                path or URL, or ``{name: [(x1, y1, x2, y2), ...]}``; rows are found by the image's
+                key, its file name, or that without its ending, and several are united. Items are
+                then ``((image, box), label)``, as `IndexedDataset` says.
+            missing_box: Each side of the box of an image without a row; the box is None when None,
+                which cannot be collated, while ``math.nan`` can.
 
         Raises:
             FileNotFoundError: The folder or a file is missing, or a class's folder has no image.
             IndexFormatError: The index is malformed or empty, or the folder has no image.
             ClassesFormatError: The classes file is malformed.
+            ValueError: The table of boxes is none, or none of its rows belongs to any image.
             UnknownClassError: A sample's class is not in the classes file.
         """
         root = Path(data_path).expanduser()
@@ -193,6 +218,8 @@ class ScratchDataset(IndexedDataset):
             decode=decode,
             missing_label=missing_label,
             with_metadata=with_metadata,
+            boxes=look_up_boxes(boxes, index, open_store, limit=limit, sample_seed=sample_seed),
+            missing_box=missing_box,
         )
 
 

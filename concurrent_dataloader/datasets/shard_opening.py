@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 import orjson
 
+from concurrent_dataloader.datasets._boxes import BoxSource, look_up_boxes
 from concurrent_dataloader.datasets._places import (
     INDEX_SUFFIX,
     METADATA_NAME,
@@ -52,6 +53,7 @@ def open_shards(
     classes_file: str | os.PathLike[str] | None = None,
     s3_credential_file: str | os.PathLike[str] | None = None,
     check: bool = True,
+    boxes: BoxSource | bool | None = False,
     **options: Any,
 ) -> ShardDataset:
     """Open packed shards for random access, by the index of byte ranges beside them.
@@ -66,12 +68,17 @@ def open_shards(
         s3_credential_file: As in `S3Dataset`.
         check: Whether to compare the shards that are there with the index, by one listing (or, on
             a web server, a HEAD each).
+        boxes: Whether items are ``((image, box), label)``, with the boxes that the shards hold, as
+            `ShardDataset` says; or a table that holds those of names, as for `ScratchDataset`.
         options: What `ShardDataset` takes, and what `open_store` takes, such as ``endpoint_url``.
+            ``baked_steps`` and ``raw_size`` are those that ``metadata.json`` beside an index says;
+            ``baked_steps=()`` keeps the transform whole.
 
     Raises:
         FileNotFoundError: No index, or a shard that the index names is missing; says which.
         ShardFormatError: A shard has another size than the index says: one of them is stale.
         IndexFormatError: The index is malformed, or ``metadata.json`` speaks of another one.
+        ValueError: The table of boxes is none, or none of its rows belongs to a sample.
         StoreError: The place cannot be read.
     """
     text = os.fspath(location)
@@ -103,6 +110,11 @@ def open_shards(
         index = _select_shards(index, named, where)
     if classes_file is not None:
         options["classes"] = Classes.load(classes_file, label_rule=options.get("label_rule"))
+    if not isinstance(boxes, bool):
+        table = look_up_boxes(boxes, index.names, lambda url: open_place(url, settings))
+        options["boxes"] = False if table is None else table
+    else:
+        options["boxes"] = boxes
     return ShardDataset(index, store, index_name=where, **options)
 
 
@@ -260,7 +272,7 @@ def _index_command(source: str, settings: Mapping[str, Any], output: str, *more:
 def _apply_metadata(
     store: Store, index: ShardIndex, split: str | None, options: dict[str, Any]
 ) -> None:
-    """Compare the index with ``metadata.json``, if there is one, and take the images' size."""
+    """Compare the index with ``metadata.json``, and take how the images were made from it."""
     try:
         raw = uncached(store).get(METADATA_NAME)
     except KeyNotFoundError:
@@ -272,7 +284,9 @@ def _apply_metadata(
         described = (metadata.get("splits") or {}).get(split) or {}
         length = described.get("num_samples", metadata.get(f"{old_name}_length"))
         size = described.get("image_size")
-    except (orjson.JSONDecodeError, AttributeError) as error:
+        old_steps = metadata.get(f"{old_name}_transform_pipeline", ())
+        steps = tuple(map(str, described.get("transforms", old_steps)))
+    except (orjson.JSONDecodeError, AttributeError, TypeError) as error:
         raise IndexFormatError(
             f"{where}: no metadata of shards ({error}); write it anew"
         ) from error
@@ -283,6 +297,8 @@ def _apply_metadata(
         )
     if size is not None:
         options.setdefault("raw_size", tuple(size))
+    if steps:
+        options.setdefault("baked_steps", steps)
 
 
 def check_shards(index: ShardIndex, store: Store, where: str) -> None:

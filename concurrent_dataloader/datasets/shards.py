@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
 from typing_extensions import Buffer, override
 
+from concurrent_dataloader.boxes import BoxLookup, merge, parse_boxes
+from concurrent_dataloader.datasets._boxes import as_item
+from concurrent_dataloader.datasets._shard_labels import choose_labels, find_space, renumber
+from concurrent_dataloader.datasets.baked import Transform, match_baked, skip_baked
 from concurrent_dataloader.datasets.contract import BytesKind, SampleLocation
 from concurrent_dataloader.datasets.fields import FieldDecoder
 from concurrent_dataloader.datasets.indexed import (
@@ -24,21 +26,23 @@ from concurrent_dataloader.errors import (
     LoaderError,
     MissingDependencyError,
     SampleDecodeError,
-    UnknownClassError,
+    ShardFormatError,
 )
 from concurrent_dataloader.formats.crc32c import IS_FAST, check_crc, crc32c
 from concurrent_dataloader.formats.fields import (
     IMAGE_FIELDS,
     LABEL_FIELD,
+    Box,
     find_field,
     is_image_field,
     is_label_field,
 )
 from concurrent_dataloader.formats.tar import parse_sample, split_name
+from concurrent_dataloader.index import choose_positions
 from concurrent_dataloader.label_rules import LabelRule
-from concurrent_dataloader.labels import Classes, LabelSpace, convert_ids, imagenet_classes
+from concurrent_dataloader.labels import Classes, LabelSpace
 from concurrent_dataloader.ranges import ByteRange, cover, merge_near
-from concurrent_dataloader.shard_index import NO_LABEL, ShardIndex
+from concurrent_dataloader.shard_index import ShardIndex
 from concurrent_dataloader.stores.base import Store
 
 MAX_GAP_BYTES = 1 << 16
@@ -53,6 +57,13 @@ class _Fields(NamedTuple):
 
     names: tuple[str, ...]
     values: tuple[Any, ...]
+
+
+class _Boxed(NamedTuple):
+    """A decoded image, and the boxes that its sample holds."""
+
+    image: Any
+    boxes: tuple[Box, ...]
 
 
 class _Request(NamedTuple):
@@ -91,6 +102,9 @@ class ShardDataset(IndexedDataset):
         raw_size: tuple[int, int] | None = None,
         missing_label: int | None = MISSING_LABEL,
         with_metadata: bool = False,
+        boxes: BoxLookup | bool = False,
+        missing_box: float | None = None,
+        baked_steps: Sequence[str] = (),
         max_gap_bytes: int = MAX_GAP_BYTES,
         max_request_bytes: int = MAX_REQUEST_BYTES,
         compare_checksums: bool = IS_FAST,
@@ -120,6 +134,13 @@ class ShardDataset(IndexedDataset):
             missing_label: The label where there is none; when None, items are then images alone.
             with_metadata: Whether items have a `SampleMetadata` as last element, with shard and
                 byte range.
+            boxes: Whether items are ``((image, box), label)``, with the box that each sample has
+                in its ``json`` member, or its record; as `IndexedDataset` says, and whole samples
+                are read then. Or the boxes of all samples of the index, by position.
+            missing_box: Each side of the box of an image that has none; as in `IndexedDataset`.
+            baked_steps: What was done to the images before they were packed, as
+                ``("Resize(256)", "CenterCrop(224)")``. Where the transform begins with just these,
+                they are left out of it, and a line is logged: see `baked.skip_baked`.
             max_gap_bytes: Longest gap between two samples that one request reads over.
             max_request_bytes: Longest request for several samples.
             compare_checksums: Whether what was read is compared with the checksums of the index,
@@ -128,7 +149,7 @@ class ShardDataset(IndexedDataset):
             index_name: What errors call the index, such as its file.
 
         Raises:
-            ValueError: An argument cannot be used, or contradicts the index.
+            ValueError: An argument cannot be used, or contradicts the index or another one.
             IndexFormatError: The index is empty.
             UnknownClassError: A sample belongs to a class that is not among ``classes``.
         """
@@ -140,7 +161,13 @@ class ShardDataset(IndexedDataset):
             _import_tfrecord()
         if isinstance(fields, str) or (fields is not None and not fields):
             raise ValueError(f"fields: got {fields!r}, expected a tuple such as ('jpg;png', 'cls')")
+        if boxes is not False and fields is not None:
+            raise ValueError("boxes: got them together with fields, expected one of the two")
         limited = index.limit(limit, sample_seed)
+        chosen = choose_positions(len(index), limit, sample_seed)
+        given = None if isinstance(boxes, bool) else boxes
+        if given is not None and chosen is not None:
+            given = given.select(chosen)
         super().__init__(
             limited.names,
             store,
@@ -149,24 +176,34 @@ class ShardDataset(IndexedDataset):
             decode=decode,
             missing_label=missing_label,
             with_metadata=with_metadata,
+            boxes=given,
+            missing_box=missing_box,
             index_name=index_name,
         )
+        self.baked_steps = tuple(baked_steps)
+        self.skipped_steps: tuple[str, ...] = ()
+        self.set_transform(transform)
         self.shard_index = limited
         self.fields = None if fields is None else tuple(fields)
+        self._reads_boxes = boxes is True
+        self._reads_samples = fields is not None or self._reads_boxes
         self.max_gap_bytes = max_gap_bytes
         self.max_request_bytes = max_request_bytes
         # Records have CRCs of their own, which decoding compares.
         self._compares = compare_checksums and limited.crcs is not None and index.kind == "tar"
         self._decoder = FieldDecoder(decode, raw_size)
-        space = _find_space(index, label_space, index_name)
         if classes is None and label_rule is not None:
             classes = Classes.from_keys(index.names.keys(), label_rule=label_rule)
-        if classes is not None:
-            self.classes, by_key = classes, label_rule is not None
-            self._labels = _match_labels(limited, classes, space, by_key=by_key, where=index_name)
-        else:
-            self.classes = _name_classes(index, space)
-            self._labels = limited.labels
+        space = find_space(index, label_space, index_name)
+        self.classes, self._labels = choose_labels(
+            index, limited, classes, space, by_key=label_rule is not None, where=index_name
+        )
+
+    @override
+    def set_transform(self, transform: Transform | None) -> None:
+        """Replace the transform, less what is baked in. Workers that have started keep the old."""
+        self.skipped_steps = match_baked(transform, self.baked_steps).skipped
+        self.transform = skip_baked(transform, self.baked_steps)
 
     # -- requests
 
@@ -199,7 +236,7 @@ class ShardDataset(IndexedDataset):
         if not self._compares:
             return None
         index = self.shard_index
-        return index.payload_crc(position) if self.fields is None else index.extent_crc(position)
+        return index.extent_crc(position) if self._reads_samples else index.payload_crc(position)
 
     def _is_changed(self, position: int, raw: Buffer) -> bool:
         expected = self._expected_crc(position)
@@ -285,7 +322,7 @@ class ShardDataset(IndexedDataset):
     def _locate(self, position: int) -> tuple[str, ByteRange]:
         """Give the shard's key, and the bytes to read of it."""
         index = self.shard_index
-        byte_range = index.payload(position) if self.fields is None else index.extent(position)
+        byte_range = index.extent(position) if self._reads_samples else index.payload(position)
         return index.shard_of(position).name, byte_range
 
     @override
@@ -314,7 +351,7 @@ class ShardDataset(IndexedDataset):
             return "bytes"
         if self.shard_index.kind == "tfrecord":
             return "tfrecord"
-        if self.fields is not None:
+        if self._reads_samples:
             return "tar"
         is_file = self._payload_field(position).rpartition(".")[2] in IMAGE_FIELDS
         return "payload" if is_file else "bytes"
@@ -332,8 +369,13 @@ class ShardDataset(IndexedDataset):
         """
         metadata = self.metadata(position) if self._with_metadata else None
         content = self._decode_image(position, raw)
-        label = None if isinstance(content, _Fields) else self.label(position)
-        return DecodedImage(content, label, metadata)
+        if isinstance(content, _Fields):
+            return DecodedImage(content, None, metadata)
+        beside = self._find_beside(position)
+        if isinstance(content, _Boxed):
+            content, boxes = content
+            beside = (as_item(merge(boxes), self._missing_box),)
+        return DecodedImage(content, self.label(position), metadata, beside)
 
     @override
     def apply_transform(self, decoded: DecodedImage) -> Any:
@@ -355,9 +397,23 @@ class ShardDataset(IndexedDataset):
     def _decode_content(self, position: int, raw: Buffer) -> Any:
         if self.shard_index.kind == "tfrecord":
             return self._decode_record(position, raw)
-        if self.fields is None:
+        if not self._reads_samples:
             return self._decoder.decode_image(self._payload_field(position), raw)
-        return self._pick(position, parse_sample(raw, "sample").fields, self._decoder.decode)
+        fields = parse_sample(raw, "sample").fields
+        if self._reads_boxes:
+            return self._decode_boxed(position, fields)
+        return self._pick(position, fields, self._decoder.decode)
+
+    def _decode_boxed(self, position: int, fields: Mapping[str, bytes]) -> _Boxed:
+        name = self._payload_field(position)
+        if name not in fields:
+            raise ShardFormatError(
+                f"sample {self._sample_key(position)!r}: no field {name!r}, it has "
+                f"{', '.join(sorted(fields))}; the index is that of other shards, write it anew"
+            )
+        held = find_field("json", fields)
+        boxes = () if held is None else parse_boxes(fields[held], f"field {held!r}")
+        return _Boxed(self._decoder.decode_image(name, fields[name]), boxes)
 
     def _decode_record(self, position: int, raw: Buffer) -> Any:
         tfrecord = _import_tfrecord()
@@ -369,7 +425,8 @@ class ShardDataset(IndexedDataset):
         example = tfrecord.parse_image_example(payload, label_base=0, num_classes=None)
         image = example.encoded
         if self.fields is None:
-            return self._decoder.decode_image(field, image)
+            decoded = self._decoder.decode_image(field, image)
+            return _Boxed(decoded, example.boxes) if self._reads_boxes else decoded
         contents: dict[str, Any] = dict(tfrecord.parse_example(payload))
         contents |= dict.fromkeys((field, "jpg", "jpeg", "png", "img"), image)
         if self._labels is not None:
@@ -427,7 +484,7 @@ class ShardDataset(IndexedDataset):
         source = self.classes.label_space
         converted = self.classes.converted(label_space)
         if self._labels is not None:
-            self._labels = _convert(self._labels, source, label_space)
+            self._labels = renumber(self._labels, source, label_space)
         self.classes = converted
 
 
@@ -445,78 +502,3 @@ def _hand_out(request: _Request, body: Buffer, parts: list[Buffer]) -> None:
     view = memoryview(body).cast("B")
     for number, part in zip(request.numbers, request.parts, strict=True):
         parts[number] = view[part]
-
-
-def _find_space(index: ShardIndex, declared: LabelSpace | None, where: str) -> LabelSpace:
-    known = None if index.label_space is None else LabelSpace(index.label_space)
-    if declared is not None and known is not None and declared is not known:
-        raise ValueError(
-            f"label_space: got {declared.value!r}, but {where} says {known.value!r}; leave it out, "
-            "and convert_labels() later"
-        )
-    return declared or known or LabelSpace.CUSTOM
-
-
-def _name_classes(index: ShardIndex, space: LabelSpace) -> Classes | None:
-    """Make classes of what an index says of its labels."""
-    labels = index.labels
-    if labels is None:
-        return None
-    if index.classes is None and space is not LabelSpace.CUSTOM:
-        return Classes.imagenet(space)
-    known = dict(imagenet_classes())
-    values = index.classes or [str(label) for label in range(int(labels.max()) + 1)]
-    return Classes(
-        {value: label for label, value in enumerate(values)},
-        names={label: known.get(value, value) for label, value in enumerate(values)},
-        label_space=space,
-        id_base=space.first_id,
-        where="the index of shards",
-    )
-
-
-def _match_labels(
-    index: ShardIndex, classes: Classes, space: LabelSpace, *, by_key: bool, where: str
-) -> NDArray[np.int32]:
-    """Give labels as ``classes`` counts them."""
-    labels = index.labels
-    if by_key or labels is None:
-        return classes.labels_of(index.names.keys())
-    if index.classes is not None:
-        try:
-            return _match_names(labels, index.classes, classes)
-        except UnknownClassError:
-            if classes.label_rule == "parent":
-                raise
-            return classes.labels_of(index.names.keys())  # known by number, or file name
-    matched = labels
-    if LabelSpace.CUSTOM not in (space, classes.label_space):
-        matched = _convert(labels, space, classes.label_space)
-    if int(matched.max()) >= classes.count:
-        raise UnknownClassError(
-            f"{where}: got label {int(matched.max())}, expected less than the {classes.count} of "
-            "the classes given; give those of this data set"
-        )
-    return matched
-
-
-def _match_names(
-    labels: NDArray[np.int32], names: Sequence[str], classes: Classes
-) -> NDArray[np.int32]:
-    table = np.full(len(names) + 1, NO_LABEL, np.int32)  # the last is that of NO_LABEL
-    for label in np.unique(labels[labels != NO_LABEL]).tolist():
-        # Classes are known by the folder of their samples.
-        table[label] = classes.label_of(f"{names[label]}/*")
-    return table[labels]
-
-
-def _convert(
-    labels: NDArray[np.int32], source: LabelSpace, target: LabelSpace
-) -> NDArray[np.int32]:
-    if source is target:
-        return labels
-    converted = labels.copy()
-    is_known = labels != NO_LABEL
-    ids = convert_ids(labels[is_known] + source.first_id, source, target)
-    converted[is_known] = ids - target.first_id
-    return converted

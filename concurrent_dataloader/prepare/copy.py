@@ -17,10 +17,9 @@ from concurrent_dataloader.errors import KeyNotFoundError, LoaderError, StoreErr
 from concurrent_dataloader.index import Index
 from concurrent_dataloader.prepare.index import is_folder, split_url
 from concurrent_dataloader.prepare.made_folders import make_folders
-from concurrent_dataloader.prepare.metadata import DESCRIPTIONS, METADATA_NAME
 from concurrent_dataloader.prepare.parallel import ByteBudget, call_concurrently
 from concurrent_dataloader.ranges import ByteRange
-from concurrent_dataloader.shard_names import check_finished
+from concurrent_dataloader.shard_names import DESCRIPTIONS, METADATA_NAME, check_finished
 from concurrent_dataloader.stores import Store, WritableStore, open_store
 from concurrent_dataloader.stores.base import ObjectInfo, SizedStore
 

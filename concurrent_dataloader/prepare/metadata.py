@@ -31,10 +31,6 @@ from typing_extensions import Buffer
 from concurrent_dataloader.errors import IndexFormatError
 from concurrent_dataloader.files import write_whole
 
-METADATA_NAME = "metadata.json"
-DESCRIPTIONS = ("-index.npz", "-manifest.json", "-FileInfo.json")
-"""What the other files that describe shards are called, behind the name of the split."""
-
 VERSION = 1
 
 Payload = Literal["file", "jpeg", "tensor", "raw", "ppm"]

@@ -43,7 +43,6 @@ from concurrent_dataloader.formats.tar import (
 )
 from concurrent_dataloader.labels import LabelSpace, imagenet_classes
 from concurrent_dataloader.prepare.index import is_folder
-from concurrent_dataloader.prepare.metadata import DESCRIPTIONS, METADATA_NAME
 from concurrent_dataloader.prepare.parallel import call_concurrently
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.shard_index import (
@@ -116,17 +115,9 @@ def find_shards(source: Source, open_root: OpenStore) -> ShardSet:
                     f"{root}: cannot be listed, expected the names of shards, such as "
                     f"{root}/train-{{000000..000099}}.tar"
                 )
-            for info in store.list(prefix):
-                if not is_beside_shards(info.key):  # a glob such as train-* fits these too
-                    yield info
+            yield from store.list(prefix)
 
     return locate_shards(source, list_objects)
-
-
-def is_beside_shards(key: str) -> bool:
-    """Tell whether a file is one of those that we write beside shards."""
-    name = key.rpartition("/")[2]
-    return name == METADATA_NAME or name.endswith(DESCRIPTIONS)
 
 
 def rebase(shards: ShardSet, folder: str) -> ShardSet:

@@ -29,7 +29,7 @@ from concurrent_dataloader.formats.fields import LABEL_FIELD, find_field, find_p
 from concurrent_dataloader.formats.tar import BLOCK_BYTES, SampleMembers, check_name, split_name
 from concurrent_dataloader.index import Index
 from concurrent_dataloader.prepare.index import is_folder
-from concurrent_dataloader.prepare.metadata import METADATA_NAME, Metadata, SplitMetadata
+from concurrent_dataloader.prepare.metadata import Metadata, SplitMetadata
 from concurrent_dataloader.prepare.parallel import call_concurrently
 from concurrent_dataloader.prepare.plan import find_duplicate
 from concurrent_dataloader.prepare.scan import iter_tar_samples
@@ -40,7 +40,7 @@ from concurrent_dataloader.shard_index import (
     ShardIndex,
     ShardIndexBuilder,
 )
-from concurrent_dataloader.shard_names import UNFINISHED, check_finished
+from concurrent_dataloader.shard_names import METADATA_NAME, UNFINISHED, check_finished
 from concurrent_dataloader.stores import RangedFile, Store, WritableStore, open_writable_store
 
 OpenRoot = Callable[[str], WritableStore]

@@ -18,11 +18,11 @@ from typing_extensions import Buffer
 
 from concurrent_dataloader.errors import KeyNotFoundError, LoaderError
 from concurrent_dataloader.prepare.made_folders import make_folders
-from concurrent_dataloader.prepare.metadata import METADATA_NAME, Metadata, ShardMetadata
+from concurrent_dataloader.prepare.metadata import Metadata, ShardMetadata
 from concurrent_dataloader.prepare.plan import NamePattern
 from concurrent_dataloader.prepare.shard_file import GatheringFile, ShardFile, WrittenShard
 from concurrent_dataloader.shard_index import ShardIndex
-from concurrent_dataloader.shard_names import UNFINISHED
+from concurrent_dataloader.shard_names import METADATA_NAME, UNFINISHED
 from concurrent_dataloader.stores import WritableStore, open_writable_store
 from concurrent_dataloader.stores._local import LocalStore
 

@@ -22,14 +22,9 @@ from concurrent_dataloader.prepare.checksums import (
     find_duplicates,
 )
 from concurrent_dataloader.prepare.deep import count_samples
-from concurrent_dataloader.prepare.metadata import (
-    METADATA_NAME,
-    Metadata,
-    ShardMetadata,
-    checksum,
-)
+from concurrent_dataloader.prepare.metadata import Metadata, ShardMetadata, checksum
 from concurrent_dataloader.shard_index import ShardIndex
-from concurrent_dataloader.shard_names import find_kind, find_split
+from concurrent_dataloader.shard_names import METADATA_NAME, find_kind, find_split
 from concurrent_dataloader.stores.base import ObjectInfo, Store, WritableStore
 
 INDEX_ENDING = "-index.npz"

@@ -7,7 +7,7 @@ listing     samples that are objects;  archives  samples in tars, by read_ahead
 tfrecords   samples in TFRecord shards
 found       what was found: names, places, strays;  places  bytes by position
 labeller    chooses what says the classes;  labelling  labels by it;  class_map  files of classes
-boxes       bounding boxes;  box_files  the files that hold them
+box_files   bounding boxes in XML files
 files       files that a user names, opened
 table       the source that comes of it
 ```

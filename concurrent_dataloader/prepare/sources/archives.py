@@ -27,14 +27,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
+from concurrent_dataloader.boxes import BoxTable, parse_boxes
 from concurrent_dataloader.errors import ShardFormatError
 from concurrent_dataloader.formats.fields import Box
 from concurrent_dataloader.formats.tar import read_members, split_name
 from concurrent_dataloader.index import Index
-from concurrent_dataloader.prepare.sources.boxes import BoxTable, check_box
 from concurrent_dataloader.prepare.sources.found import Found, Sieve, clean_name, is_hidden
 from concurrent_dataloader.prepare.sources.places import RangePlaces
 from concurrent_dataloader.prepare.sources.read_ahead import ReadAheadFile
@@ -284,16 +283,9 @@ def _parse_label(content: bytes, where: str) -> int | ShardFormatError:
 
 def _parse_boxes(content: bytes, where: str) -> tuple[Box, ...] | ShardFormatError:
     try:
-        table = orjson.loads(content)
-        found = table.get("bbox") if isinstance(table, dict) else None
-        if not found:
-            return ()
-        rows = found if isinstance(found[0], list) else [found]
-        return tuple(check_box([float(value) for value in row], where) for row in rows)
-    except (ValueError, TypeError, KeyError) as error:
-        return ShardFormatError(
-            f'{where}: no boxes ({error}), expected {{"bbox": [x1, y1, x2, y2]}} or null'
-        )
+        return parse_boxes(content, where)
+    except ShardFormatError as error:
+        return error
 
 
 def _join(archives: Archives, parts: list[_Part], sieve: Sieve) -> Found:

@@ -1,94 +1,27 @@
-"""Files of bounding boxes: tables of comma-separated values, and one XML file an image."""
+"""Files of bounding boxes: one XML file an image."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import os
-from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 from xml.parsers import expat
 
 import numpy as np
 from numpy.typing import NDArray
 
+from concurrent_dataloader.boxes import NoBoxesError, merge
 from concurrent_dataloader.devkit import stem_of
 from concurrent_dataloader.errors import ShardFormatError
 from concurrent_dataloader.formats.fields import Box
 from concurrent_dataloader.index import Index
 from concurrent_dataloader.prepare.sources.archives import UnpackedTar
-from concurrent_dataloader.prepare.sources.boxes import BoxTable, check_box, merge
 from concurrent_dataloader.prepare.sources.found import Found
 
-_NUM_COLUMNS = 5
 _MAX_XML_BYTES = 1 << 20
 _NO_FILE = -1
 _AMBIGUOUS = -2
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
-
-
-def parse_box_table(raw: bytes, where: str) -> dict[str, list[Box]]:
-    """Read rows ``name,x1,y1,x2,y2``, relative to the image, with or without a line of titles.
-
-    Args:
-        raw: The content.
-        where: What errors call the file.
-
-    Raises:
-        ValueError: A row is no box.
-    """
-    found: dict[str, list[Box]] = {}
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: no text ({error}), expected rows name,x1,y1,x2,y2") from error
-    for number, row in enumerate(csv.reader(io.StringIO(text)), start=1):
-        if not row:
-            continue
-        try:
-            name, *values = row
-            corners = [float(value) for value in values]
-            if len(row) != _NUM_COLUMNS:
-                raise ValueError(f"{len(row)} columns")
-        except ValueError as error:
-            if number == 1 and len(row) == _NUM_COLUMNS:
-                continue  # titles
-            raise ValueError(
-                f"{where}, line {number}: got {','.join(row)!r} ({error}), expected"
-                " name,x1,y1,x2,y2"
-            ) from error
-        found.setdefault(name, []).append(check_box(corners, f"{where}, line {number}"))
-    return found
-
-
-def boxes_from_table(
-    names: Index, table: dict[str, list[Box]], where: str, *, is_merged: bool
-) -> BoxTable:
-    """Give each sample the boxes of the rows with its name: whole, without folders, or its stem.
-
-    Samples without a row have no box.
-
-    Raises:
-        ValueError: No row belongs to any sample.
-    """
-    num_matched = 0
-
-    def look_up() -> Iterable[Sequence[Box]]:
-        nonlocal num_matched
-        for name in names.keys():  # noqa: SIM118 - no dict
-            base = name[name.rfind("/") + 1 :]
-            boxes = table.get(name) or table.get(base) or table.get(stem_of(base)) or []
-            num_matched += bool(boxes)
-            yield merge(boxes) if is_merged else boxes
-
-    boxes = BoxTable.of(look_up())
-    if not num_matched:
-        raise ValueError(
-            f"{where}: no row belongs to any of the {len(names)} samples, the first of which is"
-            f" {names.key(0)!r}; check the names"
-        )
-    return boxes
 
 
 class Annotation(NamedTuple):
@@ -239,7 +172,7 @@ def match_xml(names: Index, found: Found) -> NDArray[np.int64]:
     """Find for each sample the XML file of its name, else the only one of its file name.
 
     Raises:
-        ValueError: No file belongs to any sample.
+        NoBoxesError: No file belongs to any sample.
     """
     by_path: dict[str, int] = {}
     by_stem: dict[str, int] = {}
@@ -254,7 +187,7 @@ def match_xml(names: Index, found: Found) -> NDArray[np.int64]:
             row = by_stem.get(stem_of(name), _NO_FILE)
         rows[position] = max(row, _NO_FILE)
     if not (rows != _NO_FILE).any():
-        raise ValueError(
+        raise NoBoxesError(
             f"{found.where}: no XML file belongs to any of the {len(names)} samples, the first of"
             f" which is {names.key(0)!r}; check the names"
         )

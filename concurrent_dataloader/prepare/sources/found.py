@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from concurrent_dataloader.boxes import BoxLookup
 from concurrent_dataloader.errors import ShardFormatError
 from concurrent_dataloader.formats.tar import check_name
 from concurrent_dataloader.index import Index
-from concurrent_dataloader.prepare.sources.boxes import BoxLookup
 from concurrent_dataloader.prepare.sources.places import Places
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".ppm", ".bmp")

@@ -22,11 +22,12 @@ from concurrent_dataloader.labelling import (
     table_of_meta,
 )
 from concurrent_dataloader.labels import LabelSpace
-from concurrent_dataloader.prepare.metadata import METADATA_NAME, Metadata
+from concurrent_dataloader.prepare.metadata import Metadata
 from concurrent_dataloader.prepare.sources.archives import is_compressed_tar, is_tar
 from concurrent_dataloader.prepare.sources.class_map import find_rule, parse_class_map
 from concurrent_dataloader.prepare.sources.files import join, split_file_name
 from concurrent_dataloader.prepare.sources.layouts import Place, Search, find_xml
+from concurrent_dataloader.shard_names import METADATA_NAME
 
 NO_LABELS = "none"
 """The label rule of samples whose classes are not wanted."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from concurrent_dataloader import devkit
+from concurrent_dataloader.boxes import BoxLookup, NoBoxesError, boxes_from_table, parse_box_table
 from concurrent_dataloader.errors import (
     KeyNotFoundError,
     ShardFormatError,
@@ -20,11 +21,6 @@ from concurrent_dataloader.labelling import (
     drop_unknown,
 )
 from concurrent_dataloader.labels import LabelSpace
-from concurrent_dataloader.prepare.sources.box_files import (
-    boxes_from_table,
-    parse_box_table,
-)
-from concurrent_dataloader.prepare.sources.boxes import BoxLookup
 from concurrent_dataloader.prepare.sources.files import Files, split_file_name
 from concurrent_dataloader.prepare.sources.found import IMAGE_SUFFIXES, Found
 from concurrent_dataloader.prepare.sources.labeller import NO_LABELS, Labeller
@@ -59,6 +55,7 @@ def open_source(
     on_unknown: OnUnknown = "error",
     boxes: PathOrUrl | None = None,
     merge_boxes: bool = True,
+    must_have_boxes: bool = True,
     limit: int | None = None,
     sample_seed: int | None = None,
     temporary_folder: str | os.PathLike[str] | None = None,
@@ -113,6 +110,8 @@ def open_source(
             of Kaggle's layout. None: those that shards hold, and no others.
         merge_boxes: Whether the boxes of a sample become one, their union, when they come from a
             table or XML.
+        must_have_boxes: Whether it is an error if ``boxes`` holds those of no sample; if not,
+            `SampleTable.has_boxes` tells.
         limit: Take that many samples.
         sample_seed: Take them from everywhere, by this seed, instead of from the begin.
         temporary_folder: Where compressed archives are unpacked.
@@ -155,7 +154,13 @@ def open_source(
     try:
         _check_found(place.found, on_stray)
         found, labelling = _label(place.found, labeller, on_unknown, limit, sample_seed)
-        finder = _BoxFinder(search, _text(boxes), place.xml_folder, is_merged=merge_boxes)
+        finder = _BoxFinder(
+            search,
+            _text(boxes),
+            place.xml_folder,
+            is_merged=merge_boxes,
+            must_find=must_have_boxes,
+        )
         if verify_archives and not check.checked:
             raise ValueError(
                 f"verify_archives: got True for {found.where}, where nothing was read from an"
@@ -234,8 +239,17 @@ class _BoxFinder:
     xml_folder: str | None
     _: dataclasses.KW_ONLY
     is_merged: bool
+    must_find: bool
 
     def run(self, found: Found) -> BoxLookup | None:
+        try:
+            return self._find(found)
+        except NoBoxesError:
+            if self.must_find:
+                raise
+            return None
+
+    def _find(self, found: Found) -> BoxLookup | None:
         text = self.text
         if text is None:
             return found.boxes

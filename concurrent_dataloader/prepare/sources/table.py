@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Buffer
 
+from concurrent_dataloader.boxes import BoxLookup
 from concurrent_dataloader.formats.fields import Box
 from concurrent_dataloader.labelling import Labelling
 from concurrent_dataloader.prepare.sources.archives import UnpackedTar
-from concurrent_dataloader.prepare.sources.boxes import BoxLookup
 from concurrent_dataloader.prepare.sources.found import Found
 
 
@@ -66,6 +66,11 @@ class SampleTable:
     def boxes(self, position: int) -> tuple[Box, ...]:
         """Give a sample's bounding boxes; reads its XML file, where they are in such."""
         return () if self._boxes is None else self._boxes.boxes(position)
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether boxes of any sample are known."""
+        return self._boxes is not None
 
     def size_bytes(self, position: int) -> int | None:
         """Give a sample's size, where it is known without reading it."""

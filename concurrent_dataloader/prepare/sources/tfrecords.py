@@ -16,26 +16,32 @@ from itertools import pairwise
 import numpy as np
 from PIL import Image
 
+from concurrent_dataloader.boxes import BoxTable
 from concurrent_dataloader.errors import KeyNotFoundError, ShardFormatError
 from concurrent_dataloader.formats.crc32c import crc32c
 from concurrent_dataloader.formats.fields import Box
 from concurrent_dataloader.index import Index
 from concurrent_dataloader.labels import LabelSpace
-from concurrent_dataloader.prepare.metadata import METADATA_NAME, Metadata
+from concurrent_dataloader.prepare.metadata import Metadata
 from concurrent_dataloader.prepare.scan import (
     RecordSample,
     find_meaning,
-    is_beside_shards,
     iter_record_samples,
 )
 from concurrent_dataloader.prepare.sources.archives import Archives, map_archives
-from concurrent_dataloader.prepare.sources.boxes import BoxTable
 from concurrent_dataloader.prepare.sources.files import join, split_file_name
 from concurrent_dataloader.prepare.sources.found import Found, Sieve, clean_name
 from concurrent_dataloader.prepare.sources.layouts import Place, Search
 from concurrent_dataloader.prepare.sources.places import ObjectPlaces, RangePlaces
 from concurrent_dataloader.shard_index import NO_LABEL
-from concurrent_dataloader.shard_names import check_finished, find_kind, find_split, sort_shards
+from concurrent_dataloader.shard_names import (
+    METADATA_NAME,
+    check_finished,
+    describes_shards,
+    find_kind,
+    find_split,
+    sort_shards,
+)
 
 _INDEX_ENDINGS = (".json", ".packed")
 _PAYLOAD_OFFSET = 12  # a length and its CRC stand before it
@@ -58,7 +64,7 @@ def find_named_records(search: Search, text: str, *, takes_labels: bool) -> Plac
     """
     if any(sign in text for sign in "*?{"):
         folder, names = search._expand(text)
-        names = sort_shards(name for name in names if not is_beside_shards(name))
+        names = sort_shards(name for name in names if not describes_shards(name))
     elif find_kind(text) == "tfrecord" and not text.endswith("/"):
         folder, name = split_file_name(text)
         names = [name]

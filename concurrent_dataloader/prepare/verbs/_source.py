@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import get_args
 
@@ -122,7 +122,8 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         "--boxes",
         metavar="PLACE",
         help="also pack bounding boxes: from a .csv table, a folder or tar of XML files, 'auto' for"
-        f" those of Kaggle's layout, '{OWN_BOXES}' for those that shards have (default: none)",
+        f" those of Kaggle's layout, '{OWN_BOXES}' for those that shards have; of several splits,"
+        " some may have none, and get null (default: none)",
     )
     _add_class_options(parser.add_argument_group("their classes"))
 
@@ -204,7 +205,9 @@ def _suffixes(options: argparse.Namespace) -> tuple[str, ...]:
     return parse_list(suffixes) if isinstance(suffixes, str) else suffixes
 
 
-def open_samples(options: argparse.Namespace, text: str, split: str | None) -> SampleTable:
+def open_samples(
+    options: argparse.Namespace, text: str, split: str | None, *, must_have_boxes: bool = True
+) -> SampleTable:
     """Open the samples that the arguments mean; the caller closes them."""
     return open_source(
         text,
@@ -220,6 +223,7 @@ def open_samples(options: argparse.Namespace, text: str, split: str | None) -> S
         label_space=options.label_space,
         on_unknown=options.on_unknown,
         boxes=None if options.boxes == OWN_BOXES else options.boxes,
+        must_have_boxes=must_have_boxes,
         limit=options.limit,
         sample_seed=options.limit_seed,
         temporary_folder=options.scratch,
@@ -237,6 +241,25 @@ def write_strays(options: argparse.Namespace, sources: Iterable[SampleTable]) ->
     if options.strays is not None:
         lines = [f"{source.where}/{name}\n" for source in sources for name in source.strays]
         write_whole(options.strays, (line.encode(errors="surrogateescape") for line in lines))
+
+
+def check_boxes(options: argparse.Namespace, sources: Mapping[str, SampleTable]) -> None:
+    """Say which of several splits have no boxes in the place that was given; theirs are null.
+
+    Raises:
+        ValueError: None has any.
+    """
+    if options.boxes in (None, OWN_BOXES) or len(sources) < 2:
+        return
+    without = [split for split, source in sources.items() if not source.has_boxes]
+    if len(without) == len(sources):
+        first = next(iter(sources.values())).name(0)
+        raise ValueError(
+            f"--boxes: {options.boxes}: no row and no file of it belongs to a sample of"
+            f" {', '.join(sources)}, the first of which is {first!r}; check the names"
+        )
+    for split in without:
+        print(f"{options.boxes}: no boxes of split {split}, whose samples get null instead")
 
 
 def print_left_out(options: argparse.Namespace, source: SampleTable) -> None:

@@ -49,6 +49,7 @@ from concurrent_dataloader.prepare.verbs._config import (
 from concurrent_dataloader.prepare.verbs._source import (
     SOURCE_KINDS,
     add_source_options,
+    check_boxes,
     check_source_options,
     is_sample,
     open_samples,
@@ -304,8 +305,9 @@ def run(options: argparse.Namespace) -> None:
         sources: dict[str, SampleTable] = {}
         for split in settings:
             part = split if options.splits else None
-            source = open_samples(options, options.source, part)
+            source = open_samples(options, options.source, part, must_have_boxes=len(settings) == 1)
             sources[split] = stack.enter_context(contextlib.closing(source))
+        check_boxes(options, sources)
         write_strays(options, sources.values())
         labelled = {split: each for split, each in sources.items() if each.classes is not None}
         if len(labelled) > 1:  # test images often have no labels
