@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -36,12 +36,24 @@ def write_whole(path: Path, pieces: Iterable[Buffer]) -> None:
         pieces: Content, in order.
 
     Raises:
-        OSError: The folder cannot be written to, or the disk is full.
+        OSError: The folder cannot be written to, or the disk is full. What making a piece raises
+            comes as it is.
     """
+    failed: list[OSError] = []
+
+    def watched() -> Iterator[Buffer]:
+        try:
+            yield from pieces
+        except OSError as error:
+            failed.append(error)
+            raise
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, pieces)
+        _write_whole(path, watched())
     except OSError as error:
+        if error in failed:  # of a store, for instance, and not of this folder
+            raise
         # The name of the temporary file says nothing to whoever asked for this one.
         raise type(error)(
             error.errno, f"{error.strerror}; check the folder and its rights", str(path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from concurrent_dataloader.errors import KeyNotFoundError
+from concurrent_dataloader.errors import KeyNotFoundError, StoreUnavailableError
 from concurrent_dataloader.files import fetch_file_if_missing, write_whole
 
 
@@ -75,3 +75,27 @@ def test_a_download_that_fails_leaves_nothing(tmp_path: Path) -> None:
         fetch_file_if_missing(tmp_path / "train.json", CountingStore({}), "train.json")
 
     assert list(tmp_path.iterdir()) == []
+
+
+class EndingStore(CountingStore):
+    """Gives half of an object, and then an error that also is an OSError."""
+
+    def pieces(self) -> Iterator[bytes]:
+        yield b"half"
+        raise StoreUnavailableError("s3://b/a: no answer in 5 attempts; is the store up?")
+
+
+def test_an_error_of_what_makes_the_pieces_arrives_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(StoreUnavailableError) as caught:
+        write_whole(tmp_path / "file", EndingStore({}).pieces())
+
+    assert str(caught.value) == "s3://b/a: no answer in 5 attempts; is the store up?"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_the_folder_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+
+    with pytest.raises(OSError, match="check the folder and its rights") as caught:
+        write_whole(tmp_path / "file" / "inner", [b"1"])
+    assert caught.value.filename == str(tmp_path / "file" / "inner")

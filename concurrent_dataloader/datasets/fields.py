@@ -15,6 +15,8 @@ from typing_extensions import Buffer
 from concurrent_dataloader.datasets.indexed import Decode, choose_decode
 from concurrent_dataloader.errors import SampleDecodeError
 from concurrent_dataloader.formats.fields import (
+    ANY_FIELD,
+    ANY_FIELD_SIZE,
     LABEL_FIELD,
     RAW_FIELDS,
     TENSOR_FIELD,
@@ -22,12 +24,10 @@ from concurrent_dataloader.formats.fields import (
     read_json,
     read_label,
 )
+from concurrent_dataloader.formats.image import is_image_file
 
 Pixels: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 """(H, W, 3) uint8, RGB."""
-
-_ANY_FIELD = "img"
-_RAW_IMG_SIZE = (256, 256)  # of an older system's converter, which calls raw pixels img
 
 # What torch.load lets through for bytes that are no tensor; MemoryError is not among them.
 _NO_TENSOR = (
@@ -88,10 +88,10 @@ class FieldDecoder:
             return _channels_last(_load_tensor(content))
         if kind in RAW_FIELDS:
             return _read_pixels(content, self._raw_size)
-        size = self._raw_size or _RAW_IMG_SIZE
-        if kind != _ANY_FIELD or memoryview(content).nbytes != math.prod(size) * 3:
+        size = self._raw_size or ANY_FIELD_SIZE
+        if kind != ANY_FIELD or memoryview(content).nbytes != math.prod(size) * 3:
             return None
-        if self._raw_size is None and _is_image_file(content):
+        if self._raw_size is None and is_image_file(content):
             return None
         return _read_pixels(content, size)
 
@@ -109,14 +109,6 @@ class FieldDecoder:
         if kind == "json":
             return read_json(content)
         return self.decode_image(field, content) if is_image_field(field) else bytes(content)
-
-
-def _is_image_file(content: Buffer) -> bool:
-    try:
-        with Image.open(io.BytesIO(content)):
-            return True
-    except Image.UnidentifiedImageError:
-        return False
 
 
 def _load_tensor(content: Buffer) -> torch.Tensor:

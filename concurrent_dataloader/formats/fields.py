@@ -21,6 +21,13 @@ IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "img", "pgm", "tif",
 RAW_FIELDS = ("rgb", "raw")
 """Pixels alone: height x width x 3 bytes, without a header."""
 
+ANY_FIELD = "img"
+"""An image file of any format, or pixels alone, which a size tells: see `ANY_FIELD_SIZE`."""
+
+ANY_FIELD_SIZE = (256, 256)
+"""Height and width of pixels in ``img`` fields where nothing says another one: an older system's
+converter calls them so."""
+
 TENSOR_FIELD = "pth"
 """A uint8 tensor as ``torch.save`` writes it."""
 

@@ -77,6 +77,15 @@ def decode_image(raw: Buffer, decoder: DecoderName = "pillow") -> Image.Image | 
     return _decode_with_torchvision(raw)
 
 
+def is_image_file(raw: Buffer) -> bool:
+    """Tell by its begin whether Pillow takes it for an image file; it may be damaged."""
+    try:
+        with Image.open(io.BytesIO(raw)):
+            return True
+    except Image.UnidentifiedImageError:
+        return False
+
+
 def check_decoder(decoder: str) -> None:
     """Raise unless images can be decoded with ``decoder`` here.
 

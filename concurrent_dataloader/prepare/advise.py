@@ -33,6 +33,9 @@ class Amount(NamedTuple):
     num_samples: int | None = None
     """None: not known."""
 
+    is_tfrecord: bool = False
+    """Whether it lies in TFRecord shards, which `reshard` does not take, but `shard` does."""
+
 
 class Advice(NamedTuple):
     """What to do, and why."""
@@ -64,7 +67,7 @@ def advise(amount: Amount, num_ranks: int = 1, num_workers: int = 1) -> Advice:
     Raises:
         ValueError: An argument is out of range.
     """
-    num_bytes, num_samples = amount
+    num_bytes, num_samples = amount.num_bytes, amount.num_samples
     if num_bytes < 1:
         raise ValueError(f"bytes: got {num_bytes}, expected 1 or more")
     if num_samples is not None and num_samples < 1:
@@ -122,6 +125,8 @@ def measure(
 ) -> Amount:
     """Count what lies in a folder or a bucket: image files, or shards where there are some.
 
+    Shards are told by their names, as `find_kind` says. LMDB databases are not counted.
+
     Args:
         location: Folder, or ``s3://bucket/prefix``.
         open_root: Opens the store at the location.
@@ -133,6 +138,8 @@ def measure(
         StoreError: It cannot be listed.
     """
     num_images = image_bytes = shard_bytes = count = 0
+    kinds: set[str | None] = set()
+    database = ""
     endings = tuple(suffix.lower() for suffix in suffixes)
     with contextlib.closing(open_root(location)) as store:
         for count, info in enumerate(store.list(), 1):
@@ -142,6 +149,9 @@ def measure(
                 image_bytes += padded_bytes(info.size_bytes) + padded_bytes(_LABEL_BYTES)
             elif find_kind(name) in ("tar", "tfrecord") and not name.startswith("distributed/"):
                 shard_bytes += info.size_bytes
+                kinds.add(find_kind(name))
+            elif name.endswith((".lmdb", ".mdb")) or ".lmdb/" in name:
+                database = database or info.key
             if count % _PROGRESS_OBJECTS == 0:
                 on_progress(count)
         on_progress(count)
@@ -149,11 +159,15 @@ def measure(
             metadata = read_metadata(store)
             known = None if metadata is None else metadata.splits.values()
             return Amount(
-                shard_bytes, None if known is None else sum(split.num_samples for split in known)
+                shard_bytes,
+                None if known is None else sum(split.num_samples for split in known),
+                is_tfrecord="tfrecord" in kinds,
             )
     if not num_images:
+        others = f"; {database!r} is of a database, which needs no shards" if database else ""
         raise KeyNotFoundError(
-            f"{location}: no file that ends in {', '.join(suffixes)} or .tar, and no TFRecord;"
-            " check the place, or give --bytes and --samples"
+            f"{location}: no file that ends in {', '.join(suffixes)}, no tar shard (.tar), and no"
+            f" TFRecord shard (.tfrecord, or such as train-00000-of-01024){others}; check the"
+            " place, or give --bytes and --samples"
         )
     return Amount(image_bytes, num_images)

@@ -74,7 +74,8 @@ class ShardResult(NamedTuple):
     seen: list[Seen]
     bad: list[BadSample]
     num_unchecked: int
-    """Samples whose payload was not looked into, as it is neither an image file nor a tensor."""
+    """Samples whose payload was not looked into, as it is neither an image file nor a tensor,
+    nor pixels of which the size is known."""
 
 
 # -- one shard
@@ -117,8 +118,7 @@ def check_shard(
                     result.bad.append(parsed)
                     continue
                 result.seen.append(see_sample(parsed))
-                check_sample(parsed, rules)
-                num_unchecked += parsed.image is None and not parsed.is_tensor
+                num_unchecked += not check_sample(parsed, rules)
             except MissingDependencyError:  # it is not about this sample
                 raise
             except (LoaderError, ValueError) as error:

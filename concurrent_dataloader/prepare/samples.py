@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import math
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -23,12 +24,14 @@ from concurrent_dataloader.errors import (
 )
 from concurrent_dataloader.formats.crc32c import crc32c
 from concurrent_dataloader.formats.fields import (
+    ANY_FIELD,
+    ANY_FIELD_SIZE,
     IMAGE_FIELDS,
     TENSOR_FIELD,
     find_label_field,
     find_payload_field,
 )
-from concurrent_dataloader.formats.image import decode_image
+from concurrent_dataloader.formats.image import decode_image, is_image_file
 from concurrent_dataloader.formats.tar import END_OF_ARCHIVE, check_name, read_samples
 from concurrent_dataloader.labels import Classes
 from concurrent_dataloader.prepare.checksums import Finding
@@ -125,6 +128,9 @@ class ParsedSample(NamedTuple):
     is_tensor: bool = False
     """Whether the payload is a tensor as ``torch.save`` writes it."""
 
+    may_be_pixels: bool = False
+    """Whether the image may be pixels without a header instead, as those of ``img`` may."""
+
 
 def parse_tar_fields(fields: dict[str, bytes], key: str, where: str) -> ParsedSample:
     """Find image and class among the fields of a tar sample.
@@ -149,7 +155,14 @@ def parse_tar_fields(fields: dict[str, bytes], key: str, where: str) -> ParsedSa
         raise ShardFormatError(f"{where}: got fields {', '.join(fields)}, expected an image")
     kind = name.rpartition(".")[2]
     image = fields[name] if kind in IMAGE_FIELDS else None
-    return ParsedSample(key, image, fields[name], label, is_tensor=kind == TENSOR_FIELD)
+    return ParsedSample(
+        key,
+        image,
+        fields[name],
+        label,
+        is_tensor=kind == TENSOR_FIELD,
+        may_be_pixels=kind == ANY_FIELD,
+    )
 
 
 def parse_record(raw: Buffer, rules: Rules, where: str, start: int) -> ParsedSample:
@@ -163,28 +176,46 @@ def parse_record(raw: Buffer, rules: Rules, where: str, start: int) -> ParsedSam
     example = tfrecord.parse_image_example(
         payload, label_base=rules.label_base, num_classes=rules.num_classes, where=where
     )
-    return ParsedSample(example.filename or "", example.encoded, example.encoded, example.label)
+    image = example.encoded
+    return ParsedSample(example.filename or "", image, image, example.label, may_be_pixels=True)
 
 
-def check_sample(parsed: ParsedSample, rules: Rules) -> None:
-    """Decode an image or a tensor, and look at its label.
+def check_sample(parsed: ParsedSample, rules: Rules) -> bool:
+    """Decode an image or a tensor, compare the size of pixels, and look at the label.
+
+    Returns:
+        Whether the payload was looked into: not if it is none of these, or if nothing says how many
+        pixels it should have.
 
     Raises:
         LoaderError: It cannot be used.
         MissingDependencyError: A package that is needed to look into it is not installed.
     """
-    if parsed.image is not None:
-        decode_image(parsed.image)
-    elif parsed.is_tensor:
-        check_tensor(parsed.payload)
-    elif rules.raw_bytes is not None and memoryview(parsed.payload).nbytes != rules.raw_bytes:
-        got = memoryview(parsed.payload).nbytes
-        raise SampleDecodeError(f"got {got} bytes of pixels, expected {rules.raw_bytes}")
+    is_known = _check_payload(parsed, rules)
     label, count = parsed.label, rules.num_classes
     if count is not None and label is None:
         raise UnknownClassError(f"got no class, expected 0 to {count - 1}")
     if count is not None and label is not None and not 0 <= label < count:
         raise UnknownClassError(f"got class {label}, expected 0 to {count - 1}")
+    return is_known
+
+
+def _check_payload(parsed: ParsedSample, rules: Rules) -> bool:
+    size = memoryview(parsed.payload).nbytes
+    if parsed.is_tensor:
+        check_tensor(parsed.payload)
+        return True
+    is_pixels = parsed.image is None or parsed.may_be_pixels
+    if is_pixels and rules.raw_bytes is not None:
+        if size != rules.raw_bytes:
+            raise SampleDecodeError(f"got {size} bytes of pixels, expected {rules.raw_bytes}")
+        return True
+    if parsed.image is None:
+        return False
+    is_usual = parsed.may_be_pixels and size == 3 * math.prod(ANY_FIELD_SIZE)
+    if not is_usual or is_image_file(parsed.image):
+        decode_image(parsed.image)
+    return True
 
 
 def open_tfrecord() -> Any:

@@ -112,6 +112,27 @@ def test_an_empty_place_is_named(tmp_path: Path) -> None:
         measure(str(tmp_path))
 
 
+def test_a_place_of_databases_is_told_what_is_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "ILSVRC-train.lmdb").write_bytes(bytes(5000))
+
+    with pytest.raises(KeyNotFoundError, match=r"such as train-00000-of-01024\); 'ILSVRC-train"):
+        measure(str(tmp_path))
+
+
+def test_records_without_metadata_are_measured_and_packed_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(2):
+        (tmp_path / f"train-{number:05d}-of-00002").write_bytes(bytes(5000))
+
+    assert measure(str(tmp_path)) == Amount(10_000, is_tfrecord=True)
+    assert main(["advise", str(tmp_path), "--workers", "2"]) == 0
+
+    said = capsys.readouterr().out
+    assert said.startswith("10 kB\nrecommended: 2 shards of 5 kB\n")
+    assert "as in: concurrent-dataloader shard SOURCE TARGET --maxsize 5000\n" in said
+
+
 def test_the_command_says_how_many_and_why(capsys: pytest.CaptureFixture[str]) -> None:
     status = main(
         ["advise", "--bytes", "150GB", "--samples", "1281167", "--ranks", "8", "--workers", "4"]

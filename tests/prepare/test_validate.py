@@ -660,6 +660,37 @@ def test_pixels_without_a_header_have_to_have_the_right_size(
     assert "sample '1': sample: got 47 bytes of pixels, expected 48" in "\n".join(lines)
 
 
+@pytest.mark.parametrize("field", ["rgb", "img"])
+def test_pixels_of_the_recorded_size_are_looked_into_whatever_they_are_called(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], field: str
+) -> None:
+    write_tar(tmp_path / "train-0.tar", [(f"{n}.{field}", bytes(48 - n)) for n in range(2)])
+    split = SplitMetadata(num_samples=2, payload="raw", image_size=(4, 4))
+    Metadata(splits={"train": split}).save(tmp_path / "metadata.json")
+
+    status, lines = validate(capsys, tmp_path, "--deep")
+
+    assert status == 1
+    said = "\n".join(lines)
+    assert "sample '1': sample: got 47 bytes of pixels, expected 48" in said
+    assert "sample '0'" not in said
+    assert "not decoded" not in said
+
+
+def test_pixels_that_an_older_system_calls_img_are_told_from_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = [("0.img", bytes(256 * 256 * 3)), ("1.img", encode_image(1)), ("2.img", bytes(99))]
+    write_tar(tmp_path / "train-0.tar", members)
+
+    status, lines = validate(capsys, tmp_path, "--deep")
+
+    assert status == 1
+    bad = [line for line in lines if "sample '" in line]
+    assert len(bad) == 1
+    assert "sample '2'" in bad[0]
+
+
 def test_a_class_out_of_range_is_a_bad_sample(
     shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

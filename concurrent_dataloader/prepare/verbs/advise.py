@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         nargs="?",
         metavar="SOURCE",
-        help="folder or s3://bucket/prefix whose images, or shards, are counted (default: see"
-        " --bytes)",
+        help="folder or s3://bucket/prefix whose images, or tar or TFRecord shards, are counted"
+        " (default: see --bytes)",
     )
     parser.add_argument(
         "--bytes",
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
     advice = advise(amount, options.ranks, options.workers)
     samples = "" if amount.num_samples is None else f", {amount.num_samples} samples"
     print(f"{format_bytes(amount.num_bytes)}{samples}")
-    print(describe(advice))
+    print(describe(advice, is_tfrecord=amount.is_tfrecord))
 
 
 def _find_amount(options: argparse.Namespace) -> Amount:
@@ -84,16 +84,19 @@ def _find_amount(options: argparse.Namespace) -> Amount:
     return Amount(
         found.num_bytes if options.bytes is None else options.bytes,
         found.num_samples if options.samples is None else options.samples,
+        found.is_tfrecord,
     )
 
 
-def describe(advice: Advice) -> str:
+def describe(advice: Advice, *, is_tfrecord: bool = False) -> str:
     """Say it in lines."""
     count = "" if advice.max_count is None else f", {advice.max_count} samples each"
     if advice.last_count != advice.max_count:
         count += f" but {advice.last_count} in the last"
     how = f"--maxcount {advice.max_count}" if advice.max_count else f"--shards {advice.num_shards}"
     verb = "shard" if advice.max_count else "reshard"
+    if is_tfrecord and not advice.max_count:
+        verb, how = "shard", f"--maxsize {advice.shard_bytes}"
     lines = [
         f"recommended: {advice.num_shards} shards of {format_bytes(advice.shard_bytes)}{count}",
         *(f"- {reason}" for reason in advice.reasons),
