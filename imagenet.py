@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
+from PIL import Image
 from rich import progress
 from rich.console import Console
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ from concurrent_dataloader import (
     DataLoader,
     ElasticDistributedSampler,
     ShardDataset,
+    StagedDataset,
     StreamedShards,
     open_store,
 )
@@ -51,6 +53,7 @@ from concurrent_dataloader.errors import LoaderError
 from concurrent_dataloader.labels import LabelSpace
 from concurrent_dataloader.prepare.copy import copy_to_folder
 
+NOISE_BYTES = 224 * 224 * 3
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Args = argparse.Namespace
 Loader = torch.utils.data.DataLoader[Any]
@@ -334,6 +337,34 @@ def copy_data(args: Args, place: Place) -> float:
     return time.perf_counter() - began_s
 
 
+class Noise(StagedDataset[Any, Any]):
+    """Images of noise, the same at a position each time; they cost no random draw to make.
+
+    Not torchvision's FakeData, which seeds the global generator for each image: in threads, the
+    draws of transforms would come from its seeds.
+    """
+
+    def __init__(self, size: int, num_classes: int, transform: Callable[[Any], Any]) -> None:
+        self.size, self.num_classes, self.transform = size, num_classes, transform
+        self.noise = np.random.default_rng(0).bytes(2 * NOISE_BYTES)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def fetch(self, position: int) -> memoryview:
+        """Give the pixels at a place that only positions far apart share."""
+        start = position % NOISE_BYTES
+        return memoryview(self.noise)[start : start + NOISE_BYTES]
+
+    def decode(self, position: int, raw: Any) -> tuple[Image.Image, int]:
+        """Make an image of 224 x 224, and its label."""
+        return Image.frombytes("RGB", (224, 224), bytes(raw)), position % self.num_classes
+
+    def apply_transform(self, decoded: tuple[Image.Image, int]) -> tuple[Any, int]:
+        """Transform the image."""
+        return self.transform(decoded[0]), decoded[1]
+
+
 def open_split(args: Args, split: str, classes: Any = None) -> Any:
     """Open the "train" or the "val" images, with the same classes if some are known already."""
     random_crop = [v2.RandomResizedCrop(args.image_size), v2.RandomHorizontalFlip()]
@@ -343,7 +374,7 @@ def open_split(args: Args, split: str, classes: Any = None) -> Any:
     transform = v2.Compose([*(random_crop if split == "train" else center_crop), *last])
     if args.dummy:
         size = min({"train": 1_281_167, "val": 50_000}[split], args.dataset_limit or 2**31)
-        return torchvision.datasets.FakeData(size, (3, 224, 224), args.classes or 1000, transform)
+        return Noise(size, args.classes or 1000, transform)
     train = split == "train"
     bucket_name, _, prefix = args.data.removeprefix("s3://").partition("/")
     where = {"data_path": args.data}
@@ -469,7 +500,9 @@ def iter_batches(loader: Loader, args: Args, place: Place) -> Iterator[Batch]:
         wait_s = time.perf_counter() - began_s
         pixels = pixels.to(place.device, non_blocking=True).contiguous(memory_format=layout)
         labels = labels.to(place.device, non_blocking=True)
-        yield Batch(pixels.float().sub_(mean).div_(std), labels, wait_s)
+        # A copy, also of pixels that are float32 already: the batch is not ours to change.
+        images = pixels.to(torch.float32, copy=True)
+        yield Batch(images.sub_(mean).div_(std), labels, wait_s)
         began_s = time.perf_counter()
 
 

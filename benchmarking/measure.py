@@ -75,6 +75,9 @@ def measure_speed(
             number of batches.
         server: Where the bytes come from; its CPU is counted apart.
         num_warm_up_batches: Batches a worker that are left out.
+
+    Raises:
+        ValueError: It ended before.
     """
     torch.manual_seed(0)
     before = {child.pid for child in multiprocessing.active_children()}
@@ -106,7 +109,13 @@ def _deliver(batches: Iterator[Any], num_batches: int, positions: list[int]) -> 
     """Take batches, note their positions, and count the images."""
     num_before = len(positions)
     for _ in range(num_batches):
-        positions.extend(next(batches)[1].tolist())
+        batch = next(batches, None)
+        if batch is None:
+            raise ValueError(
+                f"loader: ended after {len(positions)} images, expected more than are measured;"
+                " give it an endless_sampler and a data set that is not empty"
+            )
+        positions.extend(batch[1].tolist())
     return len(positions) - num_before
 
 
@@ -114,6 +123,9 @@ def measure_epoch(loader: Loader, server: ObjectServer | None = None) -> Speed:
     """Run one epoch from ``iter()`` to the end: the start of the workers is part of it.
 
     The client's CPU is that of its workers and of this process in the meantime.
+
+    Raises:
+        ValueError: It delivered nothing.
     """
     torch.manual_seed(0)
     times_before, server_before_s = os.times(), read_server_cpu_s(server)
@@ -123,6 +135,8 @@ def measure_epoch(loader: Loader, server: ObjectServer | None = None) -> Speed:
     # Workers were waited for when the epoch ended, so that their CPU counts among the children's.
     client_s = sum(os.times()[:4]) - sum(times_before[:4])
     num_images = len(positions)
+    if not num_images:
+        raise ValueError("loader: delivered no image, expected one at least; is its set empty?")
     return Speed(
         images_per_s=num_images / elapsed_s,
         client_cpu_ms_per_image=client_s / num_images * 1e3,

@@ -193,6 +193,39 @@ def test_cuda_without_a_device_is_refused_at_once(root: Path) -> None:
         loader_of(root, cuda=True)
 
 
+@pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")  # torch's, without a device
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_b_08_pin_memory_is_passed_on_with_what_else_the_older_readme_names(
+    root: Path, num_workers: int
+) -> None:
+    named: dict[str, Any] = {
+        "transform": None,
+        "batch_size": 4,
+        "shuffle": False,
+        "num_workers": num_workers,
+        "cache": 9,
+        "collate_fn": None,
+        "drop_last": True,
+        "cuda": False,
+    }
+    pinned = Loader("val", root=root, decode=to_number, pin_memory=True, **named)
+    plain = Loader("val", root=root, decode=to_number, **named)
+
+    assert pinned.loader.pin_memory
+    assert not plain.loader.pin_memory
+    assert (pinned.loader.num_workers, pinned.loader.drop_last) == (num_workers, True)
+    assert numbers_of(pinned) == numbers_of(plain) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no device")
+def test_b_08_batches_are_pinned_if_asked_for(root: Path) -> None:
+    for numbers, labels in loader_of(root, "val", pin_memory=True, num_workers=2):
+        assert numbers.is_pinned()
+        assert labels.is_pinned()
+    assert not next(iter(loader_of(root, "val")))[0].is_pinned()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no device")
 def test_batches_lie_on_the_device_if_asked_for(root: Path) -> None:

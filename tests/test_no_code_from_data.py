@@ -94,7 +94,7 @@ def find_dangers(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_a_module_executes_no_data(path: pathlib.Path) -> None:
+def test_w08_b09_a_module_executes_no_data(path: pathlib.Path) -> None:
     where = path.relative_to(REPOSITORY).as_posix()
     found = find_dangers(path.read_text())
 

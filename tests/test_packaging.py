@@ -165,7 +165,7 @@ def test_the_pytest_plugin_is_found_where_the_package_is_installed(site: Path) -
     assert "1 passed" in done.stdout, done.stdout + done.stderr
 
 
-def test_all_but_the_adapters_can_be_imported_without_what_is_optional(site: Path) -> None:
+def test_b12_all_but_the_adapters_can_be_imported_without_what_is_optional(site: Path) -> None:
     script = f"""
 import importlib, pkgutil, sys
 import concurrent_dataloader
@@ -206,7 +206,7 @@ def imported_packages(path: Path) -> set[str]:
     return {module.partition(".")[0] for module in modules} - sys.stdlib_module_names
 
 
-def test_what_the_library_imports_is_what_it_depends_on() -> None:
+def test_b16_what_the_library_imports_is_what_it_depends_on() -> None:
     core = distributions(project()["dependencies"])
 
     imported = {"concurrent_dataloader"}.union(
@@ -221,7 +221,16 @@ def test_what_the_library_imports_is_what_it_depends_on() -> None:
     }
 
 
-def test_each_dependency_has_a_lower_and_an_upper_bound(wheel: Path) -> None:
+def test_b12_the_trainer_imports_what_the_package_depends_on_and_no_more() -> None:
+    core = distributions(project()["dependencies"])
+
+    imported = imported_packages(CHECKOUT / "imagenet.py") - {*PACKAGES}
+
+    assert {DISTRIBUTION_OF.get(name, name) for name in imported} <= core
+    assert imported >= {"torch", "torchvision"}
+
+
+def test_w14_each_dependency_has_a_lower_and_an_upper_bound(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     metadata = next(name for name in archive.namelist() if name.endswith("/METADATA"))
     message = email.parser.Parser().parsestr(archive.read(metadata).decode())

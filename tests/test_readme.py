@@ -98,7 +98,7 @@ def verbs_of_run() -> frozenset[str]:
 
 
 @pytest.mark.parametrize("line", shell_lines())
-def test_a_command_of_the_readme_exists_with_its_flags(line: str) -> None:
+def test_a20_a_command_of_the_readme_exists_with_its_flags(line: str) -> None:
     words = shlex.split(line)
     flags = [word for word in words if word.startswith("--")]
 
@@ -124,7 +124,7 @@ def test_a_command_of_the_readme_exists_with_its_flags(line: str) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_files_that_a_document_names_are_there(document: Path) -> None:
+def test_g19_files_that_a_document_names_are_there(document: Path) -> None:
     named = set(re.findall(r"`([\w./-]+\.(?:py|md|ipynb|yaml|json|toml))`", document.read_text()))
     made = {"metadata.json", "s3.json", "train.json", "classes.json", "runs/results.md"}
 
@@ -137,7 +137,7 @@ def test_files_that_a_document_names_are_there(document: Path) -> None:
     assert missing == set()
 
 
-def test_what_the_readme_imports_can_be_imported() -> None:
+def test_g19_what_the_readme_imports_can_be_imported() -> None:
     for module, names in re.findall(
         r"^from ((?:concurrent_dataloader|benchmarking)[\w.]*) import (.+)$", README, re.MULTILINE
     ):

@@ -235,10 +235,19 @@ class WindowDataset(StagedDataset[Pair, Any]):
 
     @override
     def fetch_many(self, positions: Sequence[int]) -> Sequence[Buffer]:
-        """Read the bytes of windows of one file."""
+        """Read the bytes of windows of one file, as `plan_requests` groups them.
+
+        Raises:
+            ValueError: They are of several files.
+            StoreError: The store does not give them.
+        """
         windows = [self.locate(position) for position in positions]
         number = windows[0].file_number
-        assert all(window.file_number == number for window in windows), "as plan_requests groups"
+        if any(window.file_number != number for window in windows):
+            raise ValueError(
+                f"positions: got {list(positions)!r} of several files, expected windows of one, as "
+                "plan_requests groups them"
+            )
         key = self.index.key(number)
         if self.mode == "streaming":
             return [self.store.get(key)] * len(windows)

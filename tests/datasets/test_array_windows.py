@@ -300,6 +300,15 @@ def test_awaited_reads_give_the_same_bytes(tmp_path: Path) -> None:
     assert list(many) == [dataset.fetch(3), dataset.fetch(4)]
 
 
+def test_w10_windows_of_several_files_are_no_group(tmp_path: Path) -> None:
+    for number in range(2):
+        write_hdf5(tmp_path / f"{number}.h5", make_array(number))
+    dataset = make_dataset(tmp_path, "ranged")
+
+    with pytest.raises(ValueError, match=r"positions: got \[16, 17\] of several files, expected"):
+        dataset.fetch_many([16, 17])
+
+
 def test_a_transform_gets_both_arrays(tmp_path: Path) -> None:
     array = make_array(0)
     write_hdf5(tmp_path / "a.h5", array)
