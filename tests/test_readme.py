@@ -20,7 +20,10 @@ from concurrent_dataloader.testing import ObjectServer
 
 CHECKOUT = Path(__file__).parents[1]
 README = (CHECKOUT / "README.md").read_text()
-DOCUMENTS = [CHECKOUT / name for name in ("README.md", "CHANGELOG.md", "indexes/README.md")]
+DOCUMENTS = [
+    CHECKOUT / name
+    for name in ("README.md", "CHANGELOG.md", "indexes/README.md", "benchmarking/README.md")
+]
 
 
 def blocks(language: str) -> list[str]:

@@ -102,7 +102,7 @@ def open_shards(
             store = open_place(root, settings)
         where = store.describe(key)
         index = ShardIndex.from_bytes(uncached(store).get(key), where)
-        split = split or find_split(key)
+        split = split or find_split(key) or key.removesuffix(f"-{INDEX_SUFFIX}")
         _apply_metadata(store, index, split, options)
     if check:
         check_shards(index, store, where)
@@ -284,7 +284,8 @@ def _apply_metadata(
         described = (metadata.get("splits") or {}).get(split) or {}
         length = described.get("num_samples", metadata.get(f"{old_name}_length"))
         size = described.get("image_size")
-        old_steps = metadata.get(f"{old_name}_transform_pipeline", ())
+        old_steps = metadata.get("transform_pipeline", ())
+        old_steps = metadata.get(f"{old_name}_transform_pipeline", old_steps)
         steps = tuple(map(str, described.get("transforms", old_steps)))
     except (orjson.JSONDecodeError, AttributeError, TypeError) as error:
         raise IndexFormatError(

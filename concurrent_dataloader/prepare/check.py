@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from concurrent_dataloader.errors import IndexFormatError, KeyNotFoundError
 from concurrent_dataloader.index import Index
@@ -33,7 +34,6 @@ from concurrent_dataloader.prepare.validate import (
     validate_shards,
     validate_tree,
 )
-from concurrent_dataloader.shard_index import ShardIndex
 from concurrent_dataloader.shard_names import UNFINISHED, find_kind, find_split
 from concurrent_dataloader.stores import WritableStore
 from concurrent_dataloader.stores.base import ObjectInfo
@@ -227,9 +227,7 @@ class _Check:
             self._decode_shards(files)
 
     def _decode_shards(self, files: ShardFiles) -> None:
-        split_of = {
-            shard.name: split for split, index in files.indexes.items() for shard in index.shards
-        }
+        split_of = _splits_by_shard(files)
         present = files.shards | {
             key: info for key, info in files.others.items() if key in split_of
         }
@@ -258,15 +256,14 @@ class _Check:
         if num_classes is None and classes is not None:
             num_classes = len(classes)
         known = None if files.metadata is None else files.metadata.splits.get(split)
-        raw_bytes = None
-        if known is not None and known.payload == "raw" and known.image_size is not None:
-            raw_bytes = 3 * known.image_size[0] * known.image_size[1]
         label_base = self._settings.label_base
         if label_base is None:
             # The older layout says nothing of it.
             is_told = known is not None and known.kind == "tfrecord"
             label_base = known.label_base if known is not None and is_told else _BUILDERS_BASE
-        return Rules(num_classes=num_classes, label_base=label_base, raw_bytes=raw_bytes)
+        return Rules(
+            num_classes=num_classes, label_base=label_base, raw_bytes=_find_raw_bytes(files, split)
+        )
 
     def _note_what_was_found(self, files: ShardFiles) -> None:
         notes = self._report.notes
@@ -328,12 +325,19 @@ def check_samples_again(
     label_base = _BUILDERS_BASE if settings.label_base is None else settings.label_base
     rules = Rules(num_classes=settings.num_classes, label_base=label_base, classes=classes)
 
-    indexed = IndexedSamples(_read_indexes(store, samples))
+    files = _find_packed(store, samples)
+    indexed = IndexedSamples(() if files is None else files.indexes.values())
+    split_of = {} if files is None else _splits_by_shard(files)
 
     def check(sample: BadSample) -> tuple[BadSample, BadSample | None]:
         path = place.path(sample.key)
         if sample.kind != "lmdb" or path is None:
-            return sample, check_again(store, sample, rules, indexed)
+            raw_bytes = None
+            if files is not None:
+                split = split_of.get(sample.key) or find_split(sample.key) or ""
+                raw_bytes = _find_raw_bytes(files, split)
+            sized = dataclasses.replace(rules, raw_bytes=raw_bytes)
+            return sample, check_again(store, sample, sized, indexed)
         from concurrent_dataloader.prepare.deep_lmdb import check_record_again
 
         return sample, check_record_again(path, sample, rules, allow_pickle=settings.allow_pickle)
@@ -351,14 +355,26 @@ def check_samples_again(
     return bad
 
 
-def _read_indexes(store: WritableStore, samples: Sequence[BadSample]) -> Collection[ShardIndex]:
-    """Read the indexes of a packed data set, if a sample lies in a shard."""
+def _find_packed(store: WritableStore, samples: Sequence[BadSample]) -> ShardFiles | None:
+    """Read what describes the shards of a data set, if a sample lies in one."""
     if all(sample.byte_range is None for sample in samples):
-        return ()
+        return None
     files = find_shard_files(store, list_files(store))
     if files.findings:
         raise IndexFormatError(str(files.findings[0]))
-    return files.indexes.values()
+    return files
+
+
+def _splits_by_shard(files: ShardFiles) -> dict[str, str]:
+    return {shard.name: split for split, index in files.indexes.items() for shard in index.shards}
+
+
+def _find_raw_bytes(files: ShardFiles, split: str) -> int | None:
+    """Tell how many bytes of pixels each sample of a split has; None if it holds something else."""
+    known = None if files.metadata is None else files.metadata.splits.get(split)
+    if known is None or known.payload != "raw" or known.image_size is None:
+        return None
+    return 3 * known.image_size[0] * known.image_size[1]
 
 
 def _find_classes(keys: Sequence[str]) -> Classes | None:

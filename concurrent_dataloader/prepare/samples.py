@@ -176,8 +176,7 @@ def parse_record(raw: Buffer, rules: Rules, where: str, start: int) -> ParsedSam
     example = tfrecord.parse_image_example(
         payload, label_base=rules.label_base, num_classes=rules.num_classes, where=where
     )
-    image = example.encoded
-    return ParsedSample(example.filename or "", image, image, example.label, may_be_pixels=True)
+    return ParsedSample(example.filename or "", example.encoded, example.encoded, example.label)
 
 
 def check_sample(parsed: ParsedSample, rules: Rules) -> bool:

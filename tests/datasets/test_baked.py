@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -209,7 +211,39 @@ def test_random_crops_conversions_and_other_functions_are_left_alone(
     assert not caplog.records
 
 
-def test_steps_of_the_older_system_and_unknown_ones(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "steps",
+    [
+        {"train_transform_pipeline": ["Resize(9)"], "validation_transform_pipeline": STEPS},
+        {"transform_pipeline": STEPS},
+    ],
+)
+def test_metadata_of_the_older_system_is_heeded(
+    sets: Path, tmp_path: Path, steps: dict[str, Any]
+) -> None:
+    for path in (sets / "ppm").glob("val-*"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "metadata.json").write_text(json.dumps({"validation_length": 6, **steps}))
+
+    dataset = open_dataset(tmp_path, split="val", transform=FULL)
+
+    check_equal(dataset, open_dataset(sets / "whole", split="val", transform=FULL))
+
+
+def test_a_split_of_any_name_is_known_by_its_index(sets: Path, tmp_path: Path) -> None:
+    shutil.copytree(sets / "images" / "val", tmp_path / "images" / "mine")
+    command = ["shard", str(tmp_path / "images"), str(tmp_path / "out"), "--splits", "mine"]
+    assert run_command([*command, "--payload", "raw", "--steps", ",".join(STEPS)]) == 0
+
+    dataset = open_dataset(tmp_path / "out", transform=FULL)
+
+    assert dataset[0][0].shape == (3, 28, 28)
+    assert getattr(dataset, "skipped_steps", None) == STEPS
+
+
+def test_spaces_do_not_matter_and_unknown_steps_are_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     assert names_of(skip_baked(FULL, ["Resize( 32 )"])) == ["CenterCrop", "PILToTensor"]
     assert skip_baked(FULL, ["Grayscale(1)"]) is FULL
     assert caplog.records[-1].levelname == "WARNING"

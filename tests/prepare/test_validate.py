@@ -675,6 +675,13 @@ def test_pixels_of_the_recorded_size_are_looked_into_whatever_they_are_called(
     assert "sample '1': sample: got 47 bytes of pixels, expected 48" in said
     assert "sample '0'" not in said
     assert "not decoded" not in said
+    report = tmp_path / "bad.jsonl"
+    assert validate(capsys, tmp_path, "--deep", "--report", report)[0] == 1
+    status, lines = validate(capsys, tmp_path, "--from", report)
+    assert status == 1
+    assert "got 47 bytes of pixels, expected 48" in "\n".join(lines)
+    write_tar(tmp_path / "train-0.tar", [(f"{n}.{field}", bytes(48)) for n in range(2)])
+    assert validate(capsys, tmp_path, "--from", report)[0] == 0
 
 
 def test_pixels_that_an_older_system_calls_img_are_told_from_images(
