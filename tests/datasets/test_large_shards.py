@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from concurrent_dataloader.datasets import open_dataset, open_shards
-from concurrent_dataloader.formats.tar import (BLOCK_BYTES, SampleMembers, read_members)
-from concurrent_dataloader.formats.tar_writer import (TarWriter, encode_header)
+from concurrent_dataloader.formats.tar import BLOCK_BYTES, SampleMembers, read_members
+from concurrent_dataloader.formats.tar_writer import TarWriter, encode_header
 from concurrent_dataloader.prepare.__main__ import main
 from concurrent_dataloader.shard_index import Shard, ShardIndexBuilder
 from tests.datasets.conftest import IMAGES
