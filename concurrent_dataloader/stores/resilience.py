@@ -14,7 +14,6 @@ get -> Gate: wait for a place -> attempt ---------------------> bytes
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
 import random
@@ -35,8 +34,8 @@ from concurrent_dataloader.errors import (
     ThrottledError,
 )
 from concurrent_dataloader.ranges import ByteRange
-from concurrent_dataloader.stores import in_flight
 from concurrent_dataloader.stores._flow import SILENCE_TOLD_AFTER_S, Flow, RequestCounts
+from concurrent_dataloader.stores._places import Place, Request, enter, enter_async, resting
 from concurrent_dataloader.stores._races import AwaitedRace, BlockingRace
 from concurrent_dataloader.stores.base import (
     ObjectInfo,
@@ -46,7 +45,7 @@ from concurrent_dataloader.stores.base import (
     WritableStore,
 )
 from concurrent_dataloader.stores.hedging import HedgePlan, HedgePolicy
-from concurrent_dataloader.stores.in_flight import Gate, InFlightPolicy, Outcome
+from concurrent_dataloader.stores.in_flight import InFlightPolicy
 from concurrent_dataloader.stores.retries import (
     DEFAULT_MAX_ATTEMPTS,
     RetryPolicy,
@@ -69,28 +68,6 @@ _FIRST_BYTE = ByteRange(0, 1)
 _RENEWAL_S = 1.2
 """In which new credentials are noticed: files are looked at once a second, obstore asks again after
 a tenth. A request that came in between is made once more then."""
-
-
-@dataclasses.dataclass(slots=True)
-class _Request:
-    """One call of a user's, with all its attempts."""
-
-    key: str
-    byte_range: ByteRange | None
-    begun_s: float
-    until_s: float
-    """When its time is up."""
-
-    size_class: int = -1
-    num_attempts: int = 0
-    num_counted: int = 0
-    """Attempts that failed and count towards the policy's number."""
-
-    has_expired: bool = False
-    """Whether an attempt was refused since the credentials had expired."""
-
-    failure: str = ""
-    """Of the attempt before, in words."""
 
 
 class ResilientStore(ValueObject):
@@ -183,7 +160,7 @@ class ResilientStore(ValueObject):
                 failure = place.fail(error)
             finally:
                 place.leave()
-            with _resting():
+            with resting():
                 self._rest(flow, request, failure, place.begun_s)
 
     async def get_async(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
@@ -198,59 +175,36 @@ class ResilientStore(ValueObject):
                 failure = place.fail(error)
             finally:
                 place.leave()
-            with _resting():
+            with resting():
                 sign = self._look_for_life(flow, request, failure, place.begun_s)
                 if sign is not None:
                     await self._ask_for_life_async(flow, sign)
                 await self._sleep_async(self._plan_retry_s(flow, request, failure, place.begun_s))
 
-    def _begin(self, key: str, byte_range: ByteRange | None) -> _Request:
+    def _begin(self, key: str, byte_range: ByteRange | None) -> Request:
         size_bytes = None if byte_range is None else byte_range.stop - byte_range.start
         begun_s = self._clock()
         until_s = begun_s + self._deadline_s
-        return _Request(key, byte_range, begun_s, until_s, HedgePlan.size_class(size_bytes))
+        return Request(key, byte_range, begun_s, until_s, HedgePlan.size_class(size_bytes))
 
     # -- a place among those under way
 
-    def _enter(self, flow: Flow, request: _Request) -> _Place:
-        gate = _find_gate(flow)
-        if gate is not None:
-            woken = threading.Lock()
-            woken.acquire()
-            number = gate.enter(request.begun_s, woken.release)
-            if number is not None and not woken.acquire(timeout=max(0.0, self._left_s(request))):
-                if not gate.give_up(number):
-                    gate.leave(request.begun_s, self._clock(), None)
-                raise self._crowded_error(request)
-        return _Place(flow, gate, request, self._clock())
-
-    async def _enter_async(self, flow: Flow, request: _Request) -> _Place:
-        gate = _find_gate(flow)
-        if gate is not None:
-            loop = asyncio.get_running_loop()
-            woken: asyncio.Future[None] = loop.create_future()
-            number = gate.enter(request.begun_s, partial(_wake, loop, woken, gate))
-            if number is not None:
-                await self._stand_in_line(gate, number, woken, request)
-        return _Place(flow, gate, request, self._clock())
-
-    async def _stand_in_line(
-        self, gate: Gate, number: int, woken: asyncio.Future[None], request: _Request
-    ) -> None:
+    def _enter(self, flow: Flow, request: Request) -> Place:
         try:
-            async with asyncio.timeout(max(0.0, self._left_s(request))):
-                await woken
-        except BaseException as error:
-            if not gate.give_up(number):
-                gate.leave(request.begun_s, self._clock(), None)
-            if isinstance(error, TimeoutError):
-                raise self._crowded_error(request) from error
-            raise
+            return enter(flow, request)
+        except TimeoutError as error:
+            raise self._crowded_error(request) from error
 
-    def _left_s(self, request: _Request) -> float:
+    async def _enter_async(self, flow: Flow, request: Request) -> Place:
+        try:
+            return await enter_async(flow, request)
+        except TimeoutError as error:
+            raise self._crowded_error(request) from error
+
+    def _left_s(self, request: Request) -> float:
         return request.until_s - self._clock()
 
-    def _crowded_error(self, request: _Request) -> DeadlineError:
+    def _crowded_error(self, request: Request) -> DeadlineError:
         return DeadlineError(
             f"{self.describe(request.key)}: waited {self._deadline_s:.4g} s for others to be "
             f"answered, after {_count_attempts(request.num_attempts)}; the store takes only few "
@@ -259,7 +213,7 @@ class ResilientStore(ValueObject):
 
     # -- one attempt
 
-    def _attempt(self, flow: Flow, request: _Request, place: _Place) -> Buffer:
+    def _attempt(self, flow: Flow, request: Request, place: Place) -> Buffer:
         call = partial(self._store.get, request.key, request.byte_range)
         place.begin()
         is_direct = threading.current_thread() is threading.main_thread()
@@ -275,7 +229,7 @@ class ResilientStore(ValueObject):
         place.succeed()
         return body
 
-    async def _attempt_async(self, flow: Flow, request: _Request, place: _Place) -> Buffer:
+    async def _attempt_async(self, flow: Flow, request: Request, place: Place) -> Buffer:
         call = partial(self._store.get_async, request.key, request.byte_range)
         place.begin()
         left_s = self._left_s(request)
@@ -292,7 +246,7 @@ class ResilientStore(ValueObject):
         place.succeed()
         return body
 
-    def _no_answer(self, request: _Request, place: _Place) -> DeadlineError:
+    def _no_answer(self, request: Request, place: Place) -> DeadlineError:
         before = f"; the attempt before: {request.failure}" if request.failure else ""
         name = self.describe(request.key)
         return DeadlineError(f"{name}: no answer in {place.age_s:.2f} s{before}")
@@ -314,7 +268,7 @@ class ResilientStore(ValueObject):
                 self._rest(flow, request, error, begun_s)
 
     def _rest(
-        self, flow: Flow, request: _Request, failure: StoreError, attempt_begun_s: float
+        self, flow: Flow, request: Request, failure: StoreError, attempt_begun_s: float
     ) -> None:
         """Wait for the next attempt, or raise if there is to be none."""
         sign = self._look_for_life(flow, request, failure, attempt_begun_s)
@@ -325,7 +279,7 @@ class ResilientStore(ValueObject):
     # -- between attempts
 
     def _plan_retry_s(
-        self, flow: Flow, request: _Request, error: StoreError, attempt_begun_s: float
+        self, flow: Flow, request: Request, error: StoreError, attempt_begun_s: float
     ) -> float:
         """Say how long to wait before the next attempt, or raise if there is to be none."""
         now_s = self._clock()
@@ -389,8 +343,8 @@ class ResilientStore(ValueObject):
     # -- whether the store is away, where nobody else asks: all wait for this object
 
     def _look_for_life(
-        self, flow: Flow, request: _Request, error: StoreError, attempt_begun_s: float
-    ) -> _Request | None:
+        self, flow: Flow, request: Request, error: StoreError, attempt_begun_s: float
+    ) -> Request | None:
         """Give what is to be asked for, to tell an object that cannot be had from an outage."""
         now_s = self._clock()
         left_s = min(_SIGN_OF_LIFE_S, self._left_s(request))
@@ -403,10 +357,10 @@ class ResilientStore(ValueObject):
         # Where a retry is cut at the end of its time, it is too; in a main thread that blocks,
         # where nothing can be, it ends by the client's own limits.
         size_class = HedgePlan.size_class(1)
-        return _Request(key, _FIRST_BYTE, now_s, now_s + left_s, size_class, num_attempts=1)
+        return Request(key, _FIRST_BYTE, now_s, now_s + left_s, size_class, num_attempts=1)
 
-    def _ask_for_life(self, flow: Flow, sign: _Request) -> None:
-        place = _Place(flow, None, sign, sign.begun_s)
+    def _ask_for_life(self, flow: Flow, sign: Request) -> None:
+        place = Place(flow, None, sign, sign.begun_s)
         try:
             self._attempt(flow, sign, place)
         except StoreError as error:
@@ -415,8 +369,8 @@ class ResilientStore(ValueObject):
             place.leave()
             flow.end_sign_of_life()
 
-    async def _ask_for_life_async(self, flow: Flow, sign: _Request) -> None:
-        place = _Place(flow, None, sign, sign.begun_s)
+    async def _ask_for_life_async(self, flow: Flow, sign: Request) -> None:
+        place = Place(flow, None, sign, sign.begun_s)
         try:
             await self._attempt_async(flow, sign, place)
         except StoreError as error:
@@ -424,65 +378,6 @@ class ResilientStore(ValueObject):
         finally:
             place.leave()
             flow.end_sign_of_life()
-
-
-class _Place:
-    """A place among the requests under way, for one attempt."""
-
-    def __init__(self, flow: Flow, gate: Gate | None, request: _Request, begun_s: float) -> None:
-        self._flow = flow
-        self._gate = gate
-        self._request = request
-        self.begun_s = begun_s
-        self._outcome: Outcome | None = None
-
-    def begin(self) -> None:
-        """Count the attempt."""
-        self._request.num_attempts += 1
-        self._flow.begin()
-
-    def succeed(self) -> None:
-        """Note that the answer came."""
-        self._outcome = "answered"
-
-    def fail(self, error: StoreError) -> StoreError:
-        """Note how the attempt failed."""
-        if not isinstance(error, StoreUnavailableError):
-            self._outcome = "answered"  # the store is there, and says no
-        else:
-            self._outcome = "throttled" if isinstance(error, ThrottledError) else "failed"
-        return error
-
-    @property
-    def age_s(self) -> float:
-        """Seconds since the attempt began."""
-        return self._flow.clock() - self.begun_s
-
-    @property
-    def max_hedges(self) -> int:
-        """How often the request may be made again."""
-        return self._flow.max_hedges
-
-    def late_after_s(self) -> float | None:
-        """Give the age at which it is late; None while nobody knows."""
-        return self._flow.late_after_s(self._request.size_class)
-
-    def try_hedge(self) -> bool:
-        """Take the right to make it again."""
-        return self._flow.try_hedge()
-
-    def win_by_hedge(self) -> None:
-        """Note that a hedge was answered first."""
-        self._flow.win_by_hedge()
-
-    def leave(self) -> None:
-        """Make room for the next."""
-        now_s = self._flow.clock()
-        if self._outcome is not None:
-            request = self._request
-            self._flow.end(request.key, request.size_class, self.begun_s, now_s, self._outcome)
-        if self._gate is not None:
-            self._gate.leave(self.begun_s, now_s, self._outcome)
 
 
 class ResilientWritableStore(ResilientStore):
@@ -540,33 +435,6 @@ class ResilientWritableStore(ResilientStore):
     def delete(self, key: str) -> None:
         """Remove an object."""
         self._repeat(key, lambda: self._writable.delete(key))
-
-
-def _find_gate(flow: Flow) -> Gate | None:
-    callers = in_flight.callers.get()
-    if callers is None or flow.gate is None:
-        return flow.gate
-    if callers.is_fixed:
-        return None
-    callers.meet(flow.gate)
-    return flow.gate
-
-
-def _resting() -> contextlib.AbstractContextManager[None]:
-    callers = in_flight.callers.get()
-    return contextlib.nullcontext() if callers is None else callers.resting()
-
-
-def _wake(loop: asyncio.AbstractEventLoop, woken: asyncio.Future[None], gate: Gate) -> None:
-    try:
-        loop.call_soon_threadsafe(_settle, woken)
-    except RuntimeError:  # the loop was closed, and whoever waited there with it
-        gate.leave(0.0, 0.0, None)
-
-
-def _settle(woken: asyncio.Future[None]) -> None:
-    if not woken.done():
-        woken.set_result(None)
 
 
 def _count_attempts(number: int) -> str:
