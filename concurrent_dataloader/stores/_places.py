@@ -13,6 +13,7 @@ from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.stores import in_flight
 from concurrent_dataloader.stores._flow import Flow
 from concurrent_dataloader.stores.in_flight import Gate, Outcome
+from concurrent_dataloader.stores.retries import RetryPlan
 
 
 @dataclasses.dataclass(slots=True)
@@ -25,16 +26,8 @@ class Request:
     until_s: float
     """When its time is up."""
 
-    size_class: int = -1
-    num_attempts: int = 0
-    num_counted: int = 0
-    """Attempts that failed and count towards the policy's number."""
-
-    has_expired: bool = False
-    """Whether an attempt was refused since the credentials had expired."""
-
-    failure: str = ""
-    """Of the attempt before, in words."""
+    size_class: int
+    plan: RetryPlan
 
 
 class Place:
@@ -49,7 +42,7 @@ class Place:
 
     def begin(self) -> None:
         """Count the attempt."""
-        self._request.num_attempts += 1
+        self._request.plan.begin()
         self._flow.begin()
 
     def succeed(self) -> None:

@@ -25,14 +25,7 @@ from typing import Any, TypeVar
 
 from typing_extensions import Buffer, override
 
-from concurrent_dataloader.errors import (
-    BodyMismatchError,
-    DeadlineError,
-    ExpiredCredentialsError,
-    StoreError,
-    StoreUnavailableError,
-    ThrottledError,
-)
+from concurrent_dataloader.errors import DeadlineError, StoreError
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.stores._flow import SILENCE_TOLD_AFTER_S, Flow, RequestCounts
 from concurrent_dataloader.stores._places import Place, Request, enter, enter_async, resting
@@ -46,28 +39,16 @@ from concurrent_dataloader.stores.base import (
 )
 from concurrent_dataloader.stores.hedging import HedgePlan, HedgePolicy
 from concurrent_dataloader.stores.in_flight import InFlightPolicy
-from concurrent_dataloader.stores.retries import (
-    DEFAULT_MAX_ATTEMPTS,
-    RetryPolicy,
-    draw_wait_s,
-)
+from concurrent_dataloader.stores.retries import RetryPlan, RetryPolicy, count_attempts
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-_MAX_THROTTLED_WAIT_S = 1.0
-"""A store that refuses what is too much still answers the rest: the limit on requests in flight
-slows down, and one sample must not hold up those after it."""
-
 _SIGN_OF_LIFE_S = 5.0
 """Within which an object that was answered before is answered again, or the store is away."""
 
 _FIRST_BYTE = ByteRange(0, 1)
-
-_RENEWAL_S = 1.2
-"""In which new credentials are noticed: files are looked at once a second, obstore asks again after
-a tenth. A request that came in between is made once more then."""
 
 
 class ResilientStore(ValueObject):
@@ -185,7 +166,8 @@ class ResilientStore(ValueObject):
         size_bytes = None if byte_range is None else byte_range.stop - byte_range.start
         begun_s = self._clock()
         until_s = begun_s + self._deadline_s
-        return Request(key, byte_range, begun_s, until_s, HedgePlan.size_class(size_bytes))
+        plan = RetryPlan(self._policy, self._deadline_s)
+        return Request(key, byte_range, begun_s, until_s, HedgePlan.size_class(size_bytes), plan)
 
     # -- a place among those under way
 
@@ -207,8 +189,8 @@ class ResilientStore(ValueObject):
     def _crowded_error(self, request: Request) -> DeadlineError:
         return DeadlineError(
             f"{self.describe(request.key)}: waited {self._deadline_s:.4g} s for others to be "
-            f"answered, after {_count_attempts(request.num_attempts)}; the store takes only few "
-            "requests at once; allow a longer deadline_s, or use fewer workers"
+            f"answered, after {count_attempts(request.plan.num_attempts)}; the store takes only "
+            "few requests at once; allow a longer deadline_s, or use fewer workers"
         )
 
     # -- one attempt
@@ -217,7 +199,7 @@ class ResilientStore(ValueObject):
         call = partial(self._store.get, request.key, request.byte_range)
         place.begin()
         is_direct = threading.current_thread() is threading.main_thread()
-        if is_direct or not (flow.watches or request.num_attempts > 1):
+        if is_direct or not (flow.watches or request.plan.num_attempts > 1):
             body = call()
         else:
             try:
@@ -247,7 +229,8 @@ class ResilientStore(ValueObject):
         return body
 
     def _no_answer(self, request: Request, place: Place) -> DeadlineError:
-        before = f"; the attempt before: {request.failure}" if request.failure else ""
+        failure = request.plan.failure
+        before = f"; the attempt before: {failure}" if failure else ""
         name = self.describe(request.key)
         return DeadlineError(f"{name}: no answer in {place.age_s:.2f} s{before}")
 
@@ -261,7 +244,7 @@ class ResilientStore(ValueObject):
         flow, request = self._flow.get(), self._begin(key, None)
         while True:
             begun_s = self._clock()
-            request.num_attempts += 1
+            request.plan.begin()
             try:
                 return call()
             except StoreError as error:
@@ -282,36 +265,13 @@ class ResilientStore(ValueObject):
         self, flow: Flow, request: Request, error: StoreError, attempt_begun_s: float
     ) -> float:
         """Say how long to wait before the next attempt, or raise if there is to be none."""
-        now_s = self._clock()
-        if not isinstance(error, StoreUnavailableError):
-            if not isinstance(error, ExpiredCredentialsError) or request.has_expired:
-                raise error
-            request.has_expired = True
-            return _RENEWAL_S
+        now_s, plan, rng = self._clock(), request.plan, self._rng.get()
         elapsed_s = now_s - request.begun_s
-        request.failure = str(error)
-        request.num_counted += self._counts_as_attempt(flow, error, attempt_begun_s)
-        tried = f"{_count_attempts(request.num_attempts)} in {elapsed_s:.2f} s"
-        max_attempts = self._policy.max_attempts or DEFAULT_MAX_ATTEMPTS
-        if request.num_counted >= max_attempts:
-            raise type(error)(
-                f"{error}; gave up after {tried}; check the endpoint and the network, or allow "
-                "more attempts (RetryPolicy.max_attempts)"
-            ) from error
-        rng = self._rng.get()
-        wait_s = draw_wait_s(request.num_attempts, self._policy, rng)
-        if isinstance(error, ThrottledError):
-            wait_s = min(wait_s, _MAX_THROTTLED_WAIT_S)
-        budget_s = flow.take_retry(now_s, self._policy.max_wait_s, rng)
-        wait_s = max(wait_s, budget_s, error.retry_after_s)
-        left_s = self._deadline_s - elapsed_s
-        if wait_s >= left_s > self._policy.first_wait_s:
-            wait_s = left_s / 2  # the time that was allowed is used: the store may come back
-        elif wait_s >= left_s:
-            raise DeadlineError(
-                f"{error}; gave up after {tried}, allowed are {self._deadline_s:.4g} s; "
-                "check the endpoint and the network, or allow a longer deadline_s"
-            ) from error
+        is_silent = flow.is_silent_since(attempt_begun_s)
+        budget_s = 0.0
+        if plan.fail(error, elapsed_s, is_silent=is_silent):
+            budget_s = flow.take_retry(now_s, self._policy.max_wait_s, rng)
+        wait_s = plan.wait_s(error, elapsed_s, budget_s, rng)
         if flow.is_silence_to_tell(now_s):
             log.warning(
                 "%s; nothing was answered for %g s; requests are repeated, each until it is %g s "
@@ -322,24 +282,6 @@ class ResilientStore(ValueObject):
             )
         return wait_s
 
-    def _counts_as_attempt(
-        self, flow: Flow, error: StoreUnavailableError, attempt_begun_s: float
-    ) -> bool:
-        """Whether a failure says something of the object, or of an endpoint that is none."""
-        if isinstance(error, ThrottledError):
-            return self._policy.max_attempts is not None
-        return not (
-            self._tells_nothing_of_the_object(error) and flow.is_silent_since(attempt_begun_s)
-        )
-
-    def _tells_nothing_of_the_object(self, error: StoreError) -> bool:
-        """Whether a failure may be that of an outage, which is waited for."""
-        return (
-            self._policy.max_attempts is None
-            and isinstance(error, StoreUnavailableError)
-            and not isinstance(error, BodyMismatchError | ThrottledError)
-        )
-
     # -- whether the store is away, where nobody else asks: all wait for this object
 
     def _look_for_life(
@@ -348,7 +290,7 @@ class ResilientStore(ValueObject):
         """Give what is to be asked for, to tell an object that cannot be had from an outage."""
         now_s = self._clock()
         left_s = min(_SIGN_OF_LIFE_S, self._left_s(request))
-        is_doubtful = self._tells_nothing_of_the_object(error) and left_s > 0
+        is_doubtful = request.plan.may_be_outage(error) and left_s > 0
         if not (is_doubtful and flow.is_silent_since(attempt_begun_s)):
             return None
         key = flow.try_sign_of_life(request.key, now_s)
@@ -356,8 +298,10 @@ class ResilientStore(ValueObject):
             return None
         # Where a retry is cut at the end of its time, it is too; in a main thread that blocks,
         # where nothing can be, it ends by the client's own limits.
+        plan = RetryPlan(self._policy, left_s)
+        plan.begin()
         size_class = HedgePlan.size_class(1)
-        return Request(key, _FIRST_BYTE, now_s, now_s + left_s, size_class, num_attempts=1)
+        return Request(key, _FIRST_BYTE, now_s, now_s + left_s, size_class, plan)
 
     def _ask_for_life(self, flow: Flow, sign: Request) -> None:
         place = Place(flow, None, sign, sign.begun_s)
@@ -417,13 +361,13 @@ class ResilientWritableStore(ResilientStore):
         flow, last, request = self._flow.get(), start_after, self._begin(prefix, None)
         while True:
             attempt_begun_s = self._clock()
-            request.num_attempts += 1
+            request.plan.begin()
             try:
                 for info in self._writable.list(prefix, start_after=last):
                     last = info.key
                     yield info
                     request = self._begin(prefix, None)
-                    request.num_attempts = 1
+                    request.plan.begin()
                 return
             except StoreError as error:
                 self._rest(flow, request, error, attempt_begun_s)
@@ -435,10 +379,6 @@ class ResilientWritableStore(ResilientStore):
     def delete(self, key: str) -> None:
         """Remove an object."""
         self._repeat(key, lambda: self._writable.delete(key))
-
-
-def _count_attempts(number: int) -> str:
-    return f"{number} {'attempt' if number == 1 else 'attempts'}"
 
 
 def _forget(value: object) -> None:
