@@ -22,6 +22,8 @@ from concurrent_dataloader.dataloader_mod.failures import (
     FailedSamples,
     count_samples,
 )
+from concurrent_dataloader.dataloader_mod.fetched import Batch, FetchedDataset
+from concurrent_dataloader.dataloader_mod.lookahead import BatchTaken
 from concurrent_dataloader.dataloader_mod.orphan import (
     SocketFolder,
     describe_deaths,
@@ -37,12 +39,7 @@ from concurrent_dataloader.dataloader_mod.resume import (
     write_generators,
 )
 from concurrent_dataloader.dataloader_mod.settings import FetchSettings
-from concurrent_dataloader.dataloader_mod.worker import (
-    Batch,
-    BatchTaken,
-    FetchedDataset,
-    _worker_loop,
-)
+from concurrent_dataloader.dataloader_mod.worker import _worker_loop
 from concurrent_dataloader.errors import DeadlineError
 
 if TYPE_CHECKING:

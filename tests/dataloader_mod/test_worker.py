@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from concurrent_dataloader.dataloader_mod import torch_internals
+from concurrent_dataloader.dataloader_mod.fetched import FetchedDataset
+from concurrent_dataloader.dataloader_mod.lookahead import BatchTaken, Lookahead
 from concurrent_dataloader.dataloader_mod.settings import FetchSettings
-from concurrent_dataloader.dataloader_mod.worker import BatchTaken, FetchedDataset, Lookahead
 from tests.dataloader_mod.doubles import StagedSquares
 
 RESUME = torch_internals.ResumeIteration()
