@@ -23,6 +23,7 @@ from concurrent_dataloader.dataloader_mod.failures import (
     count_samples,
 )
 from concurrent_dataloader.dataloader_mod.fetched import Batch, FetchedDataset
+from concurrent_dataloader.dataloader_mod.loans import forget_worker
 from concurrent_dataloader.dataloader_mod.lookahead import BatchTaken
 from concurrent_dataloader.dataloader_mod.orphan import (
     SocketFolder,
@@ -30,7 +31,6 @@ from concurrent_dataloader.dataloader_mod.orphan import (
     remove_shared_memory,
     watch_senders,
 )
-from concurrent_dataloader.dataloader_mod.recycle import forget_worker
 from concurrent_dataloader.dataloader_mod.resume import (
     EpochState,
     StatesAfter,

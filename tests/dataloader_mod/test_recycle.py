@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.utils.data
 
-from concurrent_dataloader.dataloader_mod import recycle
+from concurrent_dataloader.dataloader_mod import loans
 from concurrent_dataloader.dataloader_mod.dataloader import DataLoader
 from concurrent_dataloader.dataloader_mod.recycle import RecyclingQueue, SlotPool
 from tests.dataloader_mod import doubles
@@ -229,7 +229,7 @@ def test_batches_of_many_sizes_arrive_and_old_slots_make_way():
     for images, labels in loader:
         assert torch.equal(images[:, -1], labels.float())
         assert images.shape[1] == 20_000 + 5_000 * (int(labels[0]) // 4)
-    [arena] = recycle._arenas.values() if recycle._arenas else [{}]
+    [arena] = loans._arenas.values() if loans._arenas else [{}]
 
     assert len(arena) <= 12
 
