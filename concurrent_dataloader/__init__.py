@@ -3,7 +3,7 @@
 The rooms, in the order in which data flows; imports point to the left only:
 
 ```text
-errors, ranges, threads, files, packed, shard_names
+core_files, errors, ranges, threads, files, packed, shard_names
     <-  stores, formats, index, labels  <-  shard_index
     <-  datasets  <-  dataloader_mod, prepare  <-  imagenet_loader;  testing stands alone
 ```

@@ -12,7 +12,7 @@ import concurrent_dataloader
 
 PACKAGE = Path(concurrent_dataloader.__file__).parent
 LAYERS = [
-    {"errors", "ranges", "threads", "shared_memory"},
+    {"core_files", "errors", "ranges", "shared_memory", "threads"},
     {"classes_file", "files", "label_rules", "packed", "shard_names"},
     {"stores", "formats", "index", "labels"},
     {"shard_index", "devkit"},

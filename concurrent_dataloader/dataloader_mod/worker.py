@@ -16,6 +16,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from concurrent_dataloader import core_files
 from concurrent_dataloader.dataloader_mod import torch_internals
 from concurrent_dataloader.dataloader_mod.dataset_state import WorkerWatch, make_watch
 from concurrent_dataloader.dataloader_mod.error_policy import make_failure_log, report_through
@@ -62,11 +63,13 @@ def _worker_loop(
 
     May be assigned over ``torch.utils.data._utils.worker._worker_loop``, whose arguments it takes;
     plain torch loaders then fetch many samples at once, with the same batches as before. Settings
-    that no loader of ours gives come from the environment (`read_environment`).
+    that no loader of ours gives come from the environment (`read_environment`). The process leaves
+    no core file, unless it is asked to (`core_files`).
 
     Raises:
         ValueError: A variable of the environment cannot be used; reaches the training loop.
     """
+    core_files.forbid()
     user_dataset = torch_internals.take_dataset(dataset)
     parent = ParentWatch()
     be_silent_of_hang_ups()
@@ -127,12 +130,16 @@ def _worker_loop(
             shared_seed,
         )
     finally:
-        if fetched is not None:
-            fetched.close()
-            log_counts(f"worker {worker_id}")
+        _end(fetched, worker_id)
         if parent.is_gone():
             # Nobody reads the queue any more, and the process would wait for ever to have it empty.
             data_queue.cancel_join_thread()
+
+
+def _end(fetched: FetchedDataset | None, worker_id: int) -> None:
+    if fetched is not None:
+        fetched.close()
+        log_counts(f"worker {worker_id}")
 
 
 def _read_settings(prepare: list[Callable[[], None]]) -> FetchSettings:

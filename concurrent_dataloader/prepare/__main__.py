@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from concurrent_dataloader import __version__
+from concurrent_dataloader import __version__, core_files
 from concurrent_dataloader.errors import LoaderError
 from concurrent_dataloader.prepare.verbs import RESUMABLE, SUMMARIES
 
@@ -27,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, or 1 if it did not work, 130 if interrupted. Wrong arguments exit with 2.
     """
+    if arguments is None:  # a process of its own
+        core_files.forbid()
     given = list(sys.argv[1:] if arguments is None else arguments)
     verb = given[0] if given else ""
     options, unknown = _parser(verb).parse_known_args(given)
