@@ -31,6 +31,7 @@ from concurrent_dataloader.stores._answers import (
     parse_s3_error,
     timeout_error,
 )
+from concurrent_dataloader.stores._cancelling import holding
 from concurrent_dataloader.stores._checksums import Checksums
 from concurrent_dataloader.stores._sigv4 import sign
 from concurrent_dataloader.stores.address import (
@@ -138,9 +139,10 @@ class HttpStore(BlockingStore):
         connections = self._connections.get()
         connection = connections.take(origin)
         try:
-            connection.request(method, path, headers=headers)
-            response = connection.getresponse()
-            body = _read_body(response, until_s)
+            with holding(connection.sock):
+                connection.request(method, path, headers=headers)
+                response = connection.getresponse()
+                body = _read_body(response, until_s)
         except BaseException:
             connection.close()
             raise

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from typing_extensions import Buffer
 
 from concurrent_dataloader.errors import StoreUnavailableError
+from concurrent_dataloader.stores._cancelling import CancellableCall
 from concurrent_dataloader.threads import DaemonThreads
 
 _ASKED_AGAIN_AFTER_S = 0.1
@@ -69,25 +70,25 @@ class RaceThreads:
     def __init__(self) -> None:
         self._threads = DaemonThreads(self._MAX_THREADS, "request")
 
-    def start(self, race: BlockingRace, is_hedge: bool) -> None:
+    def start(self, race: BlockingRace, copy: CancellableCall, is_hedge: bool) -> None:
         """Make one copy."""
-        self._threads.submit(_run_copy, race, is_hedge)
+        self._threads.submit(_run_copy, race, copy, is_hedge)
 
     def stop(self) -> None:
         """Leave out what has not begun, whose callers are told; what has goes on by itself."""
-        for _, (race, is_hedge) in self._threads.stop():
+        for _, (race, _copy, is_hedge) in self._threads.stop():
             race.end_copy(None, RuntimeError("the store was closed"), is_hedge)
 
 
-def _run_copy(race: BlockingRace, is_hedge: bool) -> None:
-    race.run_copy(is_hedge)
+def _run_copy(race: BlockingRace, copy: CancellableCall, is_hedge: bool) -> None:
+    race.run_copy(copy, is_hedge)
 
 
 class BlockingRace:
     """Copies of a blocking call, each in a thread of its own.
 
-    A copy that loses cannot be cancelled: it goes on until its client's time is up, and what it
-    gives is dropped.
+    A copy that loses is ended where its client can be: the standard library's, whose connection is
+    shut. By obstore and boto3 it goes on until their time is up, and what it gives is dropped.
     """
 
     def __init__(self, call: Callable[[], Buffer], threads: RaceThreads) -> None:
@@ -95,6 +96,8 @@ class BlockingRace:
         self._threads = threads
         self._ended = threading.Lock()
         self._ended.acquire()
+        # Touched in the thread that waits.
+        self._copies: list[CancellableCall] = []
         # Guarded by `_lock`.
         self._lock = threading.Lock()
         self._num_out = 0
@@ -104,22 +107,19 @@ class BlockingRace:
         self._is_won_by_hedge = False
 
     def run(self, judge: Judge, timeout_s: float) -> Buffer:
-        """Wait for the first answer.
+        """Wait for the first answer, and end the copies that are still out.
 
         Raises:
             TimeoutError: There was none in time.
             BaseException: As the call; what may be repeated only when no copy is out any more.
         """
-        schedule = _Schedule(judge)
-        self._start(is_hedge=False)
-        next_s: float | None = judge.late_after_s() or _ASKED_AGAIN_AFTER_S
-        until_s = judge.age_s + timeout_s
-        while not self._wait(until_s - judge.age_s, next_s):
-            if judge.age_s >= until_s:
-                raise TimeoutError
-            is_hedged, next_s = schedule.look()
-            if is_hedged:
-                self._start(is_hedge=True)
+        try:
+            self._wait_for_one(judge, timeout_s)
+        finally:
+            with self._lock:
+                self._is_decided = True  # what comes now is dropped
+            for copy in self._copies:
+                copy.cancel()
         if self._error is not None:
             try:
                 raise self._error
@@ -130,19 +130,33 @@ class BlockingRace:
         assert self._body is not None
         return self._body
 
+    def _wait_for_one(self, judge: Judge, timeout_s: float) -> None:
+        schedule = _Schedule(judge)
+        self._start(is_hedge=False)
+        next_s: float | None = judge.late_after_s() or _ASKED_AGAIN_AFTER_S
+        until_s = judge.age_s + timeout_s
+        while not self._wait(until_s - judge.age_s, next_s):
+            if judge.age_s >= until_s:
+                raise TimeoutError
+            is_hedged, next_s = schedule.look()
+            if is_hedged:
+                self._start(is_hedge=True)
+
     def _wait(self, left_s: float, next_s: float | None) -> bool:
         timeout_s = left_s if next_s is None else min(left_s, next_s)
         return self._ended.acquire(timeout=max(0.0, timeout_s))
 
     def _start(self, *, is_hedge: bool) -> None:
+        copy = CancellableCall()
+        self._copies.append(copy)
         with self._lock:
             self._num_out += 1
-        self._threads.start(self, is_hedge)
+        self._threads.start(self, copy, is_hedge)
 
-    def run_copy(self, is_hedge: bool) -> None:
+    def run_copy(self, copy: CancellableCall, is_hedge: bool) -> None:
         """Make the call, in any thread, and hand over how it ends."""
         try:
-            body = self._call()
+            body = copy.run(self._call)
         except BaseException as error:  # noqa: BLE001 - goes to who waits for the race
             self.end_copy(None, error, is_hedge)
         else:

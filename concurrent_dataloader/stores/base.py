@@ -21,6 +21,7 @@ from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar, runtime_ch
 from typing_extensions import Buffer, override
 
 from concurrent_dataloader.ranges import ByteRange
+from concurrent_dataloader.stores._cancelling import CancellableCall
 from concurrent_dataloader.stores._threads import AwaitableThreads
 
 T = TypeVar("T")
@@ -237,8 +238,16 @@ class BlockingStore(ValueObject, abc.ABC):
         """Read as `Store.get` says."""
 
     async def get_async(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
-        """Read as `get` does, in a thread. Cancelled, the thread goes on until its time is up."""
-        return await self._threads.get().run(self.get, key, byte_range)
+        """Read as `get` does, in a thread.
+
+        Cancelled, it goes on there until its time is up, unless the client can be ended.
+        """
+        call = CancellableCall()
+        try:
+            return await self._threads.get().run(call.run, self.get, key, byte_range)
+        except asyncio.CancelledError:
+            call.cancel()
+            raise
 
     def close(self) -> None:
         """Give back what this process has opened."""
