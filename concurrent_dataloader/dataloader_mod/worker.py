@@ -31,6 +31,7 @@ from concurrent_dataloader.dataloader_mod.orphan import (
 from concurrent_dataloader.dataloader_mod.recycle import RecyclingQueue, SlotPool, collate_into
 from concurrent_dataloader.dataloader_mod.resume import write_generators
 from concurrent_dataloader.dataloader_mod.settings import FetchSettings, read_environment
+from concurrent_dataloader.stores._cache_folder import remove_begun
 from concurrent_dataloader.stores._flow import log_counts
 
 _NUM_BATCHES_HELD = 2
@@ -130,13 +131,15 @@ def _worker_loop(
             shared_seed,
         )
     finally:
-        _end(fetched, worker_id)
+        _end(fetched, worker_id, is_early=not done_event.is_set())
         if parent.is_gone():
             # Nobody reads the queue any more, and the process would wait for ever to have it empty.
             data_queue.cancel_join_thread()
 
 
-def _end(fetched: FetchedDataset | None, worker_id: int) -> None:
+def _end(fetched: FetchedDataset | None, worker_id: int, *, is_early: bool) -> None:
+    if is_early:  # at Ctrl-C, or an error, the parent may kill this process at any moment
+        remove_begun()
     if fetched is not None:
         fetched.close()
         log_counts(f"worker {worker_id}")

@@ -20,6 +20,7 @@ import dataclasses
 import errno
 import logging
 import math
+import multiprocessing.util
 import os
 import stat
 import threading
@@ -122,7 +123,10 @@ class Download:
         self.name = name
         self.path = path
         self.descriptor = descriptor
+        _under_way[descriptor] = path
         self._finalizer = weakref.finalize(self, _give_up, path, descriptor, os.getpid())
+        # At the exit threads may still write to it, and it has to stay open: see `remove_begun`.
+        self._finalizer.atexit = False
 
     def give_up(self) -> None:
         """Remove the file, if it is still a download, and let others fetch."""
@@ -132,12 +136,47 @@ class Download:
 def _give_up(path: str, descriptor: int, pid: int) -> None:
     if pid != os.getpid():  # a forked child's copy
         return
+    _under_way.pop(descriptor, None)
     try:
         with contextlib.suppress(OSError):  # `CacheSpace.tidy` finds it again
             if is_at(descriptor, path):
                 os.unlink(path)
     finally:
         release(descriptor)
+
+
+# Files of the downloads that this process makes, by descriptor. Dictionary operations are atomic.
+_under_way: dict[int, str] = {}
+_guarded_pid: int | None = None
+_ending_pid: int | None = None
+
+os.register_at_fork(after_in_child=_under_way.clear)
+
+
+def _leave_nothing_at_the_end() -> None:
+    """Have this process end without files of downloads; once a process.
+
+    By multiprocessing, which passes over Python's own ways to clean up in the processes that it has
+    forked, as workers are. One that a signal kills cleans nothing up: see `CacheSpace.tidy`.
+    """
+    global _guarded_pid
+    if _guarded_pid != os.getpid():
+        _guarded_pid = os.getpid()
+        multiprocessing.util.Finalize(None, remove_begun, exitpriority=0)
+
+
+def remove_begun() -> None:
+    """End this process's downloads, since it ends itself: remove files with nothing in them yet.
+
+    What has bytes is counted, and left to `CacheSpace.tidy`. Fetches go on meanwhile in daemon
+    threads, and keep nothing any more; the files stay open for them, and locked.
+    """
+    global _ending_pid
+    _ending_pid = os.getpid()
+    for descriptor, path in list(_under_way.items()):
+        with contextlib.suppress(OSError):
+            if is_at(descriptor, path) and not os.fstat(descriptor).st_size:
+                os.unlink(path)
 
 
 class CacheFolder:
@@ -147,6 +186,7 @@ class CacheFolder:
         self._settings = settings
         self._root = os.path.join(settings.folder, _SUBFOLDER)
         self._space = CacheSpace(self._root, settings.limit_bytes)
+        _leave_nothing_at_the_end()
         # Guarded by `_lock`; no I/O under it.
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(DiskCacheCounts._fields, 0)
@@ -249,6 +289,9 @@ class CacheFolder:
 
         If that cannot be done, others fetch for themselves.
         """
+        if _ending_pid == os.getpid():  # its file may be gone already
+            download.give_up()
+            return
         try:
             is_kept = self._write(download, bytes(body))
         except OSError as error:

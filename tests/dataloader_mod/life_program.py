@@ -39,7 +39,12 @@ def open_data(data: dict[str, str]) -> Any:
     if data["kind"] == "large":
         return LargeMessages(1000)
     client: Any = data["client"]
-    store = open_store("s3://bucket", client=client, credentials=data["credentials"])
+    store = open_store(
+        "s3://bucket",
+        client=client,
+        credentials=data["credentials"],
+        cache=data.get("cache"),
+    )
     return IndexedDataset(Index.from_keys(KEYS), store, decode=None)
 
 

@@ -599,6 +599,17 @@ def test_ctrl_c_while_the_store_stalls_ends_everything(tmp_path, method, fetch_i
         job.check_nothing_left()
 
 
+def stall(server: ObjectServer, kind: Any, folder: pathlib.Path) -> dict[str, str]:
+    """Let one object not come; gives what opens the bucket."""
+    server.put_objects("bucket", dict.fromkeys(life_program.KEYS, bytes(1000)))
+    stalls = f"{life_program.STALLS_IN_BATCH * life_program.BATCH_SIZE:04}"
+    server.set_faults([Fault(kind, key_pattern=stalls)])
+    credentials = folder / "credentials.json"
+    keys = {"access_key": server.access_key, "secret": server.secret_key}
+    credentials.write_text(json.dumps(keys | {"endpoint_url": server.endpoint_url}))
+    return {"credentials": str(credentials)}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("client", "fetch_impl"),
@@ -608,20 +619,7 @@ def test_ctrl_c_while_the_store_stalls_ends_everything(tmp_path, method, fetch_i
 def test_ctrl_c_ends_requests_that_a_server_does_not_answer(
     tmp_path, object_server: ObjectServer, client, fetch_impl, kind
 ):
-    object_server.put_objects("bucket", dict.fromkeys(life_program.KEYS, bytes(1000)))
-    stalls = f"{life_program.STALLS_IN_BATCH * life_program.BATCH_SIZE:04}"
-    object_server.set_faults([Fault(kind, key_pattern=stalls)])
-    credentials = tmp_path / "credentials.json"
-    credentials.write_text(
-        json.dumps(
-            {
-                "access_key": object_server.access_key,
-                "secret": object_server.secret_key,
-                "endpoint_url": object_server.endpoint_url,
-            }
-        )
-    )
-    data = {"kind": "store", "client": client, "credentials": str(credentials)}
+    data = {"kind": "store", "client": client} | stall(object_server, kind, tmp_path)
     with start(tmp_path, data=data, fetch_impl=fetch_impl) as job:
         wait_for_batch(job, LAST)
 
@@ -631,6 +629,28 @@ def test_ctrl_c_ends_requests_that_a_server_does_not_answer(
         assert job.process.returncode == -signal.SIGINT
         assert complaints.rstrip().endswith("KeyboardInterrupt")
         job.check_nothing_left()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("client", "fetch_impl"),
+    [("obstore", "threaded"), ("http", "threaded"), ("aiohttp", "asyncio")],
+)
+def test_ctrl_c_in_a_download_leaves_nothing_in_the_disk_cache(
+    tmp_path, object_server: ObjectServer, client, fetch_impl
+):
+    cache = tmp_path / "cache"
+    data = {"kind": "store", "client": client, "cache": str(cache)}
+    data |= stall(object_server, "stalled_headers", tmp_path)
+    with start(tmp_path, data=data, fetch_impl=fetch_impl) as job:
+        wait_for_batch(job, LAST)
+        assert list(cache.glob("objects-v1/partial/*")), "nothing is being downloaded"
+
+        os.killpg(job.process.pid, signal.SIGINT)
+        job.finish()
+
+        job.check_nothing_left()
+        assert not list(cache.glob("objects-v1/partial/*"))
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import resource
+import signal
 import subprocess
 import threading
 import time
@@ -24,6 +25,7 @@ from concurrent_dataloader.datasets import IndexedDataset
 from concurrent_dataloader.index import Index
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.stores import Credentials, DiskCache, Store, open_store
+from concurrent_dataloader.stores._cache_folder import remove_begun
 from concurrent_dataloader.stores._memory import MemoryStore
 from concurrent_dataloader.stores.cache import CachedStore, DiskCacheCounts
 from concurrent_dataloader.testing import ObjectServer
@@ -214,6 +216,66 @@ def test_what_a_killed_process_left_is_removed_when_the_folder_is_opened(folder:
     CachedStore(MemoryStore({"b": b"body"}, "data"), DiskCache(folder)).get("b")
 
     assert not list(folder.glob("objects-v1/partial/*"))
+
+
+def begin_in_a_thread(folder: Path, sender: Connection) -> None:
+    threading.Thread(target=begin, args=(folder, sender), daemon=True).start()
+    with contextlib.suppress(KeyboardInterrupt):
+        threading.Event().wait()
+
+
+def test_a_process_that_ends_in_the_middle_of_a_download_leaves_no_file(folder: Path) -> None:
+    with stuck_in_download(folder, begin_in_a_thread) as (process, _):
+        assert len(list(folder.glob("objects-v1/partial/*"))) == 1
+
+        os.kill(process.pid, signal.SIGINT)
+        process.join(_TIMEOUT_S)
+
+        assert process.exitcode == 0
+        assert not list(folder.glob("objects-v1/partial/*"))
+
+
+class SlowStore(MemoryStore):
+    """Says that it was asked, and answers when it is told to."""
+
+    def __init__(self, sender: Connection, may_answer: threading.Event) -> None:
+        super().__init__(name="data")
+        self._sender = sender
+        self._may_answer = may_answer
+
+    @override
+    def get(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
+        self._sender.send(os.getpid())
+        assert self._may_answer.wait(_TIMEOUT_S)
+        return b"body"
+
+
+def end_before_the_answer(folder: Path, sender: Connection) -> None:
+    asked, answer = _FORK.Pipe()
+    may_answer = threading.Event()
+    got: list[Buffer] = []
+    store = CachedStore(SlowStore(answer, may_answer), DiskCache(folder))
+    thread = threading.Thread(target=lambda: got.append(store.get("a")), daemon=True)
+    thread.start()
+    asked.recv()
+    remove_begun()
+    may_answer.set()
+    thread.join(_TIMEOUT_S)
+    sender.send((got, store.counts, [path.name for path in folder.rglob("*") if path.is_file()]))
+
+
+def test_what_is_answered_while_a_process_ends_is_given_and_not_kept(folder: Path) -> None:
+    receiver, sender = _FORK.Pipe()
+    process = _FORK.Process(target=end_before_the_answer, args=(folder, sender))
+    process.start()
+    assert receiver.poll(_TIMEOUT_S)
+    got, counts, files = receiver.recv()
+    process.join(_TIMEOUT_S)
+    process.close()
+
+    assert got == [b"body"]
+    assert counts == DiskCacheCounts(num_misses=1)
+    assert files == ["ledger"]
 
 
 @pytest.mark.slow
