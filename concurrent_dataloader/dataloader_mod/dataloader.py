@@ -86,7 +86,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         drop_last: As torch's.
         timeout: Seconds that a worker waits for the samples of a batch, from when it turns to the
             batch; the error then names what is missing. 0: without end. Should the worker not
-            answer at all, torch's error comes after as long again, 1 to 10 s.
+            answer at all, torch's error comes after as long again, 1 to 10 s. Needs workers.
         worker_init_fn: As torch's.
         multiprocessing_context: As torch's: fork, spawn and forkserver.
         generator: As torch's.
@@ -159,7 +159,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             check_count(num_fetch_workers, 1, "num_fetch_workers", MAX_NUM_FETCH_WORKERS)
         if batch_pool is not None:
             check_count(batch_pool, 0, "batch_pool")
-        check_timeout(timeout)
+        check_timeout(timeout, num_workers)
         self.num_fetch_workers = num_fetch_workers
         self.batch_pool = batch_pool
         self.on_error: OnError = on_error

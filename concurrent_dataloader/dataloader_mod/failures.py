@@ -246,7 +246,7 @@ def _check_stream_policy(loader: Any) -> None:
         )
 
 
-def check_timeout(timeout_s: object) -> None:
+def check_timeout(timeout_s: object, num_workers: int) -> None:
     """Raise TypeError or ValueError where a wait could not be told to end; torch refuses less."""
     if not isinstance(timeout_s, numbers.Real):
         raise TypeError(f"timeout: got {timeout_s!r}, expected a number of seconds, 0 for no end")
@@ -254,6 +254,12 @@ def check_timeout(timeout_s: object) -> None:
     if math.isnan(seconds) or seconds > _MAX_TIMEOUT_S:
         raise ValueError(
             f"timeout: got {timeout_s} s, expected 0 s, for no end, to {_MAX_TIMEOUT_S:.0f} s"
+        )
+    if seconds > 0 and num_workers == 0:
+        # torch says so when it is iterated over, by an assertion.
+        raise ValueError(
+            f"timeout: got {timeout_s} s with num_workers 0, expected 0 s: without workers nobody "
+            "can end a wait; leave timeout out, or let there be a worker"
         )
 
 

@@ -540,6 +540,8 @@ def test_an_error_that_no_sample_is_to_blame_for_is_raised(error: Any, num_worke
         ({"quarantine_file": 5}, TypeError, "quarantine_file: got 5, expected the path of a file"),
         ({"timeout": float("nan")}, ValueError, "timeout: got nan s, expected 0 s"),
         ({"timeout": 1e12}, ValueError, "timeout: got 1000000000000.0 s, expected 0 s"),
+        ({"timeout": 1}, ValueError, "timeout: got 1 s with num_workers 0, expected 0 s"),
+        ({"timeout": -1}, ValueError, "timeout option should be non-negative"),
         ({"timeout": "5"}, TypeError, "timeout: got '5', expected a number of seconds"),
         ({"on_error": "skip", "fetch_impl": "vanilla"}, ValueError, "or fetch_impl='vanilla'"),
         ({"on_error": "replace", "batch_size": None}, ValueError, "'replace' without batches"),
