@@ -19,6 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
+# Not as np.random, which numpy imports when it is first used: a worker that is forked while another
+# thread of the parent does so would wait for ever for that import to end.
+from numpy import random as numpy_random
+
 VERSION = 2
 
 GeneratorStates = Mapping[str, Any]
@@ -28,7 +32,7 @@ GeneratorStates = Mapping[str, Any]
 def read_generators() -> GeneratorStates:
     """Read the states of the global generators of torch, ``random`` and numpy."""
     _, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, cached = numpy_random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
         "random": (list(words), gauss),
@@ -42,7 +46,7 @@ def write_generators(states: GeneratorStates) -> None:
     name, keys, position, has_gauss, cached = states["numpy"]
     torch.set_rng_state(states["torch"])
     random.setstate((3, tuple(words), gauss))
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    numpy_random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
 
 
 @contextlib.contextmanager
@@ -82,7 +86,7 @@ class GeneratorWatch:
 
     def read_change(self) -> GeneratorStates | None:
         """Give the states if they are not those of the last call."""
-        numpy_state: Any = np.random.get_state(legacy=True)
+        numpy_state: Any = numpy_random.get_state(legacy=True)
         now = (
             torch.get_rng_state().numpy().tobytes(),
             random.getstate(),

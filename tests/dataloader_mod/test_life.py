@@ -18,6 +18,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import termios
 import threading
 import time
@@ -552,6 +553,23 @@ def test_an_epoch_after_one_that_was_left_is_whole():
 
     assert labels == list(range(40))
     loader.close()
+
+
+IMPORTS = """
+import sys
+import concurrent_dataloader.dataloader_mod.dataloader
+print("numpy.random" in sys.modules)
+"""
+
+
+def test_what_a_worker_seeds_first_is_imported_before_any_is_forked():
+    # Three loaders begun at once in three threads waited for ever: numpy imports it at first use,
+    # and a worker that was forked meanwhile had a lock that nobody in it would let go.
+    told = subprocess.run(
+        [sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True, timeout=100
+    )
+
+    assert told.stdout == "True\n"
 
 
 # ---- Ctrl-C, and the job is killed
