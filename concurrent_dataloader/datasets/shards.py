@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Buffer, override
 
+from concurrent_dataloader.datasets._metadata import name_classes
 from concurrent_dataloader.datasets.contract import BytesKind, SampleLocation
 from concurrent_dataloader.datasets.fields import FieldDecoder
 from concurrent_dataloader.datasets.indexed import (
@@ -35,13 +36,7 @@ from concurrent_dataloader.formats.fields import (
     is_label_field,
 )
 from concurrent_dataloader.formats.tar import parse_sample, split_name
-from concurrent_dataloader.labels import (
-    Classes,
-    LabelRule,
-    LabelSpace,
-    convert_ids,
-    imagenet_classes,
-)
+from concurrent_dataloader.labels import Classes, LabelRule, LabelSpace, convert_ids
 from concurrent_dataloader.ranges import ByteRange, cover, merge_near
 from concurrent_dataloader.shard_index import NO_LABEL, ShardIndex
 from concurrent_dataloader.stores.base import Store
@@ -467,17 +462,7 @@ def _name_classes(index: ShardIndex, space: LabelSpace) -> Classes | None:
     labels = index.labels
     if labels is None:
         return None
-    if index.classes is None and space is not LabelSpace.CUSTOM:
-        return Classes.imagenet(space)
-    known = dict(imagenet_classes())
-    values = index.classes or [str(label) for label in range(int(labels.max()) + 1)]
-    return Classes(
-        {value: label for label, value in enumerate(values)},
-        names={label: known.get(value, value) for label, value in enumerate(values)},
-        label_space=space,
-        id_base=space.first_id,
-        where="the index of shards",
-    )
+    return name_classes(index.classes, space, int(labels.max()) + 1)
 
 
 def _match_labels(

@@ -15,8 +15,13 @@ from typing_extensions import override
 from concurrent_dataloader.datasets._items import DEFAULT_FIELDS, Fields, ItemMaker
 from concurrent_dataloader.datasets._shard_list import find_shards
 from concurrent_dataloader.datasets._shard_reader import RawSample, ReadSettings, ShardReader
-from concurrent_dataloader.datasets._split import ShardTable, Uneven, rank_span
+from concurrent_dataloader.datasets._split import Uneven, rank_span
 from concurrent_dataloader.datasets._stream_bookmark import Bookmark
+from concurrent_dataloader.datasets._stream_choices import (
+    choose_labels,
+    choose_length,
+    find_label_base,
+)
 from concurrent_dataloader.datasets._stream_place import EpochCounter, Place
 from concurrent_dataloader.datasets._stream_plan import StreamPlan
 from concurrent_dataloader.datasets.contract import Loss, ReaderState
@@ -56,7 +61,9 @@ class StreamedShards(IterableDataset[Any]):
     number of its batches, if there is one worker at most or ``batch_size`` is told, with and
     without ``drop_last``; only the last batch may be smaller. Where ``on_error="skip"`` passes over
     samples, there may be fewer, and the last batch of each worker may be smaller. Where the number
-    is not known (no index and no ``length``, or samples may be skipped), ``len`` raises TypeError.
+    is not known, ``len`` raises TypeError: where samples may be skipped, or there is no index, and
+    neither ``metadata.json`` nor ``length`` says it, or there are several ranks. Without an index,
+    each of several workers may end in a smaller batch, of which ``len(loader)`` does not know.
 
     **Resuming.** `state_dict` and `load_state_dict`, as the `DataLoader` of this package and
     ``torchdata``'s ``StatefulDataLoader`` call them in workers. Bytes of samples that were
@@ -138,13 +145,18 @@ class StreamedShards(IterableDataset[Any]):
                 this package tells it by itself.
             uneven: Where ranks cannot have equally many samples: "drop" leaves out less than one a
                 rank (others each epoch), "pad" repeats less than one a rank, "exact" lets ranks
-                differ by one sample. None: "drop" if shuffled, "exact" if not.
+                differ by one sample, so that one may have a batch more: train under torch's
+                ``Join``, which `DistributedDataParallel` takes part in. None: "drop" if shuffled,
+                "exact" if not.
             rank: This process among ``world_size``; None: as ``torch.distributed`` says if it is
                 initialised, else the only one.
             world_size: Give both or none.
             index: "auto": ``<begin of the names>-index.npz`` beside the shards, if it is there;
-                an index, its path or URL; None: none.
-            length: Samples of all shards, checked against what is there.
+                an index, its path or URL; None: none. With "auto" ``metadata.json`` beside the
+                shards, if it is there, must agree with the index and the shards; where there is no
+                index it gives the length, and the size of pixels without a header.
+            length: Samples of all shards, checked against what is there; so is what
+                ``metadata.json`` says, when a single reader has come to the end.
             reading: How much is read ahead.
             allow_pipe: Whether ``pipe:`` may run commands in a shell.
             store: Where the shards lie, instead of ``store_options``; shards are then keys in it.
@@ -153,7 +165,8 @@ class StreamedShards(IterableDataset[Any]):
         Raises:
             ValueError: An argument cannot be used.
             KeyNotFoundError: A shard is not there.
-            IndexFormatError: The index is none, or not that of these shards.
+            IndexFormatError: The index is none, or not that of these shards; or ``metadata.json``
+                is damaged, or speaks of others.
         """
         super().__init__()
         if missing not in ("error", "skip"):
@@ -162,18 +175,18 @@ class StreamedShards(IterableDataset[Any]):
             raise ValueError(f"uneven: got {uneven!r}, expected 'drop', 'pad' or 'exact'")
         _check_count("shuffle_buffer", shuffle_buffer, 1)
         self._place = Place(_check_rank(rank, world_size))
-        self._shards, self._table, index_labels = find_shards(
+        found = find_shards(
             shards, store, store_options, split=split, index=index, allow_pipe=allow_pipe
         )
-        if length is not None:
-            _check_count("length", length, 0)
-            if self._table is not None and self._table.num_samples != length:
-                raise ValueError(
-                    f"length: got {length}, expected {self._table.num_samples}, as the index says"
-                )
-        self._labels = _choose_labels(labels, index_labels, label_base, self._table)
+        self._shards, self._table = found.shards, found.table
+        self.classes = found.classes
+        """Of the index, else of ``metadata.json``; None where neither says what labels are."""
+        self._length = choose_length(length, found)
+        self._labels = choose_labels(labels, found.labels, label_base, self._table)
         if label_base is None:
-            label_base = int(self._shards.is_records(0))
+            label_base = find_label_base(found)
+        if raw_size is None and found.facts is not None:
+            raw_size = found.facts.image_size
         self._items = ItemMaker(
             fields,
             decode=decode,
@@ -184,7 +197,6 @@ class StreamedShards(IterableDataset[Any]):
             target_transform=target_transform,
         )
         self._skips = missing == "skip"
-        self._length = length
         self._reading = reading or ReadSettings()
         self._plan = StreamPlan(
             shards=self._shards,
@@ -225,7 +237,29 @@ class StreamedShards(IterableDataset[Any]):
                 f"len: {self._plan.where()}: no index, expected one to know the length; write it "
                 "with `concurrent-dataloader index`, or give length to a single rank"
             )
-        return self._length
+        return self._length.num_samples
+
+    @property
+    def num_samples(self) -> int | None:
+        """Samples of all ranks, before some are left out or repeated; None where nobody says."""
+        if self._table is not None:
+            return self._table.num_samples
+        return None if self._length is None else self._length.num_samples
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of all ranks."""
+        return len(self._shards)
+
+    @property
+    def has_index(self) -> bool:
+        """Whether samples are parted among readers, by an index, and not whole shards."""
+        return self._table is not None
+
+    @property
+    def uneven(self) -> Uneven:
+        """What is done where ranks cannot have equally many samples."""
+        return self._plan.uneven
 
     @property
     def num_skipped(self) -> int:
@@ -330,11 +364,12 @@ class StreamedShards(IterableDataset[Any]):
         """Compare what a single reader has read with what it was told."""
         reader = self._place.find_reader()
         is_alone = reader.world_size == 1 and reader.num_workers == 1
-        if self._length is None or not is_alone or self._length == shard_reader.num_delivered:
+        length = self._length
+        if length is None or not is_alone or length.num_samples == shard_reader.num_delivered:
             return
         raise ShardFormatError(
             f"{self._plan.where()}: got {shard_reader.num_delivered} samples in "
-            f"{len(self._shards)} shards, expected {self._length}, as length said"
+            f"{len(self._shards)} shards, expected {length.num_samples}, as {length.source} said"
         )
 
     def _count_skipped(self) -> None:
@@ -384,26 +419,6 @@ class StreamedShards(IterableDataset[Any]):
         """Take over all, and share what workers share."""
         self.__dict__.update(state)
         self._skipped.share_memory_()
-
-
-def _choose_labels(
-    labels: NDArray[np.integer[Any]] | None,
-    index_labels: NDArray[np.int32] | None,
-    label_base: int | None,
-    table: ShardTable | None,
-) -> NDArray[np.integer[Any]] | None:
-    """Choose the labels to deliver; None: those of the field ``cls``."""
-    if labels is None:
-        return index_labels if label_base is None else None
-    if label_base is not None:
-        raise ValueError("labels: got them together with label_base, expected one of the two")
-    expected = 0 if table is None else table.num_indexed
-    if table is None or labels.shape != (expected,):
-        raise ValueError(
-            f"labels: got an array of shape {labels.shape}, expected ({expected},), one for each "
-            "sample of the index"
-        )
-    return labels
 
 
 def _check_count(name: str, value: int, least: int) -> None:
