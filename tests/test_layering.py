@@ -16,7 +16,7 @@ LAYERS = [
     {"files", "packed", "shard_names"},
     {"stores", "formats", "index", "labels"},
     {"shard_index", "devkit"},
-    {"labelling"},
+    {"labelling", "distribution"},
     {"datasets"},
     {"dataloader_mod", "prepare"},
     {"imagenet_loader"},

@@ -4,6 +4,7 @@ from concurrent_dataloader.datasets.array_windows import WindowDataset, open_win
 from concurrent_dataloader.datasets.contract import StagedDataset
 from concurrent_dataloader.datasets.detection import open_dataset
 from concurrent_dataloader.datasets.indexed import IndexedDataset
+from concurrent_dataloader.datasets.instances import InstanceShards, shards_of_instance
 from concurrent_dataloader.datasets.labelled import SampleMetadata
 from concurrent_dataloader.datasets.lmdb import LmdbDataset, SequentialLmdb
 from concurrent_dataloader.datasets.memory_cache import MemoryCachedDataset
@@ -20,6 +21,7 @@ from concurrent_dataloader.datasets.windows import SlidingWindow
 
 __all__ = [
     "IndexedDataset",
+    "InstanceShards",
     "LmdbDataset",
     "MemoryCachedDataset",
     "Rebatch",
@@ -36,4 +38,5 @@ __all__ = [
     "open_dataset",
     "open_shards",
     "open_windows",
+    "shards_of_instance",
 ]

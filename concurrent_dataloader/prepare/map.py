@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from typing_extensions import Buffer
 
+from concurrent_dataloader.distribution import describe_shards
 from concurrent_dataloader.errors import LoaderError, ShardFormatError
 from concurrent_dataloader.formats.fields import LABEL_FIELD, find_field
 from concurrent_dataloader.formats.tar import (
@@ -30,7 +31,6 @@ from concurrent_dataloader.formats.tar import (
     check_name,
     read_samples,
 )
-from concurrent_dataloader.prepare.distribute import describe_shards
 from concurrent_dataloader.prepare.extents import read_extents
 from concurrent_dataloader.prepare.metadata import ShardMetadata, SplitMetadata
 from concurrent_dataloader.prepare.nesting import refuse_target_in_source
