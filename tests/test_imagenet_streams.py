@@ -17,6 +17,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 import imagenet
 from concurrent_dataloader.datasets import StreamedShards
 from concurrent_dataloader.prepare.__main__ import main as pack
+from concurrent_dataloader.testing import ObjectServer
 from tests import test_imagenet
 from tests.test_imagenet import (
     NUM_TRAIN,
@@ -147,6 +148,40 @@ def test_shards_in_a_folder_of_their_split_are_found(bare: Path, tmp_path: Path)
 
     for split, count in (("train", 3 * NUM_TRAIN), ("val", 3 * NUM_VAL)):
         assert len(list(imagenet.open_split(args, split))) == count
+
+
+@pytest.mark.slow
+def test_shards_of_a_bucket_without_an_index_are_streamed_through_the_cache(
+    bare: Path,
+    train: Callable[..., Path],
+    object_server: ObjectServer,
+    tmp_path: Path,
+) -> None:
+    object_server.put_folder("sets", bare, prefix="p/")
+    keys = {"access_key": object_server.access_key, "secret": object_server.secret_key}
+    (tmp_path / "keys.json").write_text(json.dumps(keys))
+    reach = ["--endpoint-url", object_server.endpoint_url]
+    reach += ["--s3-credential-file", str(tmp_path / "keys.json")]
+    flags = ["--stream", "--epochs", "1"]
+
+    local = train("local", *flags, data=bare)
+    remote = train("remote", *flags, *reach, data="s3://sets/p")
+    cached = ["--cache-dir", str(tmp_path / "cache"), "--cache-limit", "0.1"]
+    for loader in ("ours", "torch"):
+        object_server.reset_counters()
+        again = train(loader, *flags, *reach, *cached, "--loader", loader, data="s3://sets/p")
+        assert losses_of(again) == losses_of(remote) == losses_of(local)
+    gets = object_server.counters(by_key=True).num_gets_by_key
+    assert not [key for key in gets if key.endswith(".tar")]
+
+
+def test_validation_alone_streams_shards_without_an_index(
+    bare: Path, train: Callable[..., Path]
+) -> None:
+    output = train("run", "--stream", "--evaluate", "-j", "0", data=bare)
+
+    (tested,) = read_log(output, "evaluate")
+    assert tested["num_images"] == 3 * NUM_VAL
 
 
 @pytest.mark.slow
