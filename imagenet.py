@@ -132,9 +132,13 @@ def add_own_arguments(add: Callable[..., Any]) -> None:
     """Add those of this trainer: where the images are, how they are loaded, and the recipe."""
     add("--dataset", choices=DATASETS, default="auto", help="what lies there; auto: found out")
     add("--stream", action="store_true", help="read training shards front to back")
-    add("--instances", action="store_true", help="each node has shards and a part of its own")
+    add(
+        "--instances",
+        action="store_true",
+        help="each node: shards, and a part of the rest, of its own",
+    )
     add("--percentage", type=percentage, default=100.0, help="how much of each shard to stream")
-    add("--epoch-images", type=at_least(1), help="how many there are, where no index says it")
+    add("--epoch-images", type=at_least(1), help="of training, where no index says how many")
     add("--dataset-limit", type=at_least(1), help="images of each split, drawn from all of it")
     add("--index-file", type=Path, help="JSON index of the training images; listed when absent")
     add("--val-index-file", type=Path)

@@ -53,7 +53,7 @@ class InstanceShards:
     index: ShardIndex
     """Of just these samples."""
 
-    positions: NDArray[np.int64]
+    positions: NDArray[np.int64] = dataclasses.field(repr=False)
     """Of each sample of ``index`` in the index of the whole set, (N,)."""
 
     @property
@@ -85,8 +85,14 @@ def shards_of_instance(
 
     ```python
     mine = shards_of_instance("s3://photos/shards", instance=2, num_instances=4)
-    stream = StreamedShards(mine.names, store=mine.store, index=mine.index, shuffle=True)
+    stream = StreamedShards(
+        mine.names, store=mine.store, index=mine.index, rank=local_rank, world_size=num_local
+    )
     ```
+
+    The rank is that among the processes of the instance, which ``torch.distributed`` does not know:
+    of all processes each would read a part of what is the instance's. Instances may differ by some
+    samples; ``uneven="exact"`` with torch's ``Join`` trains on all of them.
 
     Args:
         shards: Folder of the shards, or ``s3://bucket/prefix``, with an index; or the whole of them
