@@ -16,6 +16,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 import imagenet
 from concurrent_dataloader.datasets import StreamedShards
+from concurrent_dataloader.errors import ShardFormatError
 from concurrent_dataloader.prepare.__main__ import main as pack
 from concurrent_dataloader.testing import ObjectServer
 from tests import test_imagenet
@@ -345,3 +346,16 @@ def test_processes_without_a_shard_are_refused_before_training(bare: Path) -> No
     imagenet.make_loader(args, dataset, place, is_train=True)
     with pytest.raises(ValueError, match="--stream: got 2 shards without an index for 3 proc"):
         imagenet.make_loader(args, val, place, is_train=False)
+
+
+def test_parts_of_shards_that_were_packed_anew_are_refused(
+    shards: Path, image_folder: Path
+) -> None:
+    assert pack(["distribute", str(shards), "-n", "2"]) == 0
+    flags = ["--splits", "train,val", "--maxcount", "9", "--overwrite"]
+    assert pack(["shard", str(image_folder), str(shards), *flags]) == 0
+    args, dataset = open_images(shards, "--instances")
+
+    with pytest.raises(ShardFormatError, match=r"out of date, .*concurrent-dataloader distribute"):
+        imagenet.make_loader(args, dataset, place_of(0, 2, 0, 1), is_train=True)
+    imagenet.make_loader(args, dataset, place_of(0, 4, 0, 1), is_train=True)

@@ -162,7 +162,10 @@ def _find_index(
         if not place.shards and any(find_kind(name) for name in names):
             root, split = inner, folder
             place = Place(tuple(names), (), None)
-    raise _missing_index(root, place, split, settings)
+    error = _missing_index(root, place, split, settings)
+    if isinstance(error, MissingIndexError) and names_shards(text):
+        error.location = text  # those that were named, and no others
+    raise error
 
 
 def _names_below(root: str, prefix: str, store: Store) -> list[str]:
