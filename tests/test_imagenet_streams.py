@@ -359,3 +359,34 @@ def test_parts_of_shards_that_were_packed_anew_are_refused(
     with pytest.raises(ShardFormatError, match=r"out of date, .*concurrent-dataloader distribute"):
         imagenet.make_loader(args, dataset, place_of(0, 2, 0, 1), is_train=True)
     imagenet.make_loader(args, dataset, place_of(0, 4, 0, 1), is_train=True)
+
+
+@pytest.mark.parametrize("is_counted", [True, False])
+def test_an_epoch_without_an_index_goes_on_in_the_middle(bare: Path, is_counted: bool) -> None:
+    if not is_counted:
+        (bare / "metadata.json").unlink()
+    place = place_of(0, 1, 0, 1)
+
+    def make() -> tuple[imagenet.Args, Any]:
+        args, dataset = open_images(bare)
+        return args, imagenet.make_loader(args, dataset, place, is_train=True)
+
+    def read(loader: Any, num_batches: int | None = None) -> list[int]:
+        imagenet.set_epoch(loader, 1)
+        batches = itertools.islice(loader, num_batches)
+        return [label for _, labels in batches for label in labels.tolist()]
+
+    whole = read(make()[1])
+    _, loader = make()
+    taken = read(loader, 4)
+    num_steps = imagenet.count_steps(loader, place)
+    middle = {"step": 4, "num_steps": num_steps, "loaders": [loader.state_dict()]}
+    loader.close()
+
+    args, resumed = make()
+    num_done, _ = imagenet.go_on_in_epoch(args, place, resumed, middle)
+
+    assert num_done == 4
+    assert num_steps == (9 if is_counted else None)
+    assert taken + read(resumed) == whole
+    assert len(whole) == 3 * NUM_TRAIN

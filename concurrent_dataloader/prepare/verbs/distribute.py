@@ -20,6 +20,8 @@ DESCRIPTION = (
     "Cut the shards that N instances cannot share evenly into N equal parts, below"
     " distributed/N-instances/ beside them, so that no sample is skipped. The shards stay as they"
     " are. Parts that are there and belong to the shards are left alone, others are made anew."
+    " `imagenet.py --stream --instances` and concurrent_dataloader.datasets.shards_of_instance read"
+    " them."
 )
 
 CALLED_IN_MESSAGES = {"num_instances": "instances"}
