@@ -43,6 +43,9 @@ class SplitFacts(NamedTuple):
     image_size: tuple[int, int] | None
     """Height and width of pixels without a header."""
 
+    baked_steps: tuple[str, ...]
+    """What was done to the images before they were packed, such as ``Resize(256)``."""
+
     label_base: int | None
     """What records call the first class."""
 
@@ -98,11 +101,14 @@ def _find_split(splits: Mapping[str, Any], names: Sequence[str]) -> str | None:
 def _read_split(
     content: Mapping[str, Any], said: Mapping[str, Any], split: str, where: str
 ) -> SplitFacts | None:
-    length = said.get("num_samples", content.get(f"{_OLD_NAMES.get(split, split)}_length"))
+    old_name = _OLD_NAMES.get(split, split)
+    length = said.get("num_samples", content.get(f"{old_name}_length"))
     if not said and not isinstance(length, int):
         return None
     listed: Sequence[Mapping[str, Any]] | None = said.get("shards")
     size, classes = said.get("image_size"), said.get("classes")
+    old_steps = content.get("transform_pipeline", ())
+    old_steps = content.get(f"{old_name}_transform_pipeline", old_steps)
     return SplitFacts(
         where,
         split,
@@ -114,6 +120,7 @@ def _read_split(
             for shard in listed
         },
         None if size is None else (int(size[0]), int(size[1])),
+        tuple(map(str, said.get("transforms", old_steps))),
         said.get("label_base"),
         None if classes is None else tuple(classes),
         LabelSpace(said.get("label_space") or LabelSpace.CUSTOM.value),

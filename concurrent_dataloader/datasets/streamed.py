@@ -181,6 +181,8 @@ class StreamedShards(IterableDataset[Any]):
         self._shards, self._table = found.shards, found.table
         self.classes = found.classes
         """Of the index, else of ``metadata.json``; None where neither says what labels are."""
+        self.baked_steps = () if found.facts is None else found.facts.baked_steps
+        """What was done to images before they were packed, as ``metadata.json`` says."""
         self._length = choose_length(length, found)
         self._labels = choose_labels(labels, found.labels, label_base, self._table)
         if label_base is None:

@@ -270,3 +270,16 @@ def test_classes_are_those_of_the_index_where_there_is_one(folder: Path) -> None
     assert classes is not None
     assert classes.count == TOTAL
     assert stream(folder, index=None).classes is None
+
+
+def test_what_was_done_to_the_images_is_told(folder: Path) -> None:
+    steps = ("Resize(256)", "CenterCrop(224)")
+    write_metadata(folder, train=describe(folder, COUNTS, transforms=steps))
+    assert stream(folder).baked_steps == steps
+
+    older = {"train_length": TOTAL, "train_transform_pipeline": list(steps)}
+    (folder / "metadata.json").write_text(json.dumps(older))
+    assert stream(folder).baked_steps == steps
+    (folder / "train-index.npz").unlink()
+    assert stream(folder).baked_steps == steps
+    assert stream(folder, index=None).baked_steps == ()
