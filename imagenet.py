@@ -3,6 +3,7 @@
     python imagenet.py /data/imagenet                       # train/ and val/, with class folders
     python imagenet.py s3://imagenet --endpoint-url http://127.0.0.1:9000
     python imagenet.py /data/imagenet-shards --stream       # tar shards, each read front to back
+    torchrun --nnodes 4 ... imagenet.py s3://shards --stream --instances  # each node has its own
     torchrun --nproc-per-node 8 imagenet.py s3://imagenet --amp bf16 --channels-last
 
 The flags of PyTorch's ImageNet example keep their names, meanings and defaults. ``--loader torch``
@@ -24,6 +25,7 @@ import random
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -36,6 +38,7 @@ from PIL import Image
 from rich import progress
 from rich.console import Console
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
 from torch.multiprocessing.spawn import ProcessExitedException, spawn
 from torchvision.transforms import v2
 
@@ -48,10 +51,11 @@ from concurrent_dataloader import (
     StreamedShards,
     open_store,
 )
-from concurrent_dataloader.datasets import MemoryCachedDataset
-from concurrent_dataloader.errors import LoaderError
+from concurrent_dataloader.datasets import MemoryCachedDataset, shards_of_instance, skip_baked
+from concurrent_dataloader.errors import LoaderError, MissingIndexError
 from concurrent_dataloader.labels import LabelSpace
 from concurrent_dataloader.prepare.copy import copy_to_folder
+from concurrent_dataloader.stores import DiskCache
 
 NOISE_BYTES = 224 * 224 * 3
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -92,6 +96,14 @@ def ratio(text: str) -> float:
     return number
 
 
+def percentage(text: str) -> float:
+    """Read a share in percent, of which something is left."""
+    number = at_least_zero(text)
+    if not 0 < number <= 100:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected more than 0, and at most 100")
+    return number
+
+
 def add_example_arguments(add: Callable[..., Any]) -> None:
     """Add the arguments of PyTorch's ImageNet example."""
     add("data", nargs="?", help="a folder, s3://bucket[/prefix], or a bucket (default: imagenet)")
@@ -122,7 +134,14 @@ def add_example_arguments(add: Callable[..., Any]) -> None:
 def add_own_arguments(add: Callable[..., Any]) -> None:
     """Add those of this trainer: where the images are, how they are loaded, and the recipe."""
     add("--dataset", choices=DATASETS, default="auto", help="what lies there; auto: found out")
-    add("--stream", action="store_true", help="read training shards, which have an index, in turn")
+    add("--stream", action="store_true", help="read training shards front to back")
+    add(
+        "--instances",
+        action="store_true",
+        help="each node: shards, and a part of the rest, of its own",
+    )
+    add("--percentage", type=percentage, default=100.0, help="how much of each shard to stream")
+    add("--epoch-images", type=at_least(1), help="of training, where no index says how many")
     add("--dataset-limit", type=at_least(1), help="images of each split, drawn from all of it")
     add("--index-file", type=Path, help="JSON index of the training images; listed when absent")
     add("--val-index-file", type=Path)
@@ -207,6 +226,13 @@ def check_ways_to_read(parser: argparse.ArgumentParser, args: Args) -> None:
         parser.error(f"argument --stream: got --dataset {args.dataset}, expected shards")
     if args.stream and args.dataset_limit is not None:
         parser.error("argument --stream: reads all shards, expected no --dataset-limit with it")
+    for name, is_given in (
+        ("--instances", args.instances),
+        ("--percentage", args.percentage < 100),
+        ("--epoch-images", args.epoch_images is not None),
+    ):
+        if is_given and not args.stream:
+            parser.error(f"argument {name}: is for streams of shards, expected --stream with it")
     if args.memory_cache and (args.stream or args.dummy):
         parser.error("argument --memory-cache: keeps single samples, expected no --stream, --dummy")
     beside_copy = (args.dummy, args.index_file, args.val_index_file, args.cache_dir)
@@ -260,6 +286,9 @@ class Place(NamedTuple):
     world_size: int
     num_local: int
     device: torch.device
+    local_rank: int = 0
+    node: int = 0
+    num_nodes: int = 1
 
 
 @contextlib.contextmanager
@@ -269,10 +298,12 @@ def join_processes(local_rank: int, args: Args) -> Generator[Place]:
     if by_torchrun:
         words = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK")
         rank, world_size, num_local, local_rank = (int(os.environ[word]) for word in words)
+        node = int(os.environ.get("GROUP_RANK", rank // num_local))
+        num_nodes = int(os.environ.get("GROUP_WORLD_SIZE", world_size // num_local))
     else:
         num_local = max(args.num_gpus, 1) if args.multiprocessing_distributed else 1
-        rank = max(args.rank, 0) * num_local + local_rank
-        world_size = max(args.world_size, 1) * num_local
+        node, num_nodes = max(args.rank, 0), max(args.world_size, 1)
+        rank, world_size = node * num_local + local_rank, num_nodes * num_local
     device = torch.device("cpu")
     if args.num_gpus:
         device = torch.device("cuda", local_rank if args.gpu is None else args.gpu)
@@ -282,7 +313,7 @@ def join_processes(local_rank: int, args: Args) -> Generator[Place]:
         url = "env://" if by_torchrun else args.dist_url
         dist.init_process_group(backend, url, world_size=world_size, rank=rank)
     try:
-        yield Place(rank, world_size, num_local, device)
+        yield Place(rank, world_size, num_local, device, local_rank, node, num_nodes)
         if world_size > 1:
             # gloo's threads must have let go of the last tensors when they are joined, which is
             # done under the interpreter's lock; torch 2.6 hung here once in four runs.
@@ -383,24 +414,34 @@ def open_split(args: Args, split: str, classes: Any = None) -> Any:
     classes_file = args.classes_file if train else args.val_classes_file
     if classes_file is None and classes is None:
         classes_file = args.classes_file
-    dataset = get_dataset(
-        args.dataset,
-        split,  # pyright: ignore[reportArgumentType]: one of the two above
-        limit=args.dataset_limit,
-        sample_seed=0,  # the head of an index that is sorted by class holds few classes
-        use_cache=args.use_cache or bool(args.cache_dir) or args.cache_limit is not None,
-        cache_endpoint_url=args.cache_endpoint_url if args.use_cache else None,
-        cache_dir=args.cache_dir,
-        cache_limit_bytes=None if args.cache_limit is None else int(args.cache_limit * 1e9),
-        index_file=args.index_file if train else args.val_index_file,
-        classes_file=classes_file,
-        classes=classes if classes_file is None else None,
-        s3_credential_file=args.s3_credential_file,
-        endpoint_url=args.endpoint_url,
-        transform=transform,
-        decode=args.decoder,
-        **where,
-    )
+    try:
+        dataset = get_dataset(
+            args.dataset,
+            split,  # pyright: ignore[reportArgumentType]: one of the two above
+            limit=args.dataset_limit,
+            sample_seed=0,  # the head of an index that is sorted by class holds few classes
+            use_cache=args.use_cache or bool(args.cache_dir) or args.cache_limit is not None,
+            cache_endpoint_url=args.cache_endpoint_url if args.use_cache else None,
+            cache_dir=args.cache_dir,
+            cache_limit_bytes=None if args.cache_limit is None else int(args.cache_limit * 1e9),
+            index_file=args.index_file if train else args.val_index_file,
+            classes_file=classes_file,
+            classes=classes if classes_file is None else None,
+            s3_credential_file=args.s3_credential_file,
+            endpoint_url=args.endpoint_url,
+            transform=transform,
+            decode=args.decoder,
+            **where,
+        )
+    except MissingIndexError as error:
+        if not args.stream:
+            raise MissingIndexError(f"{error}; or give --stream, which needs none") from error
+        if classes_file is not None:
+            raise ValueError(
+                f"--classes-file: {classes_file}: labels are those in the shards where they have no"
+                " index, expected --classes instead, or an index"
+            ) from error
+        return open_bare_stream(args, split, transform, error.location)
     if dataset.classes is not None and dataset.classes.label_space is not LabelSpace.CUSTOM:
         dataset.convert_labels(LabelSpace.SORTED_WNID)  # as torchvision's weights count
     return dataset
@@ -414,33 +455,117 @@ def tell_baked(place: Place, **splits: Any) -> None:
             print(f"{split}: without {', '.join(steps)}, which is baked into the shards")
 
 
+def open_bare_stream(args: Args, split: str, transform: Any, location: str) -> StreamedShards:
+    """Stream the shards of a split that have no index: each reader takes whole ones."""
+    cache = None
+    if args.cache_dir is not None:
+        limit = {} if args.cache_limit is None else {"limit_bytes": int(args.cache_limit * 1e9)}
+        cache = DiskCache(args.cache_dir, **limit)
+    is_train, is_own_folder = split == "train", location.rstrip("/").endswith(f"/{split}")
+    stream = StreamedShards(
+        location,
+        split=None if is_own_folder else split,  # pyright: ignore[reportArgumentType]: one of two
+        transform=transform,
+        decode=args.decoder,
+        shuffle=is_train,
+        seed=args.seed,
+        uneven="exact",
+        length=args.epoch_images if is_train else None,
+        endpoint_url=(args.use_cache and args.cache_endpoint_url) or args.endpoint_url,
+        credentials=args.s3_credential_file,
+        cache=cache,
+    )
+    space = LabelSpace.CUSTOM if stream.classes is None else stream.classes.label_space
+    if space is LabelSpace.ILSVRC2012_ID or space is LabelSpace.ILSVRC2012_VALIDATION:
+        raise ValueError(
+            f"--stream: {location}: the classes count as {space.value}, and are converted by an "
+            "index only; write one with `concurrent-dataloader index`"
+        )
+    stream.set_transform(skip_baked(transform, stream.baked_steps))
+    return stream
+
+
+def fit_bare_stream(stream: StreamedShards, place: Place, batch_size: int) -> StreamedShards:
+    """Tell a stream its batches; refuse processes without a shard before anything is trained."""
+    if stream.num_shards < place.world_size:
+        raise ValueError(
+            f"--stream: got {stream.num_shards} shards without an index for {place.world_size} "
+            f"processes in {stream}, expected one for each; write an index with "
+            "`concurrent-dataloader index`"
+        )
+    stream.set_batch_size(batch_size)
+    return stream
+
+
 def open_stream(args: Args, shards: Any, place: Place, batch_size: int) -> Any:
     """Make a stream of the shards that were opened for random access: the same, front to back."""
+    is_parted = args.instances or args.percentage < 100
+    if isinstance(shards, StreamedShards):
+        if is_parted:
+            raise ValueError(
+                "--instances, --percentage: the shards have no index, which tells their samples; "
+                "write one with `concurrent-dataloader index`"
+            )
+        return fit_bare_stream(shards, place, batch_size)
     if not isinstance(shards, ShardDataset):
         raise ValueError(f"--stream: {args.data} holds no shards; leave it out, or write some")
-    names = [shard.name for shard in shards.shard_index.shards]
+    index, labels = shards.shard_index, shards.labels  # as they were converted
+    rank, world_size = place.rank, place.world_size
+    if is_parted:
+        node, num_nodes = (place.node, place.num_nodes) if args.instances else (0, 1)
+        with warnings.catch_warnings():
+            if place.rank > 0:
+                warnings.simplefilter("ignore")  # the first process says it for all
+            own = shards_of_instance(shards, node, num_nodes, percentage=args.percentage)
+        index, labels = own.index, None if labels is None else labels[own.positions]
+        if args.instances:
+            rank, world_size = place.local_rank, place.num_local
     return StreamedShards(
-        names,
+        [shard.name for shard in index.shards],
         store=shards.store,
-        index=shards.shard_index,
+        index=index,
         shuffle=True,
         seed=args.seed,
         batch_size=batch_size,
-        labels=shards.labels,  # as they were converted
+        labels=labels,
         transform=shards.transform,
         decode=args.decoder,
-        rank=place.rank,
-        world_size=place.world_size,
+        # Nodes have different numbers of images: each is trained on, which `Join` allows.
+        uneven="exact" if args.instances else None,
+        rank=rank,
+        world_size=world_size,
     )
 
 
-def make_loader(args: Args, dataset: Any, place: Place, *, is_train: bool) -> Loader:
-    """Make the loader of this process's share of a split: ours or torch's."""
+def is_uneven(loader: Loader, place: Place) -> bool:
+    """Tell whether processes may have different numbers of batches to train on."""
+    dataset = loader.dataset
+    is_exact = isinstance(dataset, StreamedShards) and dataset.uneven == "exact"
+    return is_exact and place.world_size > 1
+
+
+def count_steps(loader: Any, place: Place) -> int | None:
+    """Count the batches of an epoch in this process.
+
+    Of shards without an index it is about that many, and None where nobody counted the images.
+    """
+    dataset = loader.dataset
+    if not isinstance(dataset, StreamedShards) or dataset.has_index:
+        return len(loader)
+    if dataset.num_samples is None:
+        return None
+    return math.ceil(dataset.num_samples / (place.world_size * loader.batch_size))
+
+
+def take_share(
+    args: Args, dataset: Any, place: Place, batch_size: int, *, is_train: bool
+) -> tuple[Any, Any]:
+    """Give what this process reads of a split, and the sampler of its positions, if any."""
     sampler: Any = None
-    batch_size = max(1, args.batch_size // place.num_local)
-    is_stream = is_train and args.stream
-    if is_stream:
+    if is_train and args.stream:
         dataset = open_stream(args, dataset, place, batch_size)
+    elif isinstance(dataset, StreamedShards):  # the other split, without an index
+        dataset = fit_bare_stream(dataset, place, batch_size)
     elif not is_train:
         # Not a DistributedSampler, which counts images twice to make all shares equal.
         sampler = range(place.rank, len(dataset), place.world_size)
@@ -455,6 +580,13 @@ def make_loader(args: Args, dataset: Any, place: Place, *, is_train: bool) -> Lo
         # The order of a DistributedSampler; an epoch may go on over other processes.
         ranks = (place.world_size, place.rank)
         sampler = ElasticDistributedSampler(dataset, *ranks, seed=args.seed)
+    return dataset, sampler
+
+
+def make_loader(args: Args, dataset: Any, place: Place, *, is_train: bool) -> Loader:
+    """Make the loader of this process's share of a split: ours or torch's."""
+    batch_size = max(1, args.batch_size // place.num_local)
+    dataset, sampler = take_share(args, dataset, place, batch_size, is_train=is_train)
     settings: dict[str, Any] = {
         "batch_size": batch_size,
         "num_workers": math.ceil(args.workers / place.num_local),
@@ -471,7 +603,13 @@ def make_loader(args: Args, dataset: Any, place: Place, *, is_train: bool) -> Lo
     if is_train and place.world_size > 1 and args.on_error == "skip":
         # A process whose batch is left out would leave the others waiting for its gradients.
         raise ValueError("--on-error: got skip for several processes, expected raise or replace")
-    return DataLoader(dataset, quarantine_file=args.quarantine, **settings)
+    loader = DataLoader(dataset, quarantine_file=args.quarantine, **settings)
+    if is_train and args.checkpoint_steps and is_uneven(loader, place):
+        raise ValueError(
+            "--checkpoint-steps: processes that have different numbers of batches are not at the "
+            "same step when the first one ends, expected an index, and no --instances"
+        )
+    return loader
 
 
 def set_epoch(loader: Any, epoch: int) -> None:
@@ -599,23 +737,25 @@ def run_split(
     title: str,
     loader: Loader,
     step: Callable[[int, Batch], tuple[Tensor, Tensor]],
-    num_steps_after: int = 0,
+    num_epochs_after: int = 0,
     first_step: int = 0,
     first_sums: Tensor = NO_SUMS,
     after_step: Callable[[int, Tensor], None] = lambda i, sums: None,
+    joined: contextlib.AbstractContextManager[Any] | None = None,
 ) -> Result:
     """Take each batch of a split through ``step``, which gives loss and logits; say how it goes.
 
-    ``after_step`` is told the sums so far, which ``first_sums`` takes when an epoch goes on.
+    ``after_step`` is told the sums so far, which ``first_sums`` takes when an epoch goes on;
+    ``joined`` is entered while batches are taken, and no longer.
     """
-    place, num_steps = job.place, len(loader)
+    place, num_steps = job.place, count_steps(loader, job.place)
     sums, (wait_s, time_before_s, num_before) = first_sums[:4], first_sums[4:].tolist()
     began_s = time.perf_counter() - time_before_s
     columns = ("{task.description}", progress.BarColumn(), "{task.completed} {task.fields[text]}")
     is_silent = place.rank > 0 or not Console().is_terminal
     # No thread to refresh it: workers are forked while it is drawn.
     bars = progress.Progress(*columns, disable=is_silent, auto_refresh=False)
-    with contextlib.nullcontext() if is_silent else bars:
+    with contextlib.nullcontext() if is_silent else bars, joined or contextlib.nullcontext():
         bar = bars.add_task(title, total=num_steps, completed=first_step, text="")
         for i, batch in enumerate(iter_batches(loader, job.args, place), first_step):
             # Reading the sums waits for the device: the time outside is a wait for data only.
@@ -625,19 +765,23 @@ def run_split(
             loss, acc1, acc5 = (sums[:3] / sums[3]).tolist()
             images_per_s = place.world_size * sums[3].item() / time_s
             num_done = i + 1 - first_step + num_before
-            left_s = (num_steps - 1 - i + num_steps_after) * time_s / num_done
+            left = "?"
+            if num_steps is not None:
+                num_left = max(0, num_steps - 1 - i) + num_steps * num_epochs_after
+                left = format_time(num_left * time_s / num_done)
             text = (
                 f"Time {time_s / num_done:.3f} Data {wait_s / num_done:.3f} Loss {loss:.4f} "
                 f"Acc@1 {100 * acc1:.2f} Acc@5 {100 * acc5:.2f} {images_per_s:.0f} images/s "
-                f"ETA {format_time(left_s)}"
+                f"ETA {left}"
             )
-            is_told = i % job.args.print_freq == 0 or i == num_steps - 1
+            is_told = i % job.args.print_freq == 0 or i + 1 == num_steps
             bars.update(bar, advance=1, text=text, refresh=is_told)
             if place.rank == 0 and is_told:
                 record = {"split": title, "step": i, "loss": (batch_sums[0] / batch_sums[3]).item()}
                 write_record(job, "step", **record, time_s=time_s, wait_s=wait_s)
                 if bars.disable:
-                    print(f"{title} [{i + 1}/{num_steps}] {text}", flush=True)
+                    num_told = "?" if num_steps is None else max(num_steps, i + 1)
+                    print(f"{title} [{i + 1}/{num_told}] {text}", flush=True)
             after_step(i, torch.cat([sums, sums.new_tensor([wait_s, time_s, num_done])]))
     totals = torch.cat([sums, sums.new_tensor([wait_s])]).to(place.device)
     if place.world_size > 1:
@@ -657,14 +801,15 @@ def autocast(job: Job) -> torch.autocast:
 
 def train_epoch(job: Job, loader: Loader, epoch: int, first_step: int) -> Result:
     """Train for one epoch, or for the rest of one; the result is that of the whole."""
-    args, num_steps = job.args, len(loader)
+    args, num_steps = job.args, count_steps(loader, job.place)
     seed_epoch(args.seed, epoch, job.place)
     set_epoch(loader, epoch)
     job.wrapped.train()
 
     def step(i: int, batch: Batch) -> tuple[Tensor, Tensor]:
+        share = 0.0 if num_steps is None else min(i, num_steps - 1) / num_steps
         for group in job.optimizer.param_groups:
-            group["lr"] = learning_rate(args, epoch + i / num_steps)
+            group["lr"] = learning_rate(args, epoch + share)
         with autocast(job):
             logits = job.wrapped(batch.images)
             loss = nn.functional.cross_entropy(
@@ -677,14 +822,18 @@ def train_epoch(job: Job, loader: Loader, epoch: int, first_step: int) -> Result
         return loss, logits
 
     def save(i: int, sums: Tensor) -> None:
-        if args.checkpoint_steps and (i + 1) % args.checkpoint_steps == 0 and i + 1 < num_steps:
+        is_middle = num_steps is None or i + 1 < num_steps
+        if args.checkpoint_steps and (i + 1) % args.checkpoint_steps == 0 and is_middle:
             middle = describe_middle(job, loader, i + 1, sums)
             save_checkpoint(job, epoch, is_best=False, middle=middle)
 
-    num_steps_after = (args.epochs - 1 - epoch) * num_steps
+    num_after = args.epochs - 1 - epoch
     first_sums = job.first_sums if first_step else NO_SUMS
     title = f"Epoch: [{epoch}]"
-    return run_split(job, title, loader, step, num_steps_after, first_step, first_sums, save)
+    # A process that has no batch left takes part in the others' gradients until all have none.
+    wrapped: Any = job.wrapped  # of several processes, DistributedDataParallel
+    joined = Join([wrapped]) if is_uneven(loader, job.place) else None
+    return run_split(job, title, loader, step, num_after, first_step, first_sums, save, joined)
 
 
 # --- validation -----------------------------------------------------------------------------------
@@ -717,7 +866,7 @@ def describe_middle(job: Job, loader: Any, num_steps_done: int, sums: Tensor) ->
         mine, states = states[0], states * job.place.world_size
         dist.all_gather_object(states, mine)
     loaders, all_sums = map(list, zip(*states, strict=True))
-    place = {"step": num_steps_done, "num_steps": len(loader)}
+    place = {"step": num_steps_done, "num_steps": count_steps(loader, job.place)}
     return {**place, "loaders": loaders, "sums": all_sums}
 
 
@@ -736,7 +885,9 @@ def go_on_in_epoch(
         )
     states = middle["loaders"]
     loader.load_state_dict(states)
-    num_done = round(middle["step"] * len(loader) / middle["num_steps"])
+    num_done, num_steps = middle["step"], count_steps(loader, place)
+    if num_steps is not None and middle["num_steps"] is not None:
+        num_done = round(num_done * num_steps / middle["num_steps"])
     if "sums" not in middle:  # of a checkpoint that was written before these were in it
         return num_done, NO_SUMS
     sums = torch.tensor(middle["sums"], dtype=torch.float64)
@@ -795,21 +946,40 @@ def find_classes(args: Args, dataset: Any, known: list[str] | None) -> list[str]
     """Find the names of the classes, by label; raise unless they are those of the weights."""
     if args.dummy:
         return [str(label) for label in range(args.classes or 1000)]
-    if dataset.classes is None:
+    is_bare = isinstance(dataset, StreamedShards)
+    if dataset.classes is None and not is_bare:
         raise ValueError(f"{args.data}: the images have no classes; give --classes-file")
-    count = args.classes or dataset.classes.count
-    if count < dataset.classes.count:
-        raise ValueError(f"--classes: got {count}, but the data have {dataset.classes.count}")
-    classes = [dataset.classes.name(label) for label in range(count)]
+    if dataset.classes is None and args.classes is None:
+        raise ValueError(
+            f"{args.data}: neither an index nor metadata.json lies beside the shards to say which "
+            "classes there are; give their number by --classes"
+        )
+    num_known = 0 if dataset.classes is None else dataset.classes.count
+    count = args.classes or num_known
+    if count < num_known:
+        raise ValueError(f"--classes: got {count}, but the data have {num_known}")
+    classes = [str(label) for label in range(count)]
+    if dataset.classes is not None:
+        classes = [dataset.classes.name(label) for label in range(count)]
     if known is not None and known != classes:
         raise ValueError(
             f"--resume: {args.resume}: knows {len(known)} classes, {known[0]!r} first, the data "
             f"{len(classes)}, {classes[0]!r} first; give it the data that it was trained with"
         )
-    is_imagenet = dataset.classes.label_space is LabelSpace.SORTED_WNID
-    if args.pretrained and len(classes) == 1000 and not is_imagenet:
+    space = None if dataset.classes is None else dataset.classes.label_space
+    if args.pretrained and len(classes) == 1000 and space is not LabelSpace.SORTED_WNID:
         raise ValueError("--pretrained: these 1000 classes are not ImageNet's; leave it out")
     return classes
+
+
+def check_schedule(args: Args, num_steps: int | None) -> None:
+    """Refuse a rate that changes from step to step where nobody knows how many steps there are."""
+    is_smooth = args.warmup_epochs > 0 or args.scheduler in ("cosine", "exponential")
+    if num_steps is None and is_smooth:
+        raise ValueError(
+            f"--scheduler, --warmup-epochs: the rate changes within an epoch, and nothing beside "
+            f"the shards of {args.data} says how many images it has; give --epoch-images"
+        )
 
 
 def set_up(args: Args, place: Place) -> Job:
@@ -826,7 +996,8 @@ def set_up(args: Args, place: Place) -> Job:
     train = None if args.evaluate else open_split(args, "train")
     val = open_split(args, "val", getattr(train, "classes", None))
     tell_baked(place, train=train, val=val)
-    classes = find_classes(args, val if train is None else train, state.get("classes"))
+    described = val if getattr(train, "classes", None) is None else train
+    classes = find_classes(args, described, state.get("classes"))
     model = make_model(args, len(classes), place)
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
@@ -840,6 +1011,8 @@ def set_up(args: Args, place: Place) -> Job:
         scaler.load_state_dict(state.get("scaler", {}))
     train_loader = None if train is None else make_loader(args, train, place, is_train=True)
     val_loader = make_loader(args, val, place, is_train=False)
+    if train_loader is not None:
+        check_schedule(args, count_steps(train_loader, place))
     first_step, first_sums = 0, NO_SUMS
     if train_loader is not None and state.get("middle"):
         first_step, first_sums = go_on_in_epoch(args, place, train_loader, state["middle"])

@@ -4,7 +4,7 @@ The rooms, in the order in which data flows; imports point to the left only:
 
 ```text
 core_files, errors, ranges, threads, files, packed, shard_names
-    <-  stores, formats, index, labels  <-  shard_index
+    <-  stores, formats, index, labels  <-  shard_index  <-  distribution
     <-  datasets  <-  dataloader_mod, prepare  <-  imagenet_loader;  testing stands alone
 ```
 

@@ -5,6 +5,7 @@ LoaderError
 ├── CredentialsError (ValueError)           the credentials file cannot be used
 ├── StoreError
 │   ├── KeyNotFoundError (FileNotFoundError)    no such object, or no such bucket
+│   │   └── MissingIndexError                       shards without an index of byte ranges
 │   ├── AccessDeniedError (PermissionError)     wrong key, wrong secret, no right
 │   │   └── ExpiredCredentialsError                 credentials that were not renewed in time
 │   ├── ByteRangeError (ValueError)             the object ends before the range does
@@ -43,6 +44,13 @@ class StoreError(LoaderError):
 
 class KeyNotFoundError(StoreError, FileNotFoundError):
     """There is no such object, or no such bucket."""
+
+
+class MissingIndexError(KeyNotFoundError):
+    """Shards lie there, but no index of their byte ranges; they can be read front to back."""
+
+    location: str = ""
+    """Where they lie, as `StreamedShards` takes it."""
 
 
 class AccessDeniedError(StoreError, PermissionError):

@@ -19,6 +19,7 @@ Samples stand in the order of the shards, and of their bytes.
 from __future__ import annotations
 
 import array
+import dataclasses
 import io
 import itertools
 import os
@@ -353,3 +354,61 @@ class ShardIndexBuilder:
         sizes = (arrays["payload"][:, 1] - arrays["payload"][:, 0]).tolist()
         names = Index.from_keys(self._keys, cast(list[int], sizes))
         return ShardIndex(self._kind, self._shards, names, arrays, classes, label_space)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class IndexPiece:
+    """Some samples of an index, to be joined with those of others."""
+
+    index: ShardIndex
+    shard_numbers: Sequence[int]
+    """Shards to name, also if they have no sample here."""
+
+    positions: NDArray[np.int64]
+    """Samples, in the order of the index; all in these shards."""
+
+    folder: str = ""
+    """Put in front of the names of the shards, with a slash at its end."""
+
+
+def join_indexes(pieces: Sequence[IndexPiece]) -> ShardIndex:
+    """Make one index of samples of several, piece after piece, their shards numbered anew.
+
+    Classes are those of the first.
+
+    Raises:
+        ValueError: They are of different kinds of shards, or there is none.
+    """
+    kinds = sorted({piece.index.kind for piece in pieces})
+    if len(kinds) != 1:
+        raise ValueError(f"pieces: got shards of kind {kinds!r}, expected one kind")
+    shards: list[Shard] = []
+    keys: list[str] = []
+    arrays: dict[str, list[NDArray[Any]]] = {name: [] for name in ("extent", "payload", "label")}
+    numbers: list[NDArray[np.int32]] = []
+    crcs: list[NDArray[np.int64]] = []
+    for piece in pieces:
+        index, chosen, positions = piece.index, piece.shard_numbers, piece.positions
+        renumbered = np.full(len(index.shards), -1, np.int32)
+        renumbered[list(chosen)] = np.arange(len(chosen)) + len(shards)
+        numbers.append(renumbered[index.shard_numbers[positions]])
+        shards += [
+            index.shards[number]._replace(name=piece.folder + index.shards[number].name)
+            for number in chosen
+        ]
+        keys += index.names.select(positions).keys()
+        for name, values in arrays.items():
+            values.append(index._arrays[name][positions])
+        none = np.full((len(index), 2), NO_CRC, np.int64)
+        crcs.append((none if index.crcs is None else index.crcs)[positions])
+    joined: dict[str, NDArray[Any]] = {
+        name: np.concatenate(values) for name, values in arrays.items()
+    }
+    joined["shard"] = np.concatenate(numbers)
+    all_crcs = np.concatenate(crcs)
+    if bool((all_crcs != NO_CRC).any()):
+        joined["crc32c"] = all_crcs
+    first = pieces[0].index
+    sizes = (joined["payload"][:, 1] - joined["payload"][:, 0]).tolist()
+    names = Index.from_keys(keys, cast(list[int], sizes))
+    return ShardIndex(first.kind, shards, names, joined, first.classes, first.label_space)

@@ -244,27 +244,6 @@ def test_a_stream_of_shards_trains_on_every_image_once_an_epoch(
         assert losses_of(output) == losses_of(output.with_name(f"run-{len(str(data))}"))
 
 
-def test_a_stream_without_an_index_says_how_to_write_it(
-    train: Callable[..., Path],
-    image_folder: Path,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    """It advised StreamedShards, which --stream is."""
-    data = tmp_path / "packed"
-    assert pack(["shard", str(image_folder), str(data), "--splits", "train,val"]) == 0
-    (data / "train-index.npz").unlink()
-
-    with pytest.raises(SystemExit) as caught:
-        train("run", "--stream", data=data)
-
-    assert caught.value.code == 2
-    error = capfd.readouterr().err
-    command = f"concurrent-dataloader index {data} --output {data / 'train-index.npz'}"
-    assert f"without an index of byte ranges; write it once with `{command}`" in error
-    assert "StreamedShards" not in error
-
-
 @pytest.mark.slow
 def test_kaggles_layout_trains_and_validates_as_it_lies(
     train: Callable[..., Path], tmp_path: Path

@@ -16,7 +16,7 @@ LAYERS = [
     {"classes_file", "files", "label_rules", "packed", "shard_names"},
     {"stores", "formats", "index", "labels"},
     {"shard_index", "devkit"},
-    {"labelling", "boxes"},
+    {"labelling", "boxes", "distribution"},
     {"datasets"},
     {"dataloader_mod", "prepare"},
     {"imagenet_loader"},

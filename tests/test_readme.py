@@ -54,6 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     keys = sorted(path.relative_to(photos).as_posix() for path in photos.rglob("train/*/*.jpg"))
     (folder / "train.json").write_text(json.dumps(keys))
     assert main(["shard", str(photos), str(folder / "shards"), "--splits", "train,val"]) == 0
+    assert main(["distribute", str(folder / "shards"), "-n", "4", "--split", "train"]) == 0
     assert main(["lmdb", str(photos), str(folder / "databases"), "--splits", "train,val"]) == 0
     return folder
 

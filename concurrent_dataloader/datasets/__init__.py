@@ -5,6 +5,7 @@ from concurrent_dataloader.datasets.baked import skip_baked
 from concurrent_dataloader.datasets.contract import StagedDataset
 from concurrent_dataloader.datasets.detection import open_dataset
 from concurrent_dataloader.datasets.indexed import IndexedDataset
+from concurrent_dataloader.datasets.instances import InstanceShards, shards_of_instance
 from concurrent_dataloader.datasets.labelled import SampleMetadata
 from concurrent_dataloader.datasets.lmdb import LmdbDataset, SequentialLmdb
 from concurrent_dataloader.datasets.memory_cache import MemoryCachedDataset
@@ -21,6 +22,7 @@ from concurrent_dataloader.datasets.windows import SlidingWindow
 
 __all__ = [
     "IndexedDataset",
+    "InstanceShards",
     "LmdbDataset",
     "MemoryCachedDataset",
     "Rebatch",
@@ -37,5 +39,6 @@ __all__ = [
     "open_dataset",
     "open_shards",
     "open_windows",
+    "shards_of_instance",
     "skip_baked",
 ]

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from concurrent_dataloader.datasets._metadata import name_classes
 from concurrent_dataloader.errors import UnknownClassError
-from concurrent_dataloader.labels import Classes, LabelSpace, convert_ids, imagenet_classes
+from concurrent_dataloader.labels import Classes, LabelSpace, convert_ids
 from concurrent_dataloader.shard_index import NO_LABEL, ShardIndex
 
 
@@ -59,17 +60,7 @@ def _name_classes(index: ShardIndex, space: LabelSpace) -> Classes | None:
     labels = index.labels
     if labels is None:
         return None
-    if index.classes is None and space is not LabelSpace.CUSTOM:
-        return Classes.imagenet(space)
-    known = dict(imagenet_classes())
-    values = index.classes or [str(label) for label in range(int(labels.max()) + 1)]
-    return Classes(
-        {value: label for label, value in enumerate(values)},
-        names={label: known.get(value, value) for label, value in enumerate(values)},
-        label_space=space,
-        id_base=space.first_id,
-        where="the index of shards",
-    )
+    return name_classes(index.classes, space, int(labels.max()) + 1)
 
 
 def _match_labels(

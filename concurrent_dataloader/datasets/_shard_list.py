@@ -14,11 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from concurrent_dataloader.datasets._metadata import (
+    SplitFacts,
+    check_index,
+    find_facts,
+    name_classes,
+)
+from concurrent_dataloader.datasets._places import METADATA_NAME
 from concurrent_dataloader.datasets._sample_checks import SampleChecks
 from concurrent_dataloader.datasets._shard_reader import ShardList
 from concurrent_dataloader.datasets._split import ShardTable
 from concurrent_dataloader.errors import AccessDeniedError, IndexFormatError, KeyNotFoundError
 from concurrent_dataloader.formats.tar import Sample
+from concurrent_dataloader.labels import Classes, LabelSpace
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.shard_index import ShardIndex
 from concurrent_dataloader.shard_names import (
@@ -47,15 +55,24 @@ Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 class FoundShards(NamedTuple):
-    """Shards, and what their index says of them."""
+    """Shards, and what their index and ``metadata.json`` say of them."""
 
     shards: ShardList
 
     table: ShardTable | None
     """None without an index."""
 
-    labels: NDArray[np.int32] | None
+    labels: NDArray[np.int32] | None = None
     """Of each sample of the index; None if it has none."""
+
+    classes: Classes | None = None
+    """None where nobody says what the labels are."""
+
+    facts: SplitFacts | None = None
+    """Of ``metadata.json``; None where it was not looked for, or says nothing of them."""
+
+    num_samples: int | None = None
+    """Of shards without an index, as ``metadata.json`` says."""
 
 
 def find_shards(
@@ -69,31 +86,50 @@ def find_shards(
 ) -> FoundShards:
     """Find the shards and, where there is an index, their samples.
 
+    With ``index="auto"``, ``metadata.json`` is asked for as the index is, by one request.
+
     Raises:
         ValueError: The source cannot be used.
         KeyNotFoundError: A shard is not there.
-        IndexFormatError: The index is none, or not that of these shards.
+        IndexFormatError: The index is none, or not that of these shards; or ``metadata.json`` is
+            damaged, or of others.
     """
     given = [source] if isinstance(source, str | os.PathLike) else source
     texts = [os.fspath(text) for text in given]
     if any(text.startswith(FAKE) for text in texts):
         return _make_up(texts)
     if any(text.startswith(PIPE) for text in texts):
-        return FoundShards(_take_commands(texts, allow_pipe), None, None)
+        return FoundShards(_take_commands(texts, allow_pipe), None)
     found, store = _locate(texts, store, store_options)
     found = _choose_split(found, split, ", ".join(texts))
     names = found.names
     shard_index = _open_index(index, store, names, store_options)
+    facts = _find_facts(store, names) if isinstance(index, str) and index == "auto" else None
     sizes = _find_sizes(store, names) if None in found.sizes else found.sizes
     shards = ShardList(store, names, sizes)
     if shard_index is None or not shards.has_ranges:
         if shard_index is not None and index != "auto":
             raise ValueError("index: got one for compressed shards, which have no byte ranges")
-        return FoundShards(shards, None, None)
-    _refuse_missing(shard_index, shards, texts)
-    shards.checks = SampleChecks.of(shard_index)
-    shards.extents = shard_index.extents
-    return FoundShards(shards, _match_index(shard_index, shards), shard_index.labels)
+        if facts is None:
+            return FoundShards(shards, None)
+        num_samples = _match_facts(facts, shards, texts)
+        classes = name_classes(facts.classes, facts.label_space, None)
+        return FoundShards(shards, None, None, classes, facts, num_samples)
+    if facts is not None:
+        check_index(facts, shard_index)
+    return _join_index(shards, shard_index, texts)._replace(facts=facts)
+
+
+def _join_index(shards: ShardList, index: ShardIndex, texts: Sequence[str]) -> FoundShards:
+    _refuse_missing([shard.name for shard in index.shards], "the index", shards, texts)
+    shards.checks = SampleChecks.of(index)
+    shards.extents = index.extents
+    table, labels = _match_index(index, shards), index.labels
+    if labels is None:
+        return FoundShards(shards, table)
+    space = LabelSpace(index.label_space or "custom")
+    classes = name_classes(index.classes, space, int(labels.max()) + 1)
+    return FoundShards(shards, table, labels, classes)
 
 
 def _locate(
@@ -161,9 +197,7 @@ def _find_sizes(store: Store, names: Sequence[str]) -> list[int | None]:
     """Ask how large each shard is; whoever is not there is named here."""
     if isinstance(store, WritableStore):
         try:
-            # Of characters, not of folders: what a listing takes.
-            prefix = os.path.commonprefix(names)  # noqa: RUF071 - as the comment says
-            listed = dict(store.list(prefix))
+            listed = _list_around(store, names)
         except AccessDeniedError:  # there are keys that may read, and not list
             pass
         else:
@@ -179,6 +213,19 @@ def _find_sizes(store: Store, names: Sequence[str]) -> list[int | None]:
         return [None] * len(names)
     with ThreadPoolExecutor(_NUM_HEADS_AT_ONCE) as executor:
         return [info.size_bytes for info in executor.map(store.head, names)]
+
+
+def _list_around(store: WritableStore, names: Sequence[str]) -> dict[str, int]:
+    """List what begins as the names do, folder by folder."""
+    by_folder: dict[str, list[str]] = {}
+    for name in names:
+        by_folder.setdefault(name.rpartition("/")[0], []).append(name)
+    listed: dict[str, int] = {}
+    for own in by_folder.values():
+        # Of characters, not of folders: what a listing takes.
+        prefix = os.path.commonprefix(own)  # noqa: RUF071 - as the comment says
+        listed |= dict(store.list(prefix))
+    return listed
 
 
 # -- the index
@@ -220,23 +267,29 @@ def _find_index(store: Store, names: Sequence[str]) -> ShardIndex | None:
     return None
 
 
-def _refuse_missing(index: ShardIndex, shards: ShardList, texts: Sequence[str]) -> None:
-    """Raise if a folder, or a glob, lacks a shard that the index names.
+def _refuse_missing(named: Iterable[str], by: str, shards: ShardList, texts: Sequence[str]) -> None:
+    """Raise if a folder, or a glob, lacks a shard that was named.
+
+    Args:
+        named: All that are said to be there.
+        by: What says so.
+        shards: What was found.
+        texts: Where it was looked for.
 
     Raises:
         KeyNotFoundError: It does. Shards that were named one by one are what was wanted.
     """
     if not all(has_glob(text) or find_kind(text) is None for text in texts):
         return
-    here = {key.rpartition("/")[2] for key in shards.keys}
-    absent = {shard.name.rpartition("/")[2] for shard in index.shards} - here
+    names = {name.rpartition("/")[2] for name in named}
+    absent = names - {key.rpartition("/")[2] for key in shards.keys}
     for text in texts:
         pattern = text.rpartition("/")[2] if has_glob(text) else "*"
         missing = sorted(match_names(pattern, absent))
         if missing:
             raise KeyNotFoundError(
                 f"{text}: no shard {missing[0]!r}, one of {len(missing)} missing of the "
-                f"{len(index.shards)} that the index beside them names; fetch it, or name the "
+                f"{len(names)} that {by} beside them names; fetch it, or name the "
                 "shards that are to be read"
             )
 
@@ -263,6 +316,53 @@ def _match_index(index: ShardIndex, shards: ShardList) -> ShardTable:
             "the order of their bytes, expected a whole one, not a part of it"
         )
     return ShardTable.from_index(index, found)
+
+
+# -- metadata.json
+
+
+def _find_facts(store: Store, names: Sequence[str]) -> SplitFacts | None:
+    folders = {name.rpartition("/")[0] for name in names}
+    splits = {find_split(name) for name in names}
+    if len(folders) > 1 or len(splits) > 1:
+        return None
+    (folder,), (split,) = folders, splits
+    return find_facts(
+        store, f"{folder}/" if folder else "", split, [name.rpartition("/")[2] for name in names]
+    )
+
+
+def _match_facts(facts: SplitFacts, shards: ShardList, texts: Sequence[str]) -> int | None:
+    """Compare shards that have no index with what is said of them, and give their samples.
+
+    Returns:
+        None where it is not known: an older system's file does not list the shards, so that it
+        tells the length of a whole folder alone, and one that lists none of these is of others.
+
+    Raises:
+        KeyNotFoundError: A folder, or a glob, lacks one that is listed.
+        IndexFormatError: One is not listed, or has another size.
+    """
+    if facts.shards is None:
+        is_whole = all(find_kind(text) is None and not has_glob(text) for text in texts)
+        return facts.num_samples if is_whole else None
+    names = [key.rpartition("/")[2] for key in shards.keys]
+    if facts.shards.keys().isdisjoint(names):
+        return None
+    how = "one of them is of another run: fetch the set again, pack it anew, or give index=None"
+    for shard, (name, size) in enumerate(zip(names, shards.sizes, strict=True)):
+        if name not in facts.shards:
+            raise IndexFormatError(
+                f"{shards.describe(shard)}: not named by {facts.where}, expected there; {how}"
+            )
+        expected = facts.shards[name].size_bytes
+        if size is not None and size != expected:
+            raise IndexFormatError(
+                f"{shards.describe(shard)}: got {size} bytes, expected {expected}, as "
+                f"{facts.where} says; {how}"
+            )
+    _refuse_missing(facts.shards, METADATA_NAME, shards, texts)
+    return sum(facts.shards[name].num_samples for name in names)
 
 
 def index_is_in_order(index: ShardIndex) -> bool:

@@ -8,15 +8,14 @@ import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import orjson
 
 from concurrent_dataloader.datasets._boxes import BoxSource, look_up_boxes
+from concurrent_dataloader.datasets._metadata import check_index, find_facts
 from concurrent_dataloader.datasets._places import (
     INDEX_SUFFIX,
-    METADATA_NAME,
     SPLITS,
     Place,
     is_local,
@@ -25,8 +24,8 @@ from concurrent_dataloader.datasets._places import (
 )
 from concurrent_dataloader.datasets.shards import ShardDataset
 from concurrent_dataloader.errors import (
-    IndexFormatError,
     KeyNotFoundError,
+    MissingIndexError,
     ShardFormatError,
 )
 from concurrent_dataloader.labels import Classes
@@ -75,7 +74,8 @@ def open_shards(
             ``baked_steps=()`` keeps the transform whole.
 
     Raises:
-        FileNotFoundError: No index, or a shard that the index names is missing; says which.
+        MissingIndexError: There are shards, but no index beside them.
+        FileNotFoundError: There are none, or a shard that the index names is missing; says which.
         ShardFormatError: A shard has another size than the index says: one of them is stale.
         IndexFormatError: The index is malformed, or ``metadata.json`` speaks of another one.
         ValueError: The table of boxes is none, or none of its rows belongs to a sample.
@@ -170,7 +170,10 @@ def _find_index(
         if not place.shards and any(find_kind(name) for name in names):
             root, split = inner, folder
             place = Place(tuple(names), (), None)
-    raise _missing_index(root, place, split, settings)
+    error = _missing_index(root, place, split, settings)
+    if isinstance(error, MissingIndexError) and names_shards(text):
+        error.location = text  # those that were named, and no others
+    raise error
 
 
 def _names_below(root: str, prefix: str, store: Store) -> list[str]:
@@ -212,9 +215,10 @@ def _probe_index(
     if not names_shards(text):
         raise KeyNotFoundError(f"{missing}index_file")
     command = _index_command(text, settings, names[0])
-    raise _noted(
+    raise _unindexed(
+        text,
         f"{missing}write it with `{command}`, which reads each shard once, and pass"
-        f" index_file={names[0]!r}"
+        f" index_file={names[0]!r}",
     )
 
 
@@ -231,9 +235,10 @@ def _missing_index(
     if not shards:
         return KeyNotFoundError(f"{root}: no shards and no index of them; check the path")
     if all(find_kind(name) == "compressed tar" for name in shards):
-        return _noted(
+        return _unindexed(
+            root,
             f"{root}: {len(shards)} compressed tars, in which no sample has a byte range; convert "
-            "them with `concurrent-dataloader shard`"
+            "them with `concurrent-dataloader shard`",
         )
     name = f"{split or _first_split(shards) or 'train'}-{INDEX_SUFFIX}"
     place_of_index = f"{root.rstrip('/')}/{name}"
@@ -241,15 +246,17 @@ def _missing_index(
         command = _index_command(root, settings, place_of_index)
     else:
         command = _index_command(root, settings, name, "--upload", place_of_index)
-    return _noted(
+    return _unindexed(
+        root,
         f"{root}: {len(shards)} shards such as {shards[0]} without an index of byte ranges; write "
-        f"it once with `{command}`, which reads {'headers' if is_local(root) else 'all'} of them"
+        f"it once with `{command}`, which reads {'headers' if is_local(root) else 'all'} of them",
     )
 
 
-def _noted(message: str) -> KeyNotFoundError:
-    """Add what programs may do instead; the trainer, which shows the message alone, cannot."""
-    error = KeyNotFoundError(message)
+def _unindexed(location: str, message: str) -> MissingIndexError:
+    """Add what programs may do instead; the trainer shows the message alone, and says its own."""
+    error = MissingIndexError(message)
+    error.location = location
     error.add_note("StreamedShards reads shards front to back without an index")
     return error
 
@@ -269,37 +276,16 @@ def _index_command(source: str, settings: Mapping[str, Any], output: str, *more:
     return shlex.join([*words, "--anonymous"] if settings.get("anonymous") else words)
 
 
-def _apply_metadata(
-    store: Store, index: ShardIndex, split: str | None, options: dict[str, Any]
-) -> None:
+def _apply_metadata(store: Store, index: ShardIndex, split: str, options: dict[str, Any]) -> None:
     """Compare the index with ``metadata.json``, and take how the images were made from it."""
-    try:
-        raw = uncached(store).get(METADATA_NAME)
-    except KeyNotFoundError:
+    facts = find_facts(store, "", split, [shard.name for shard in index.shards])
+    if facts is None:
         return
-    where = store.describe(METADATA_NAME)
-    try:
-        metadata = cast("dict[str, Any]", orjson.loads(bytes(raw)))
-        old_name = "validation" if split == "val" else split
-        described = (metadata.get("splits") or {}).get(split) or {}
-        length = described.get("num_samples", metadata.get(f"{old_name}_length"))
-        size = described.get("image_size")
-        old_steps = metadata.get("transform_pipeline", ())
-        old_steps = metadata.get(f"{old_name}_transform_pipeline", old_steps)
-        steps = tuple(map(str, described.get("transforms", old_steps)))
-    except (orjson.JSONDecodeError, AttributeError, TypeError) as error:
-        raise IndexFormatError(
-            f"{where}: no metadata of shards ({error}); write it anew"
-        ) from error
-    if isinstance(length, int) and length != len(index):
-        raise IndexFormatError(
-            f"{where}: says {length} samples of {split!r}, but the index has {len(index)}; one of "
-            "them is of another run, pack or index the shards anew"
-        )
-    if size is not None:
-        options.setdefault("raw_size", tuple(size))
-    if steps:
-        options.setdefault("baked_steps", steps)
+    check_index(facts, index)
+    if facts.image_size is not None:
+        options.setdefault("raw_size", facts.image_size)
+    if facts.baked_steps:
+        options.setdefault("baked_steps", facts.baked_steps)
 
 
 def check_shards(index: ShardIndex, store: Store, where: str) -> None:

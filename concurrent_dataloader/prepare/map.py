@@ -21,11 +21,11 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from typing_extensions import Buffer
 
+from concurrent_dataloader.distribution import describe_shards
 from concurrent_dataloader.errors import LoaderError, ShardFormatError
 from concurrent_dataloader.formats.fields import LABEL_FIELD, find_field
 from concurrent_dataloader.formats.tar import END_OF_ARCHIVE, Sample, check_name, read_samples
 from concurrent_dataloader.formats.tar_writer import TarWriter
-from concurrent_dataloader.prepare.distribute import describe_shards
 from concurrent_dataloader.prepare.extents import read_extents
 from concurrent_dataloader.prepare.metadata import ShardMetadata, SplitMetadata
 from concurrent_dataloader.prepare.nesting import refuse_target_in_source

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from concurrent_dataloader.distribution import describe_shards, share
 from concurrent_dataloader.errors import ShardFormatError
 from concurrent_dataloader.formats.tar import END_OF_ARCHIVE
 from concurrent_dataloader.index import Index
-from concurrent_dataloader.prepare.distribute import describe_shards, share
 from concurrent_dataloader.prepare.extents import Copies, add_copies
 from concurrent_dataloader.prepare.metadata import ShardMetadata, SplitMetadata
 from concurrent_dataloader.prepare.nesting import refuse_target_in_source

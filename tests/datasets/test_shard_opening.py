@@ -14,10 +14,16 @@ import torch.utils.data
 from torchvision.transforms.functional import pil_to_tensor
 
 from concurrent_dataloader.dataloader_mod.dataloader import DataLoader
-from concurrent_dataloader.datasets import ShardDataset, open_dataset, open_shards
+from concurrent_dataloader.datasets import (
+    ShardDataset,
+    StreamedShards,
+    open_dataset,
+    open_shards,
+)
 from concurrent_dataloader.errors import (
     IndexFormatError,
     KeyNotFoundError,
+    MissingIndexError,
     ShardFormatError,
 )
 from concurrent_dataloader.formats.image import decode_image
@@ -324,3 +330,26 @@ def test_the_command_that_is_named_makes_the_missing_index_of_a_web_server(
     run_command_of(error)
 
     assert len(open_dataset(shards, index_file="train-index.npz")) == 5
+
+
+@pytest.mark.parametrize("source", ["", "train-*.tar", "train-{000000..000001}.tar", "inner"])
+def test_shards_without_an_index_are_told_by_where_they_can_be_streamed(
+    source: str, root: Path, object_server: ObjectServer, reach: dict[str, Any]
+) -> None:
+    if source == "inner":
+        write_split(root / "inner", "train", folder="train")
+    for index in root.rglob("*.npz"):
+        index.unlink()
+    object_server.put_folder("sets", root, prefix="p/")
+    expected = [0, 1, 2, 3] if "{" in source else [0, 1, 2, 3, 4]
+
+    for place, settings in ((str(root), {}), ("s3://sets/p", reach)):
+        with pytest.raises(MissingIndexError) as caught:
+            open_shards(f"{place}/{source}", split="train", **settings)
+        settings = dict(settings)
+        credentials = settings.pop("s3_credential_file", None)
+        location = caught.value.location
+        stream = StreamedShards(
+            location, split="train", decode=None, credentials=credentials, **settings
+        )
+        assert [label for _, label in stream] == expected

@@ -337,7 +337,7 @@ def test_w01_remote_shards_are_checked_by_one_listing(remote: ObjectServer) -> N
     dataset = stream("s3://bucket/train-{000000..000006}.tar")
 
     counters = remote.counters()
-    assert counters.num_by_method == {"GET": 2}  # the listing, the index
+    assert counters.num_by_method == {"GET": 3}  # the listing, the index, metadata.json
     assert len(dataset) == TOTAL
     with pytest.raises(KeyNotFoundError, match=r"s3://bucket/train-000007.tar"):
         stream("s3://bucket/train-{000000..000007}.tar")

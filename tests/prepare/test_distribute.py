@@ -15,17 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from concurrent_dataloader.datasets.streamed import StreamedShards
+from concurrent_dataloader.datasets import StreamedShards, shards_of_instance
+from concurrent_dataloader.datasets.instances import InstanceShard, InstanceShards
+from concurrent_dataloader.distribution import share
 from concurrent_dataloader.errors import ChecksumError, IndexFormatError, ShardFormatError
 from concurrent_dataloader.prepare.__main__ import main
-from concurrent_dataloader.prepare.distribute import (
-    InstanceShard,
-    InstanceShards,
-    check_distribution,
-    distribute,
-    shards_of_instance,
-    share,
-)
+from concurrent_dataloader.prepare.distribute import check_distribution, distribute
 from concurrent_dataloader.prepare.metadata import Metadata
 from concurrent_dataloader.shard_index import ShardIndex
 from concurrent_dataloader.stores import Credentials, open_writable_store
@@ -120,6 +115,9 @@ def test_gaps_and_foreign_files_do_not_matter_g07(tmp_path: Path, indexed: bool)
 
     distribute(str(tmp_path), 3)
 
+    if not indexed:
+        index = ["--output", str(tmp_path / "train-index.npz")]
+        assert main(["index", f"{tmp_path}/train-*.tar", *index]) == 0
     shares = [shards_of_instance(str(tmp_path), instance, 3) for instance in range(3)]
     found = [member for own in shares for member in read_all(tmp_path, own)]
     assert sorted(found) == sorted(flat(samples))
@@ -261,10 +259,8 @@ def test_shards_that_divide_evenly_need_no_parts(folder: Path) -> None:
         warnings.simplefilter("error")
         own = shards_of_instance(str(folder), 1, 5)
 
-    assert own == (
-        (("train-000002.tar", 7), ("train-000003.tar", 7)),
-        0,
-    )
+    assert own.shards == (("train-000002.tar", 7), ("train-000003.tar", 7))
+    assert own.num_skipped == 0
 
 
 def test_parts_have_an_index_of_byte_ranges(folder: Path) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 
+from concurrent_dataloader.distribution import Part
 from concurrent_dataloader.errors import KeyNotFoundError
 from concurrent_dataloader.prepare.distribute import (
     check_distribution,
     check_instances,
     distribute,
 )
-from concurrent_dataloader.prepare.metadata import ShardMetadata
 from concurrent_dataloader.prepare.shard_set import OpenRoot, find_splits
 from concurrent_dataloader.prepare.verbs._bar import show_progress
 from concurrent_dataloader.prepare.verbs._common import add_store_options, store_opener
@@ -20,6 +20,8 @@ DESCRIPTION = (
     "Cut the shards that N instances cannot share evenly into N equal parts, below"
     " distributed/N-instances/ beside them, so that no sample is skipped. The shards stay as they"
     " are. Parts that are there and belong to the shards are left alone, others are made anew."
+    " `imagenet.py --stream --instances` and concurrent_dataloader.datasets.shards_of_instance read"
+    " them."
 )
 
 CALLED_IN_MESSAGES = {"num_instances": "instances"}
@@ -68,10 +70,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _distribute(location: str, split: str, count: int, open_root: OpenRoot) -> None:
-    written: list[ShardMetadata] = []
+    written: list[Part] = []
     with show_progress(f"{split}, {count} instances", "parts", count, log_every=1) as progress:
 
-        def report(part: ShardMetadata) -> None:
+        def report(part: Part) -> None:
             written.append(part)
             progress.advance(f"{part.name}: {part.num_samples} samples, {part.size_bytes} bytes")
 
