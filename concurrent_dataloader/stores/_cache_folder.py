@@ -169,7 +169,7 @@ def remove_begun() -> None:
     """End this process's downloads, since it ends itself: remove files with nothing in them yet.
 
     What has bytes is counted, and left to `CacheSpace.tidy`. Fetches go on meanwhile in daemon
-    threads, and keep nothing any more; the files stay open for them, and locked.
+    threads, and begin and keep nothing any more; files stay open for them, and locked.
     """
     global _ending_pid
     _ending_pid = os.getpid()
@@ -177,6 +177,10 @@ def remove_begun() -> None:
         with contextlib.suppress(OSError):
             if is_at(descriptor, path) and not os.fstat(descriptor).st_size:
                 os.unlink(path)
+
+
+def _is_ending() -> bool:
+    return _ending_pid is not None and _ending_pid == os.getpid()
 
 
 class CacheFolder:
@@ -226,10 +230,15 @@ class CacheFolder:
             body = self._read(name)
             if body is not None or self._is_paused():
                 return body
+            if _is_ending():
+                return None
             turn = self._begin(name)
             if isinstance(turn, Future):
                 self.count("num_waits")
                 return turn
+            if _is_ending():  # `remove_begun` may have come just before it was there
+                turn.give_up()
+                return None
             # It may have come between the first look and the lock.
             body = self._read(name)
         except OSError as error:
@@ -289,7 +298,7 @@ class CacheFolder:
 
         If that cannot be done, others fetch for themselves.
         """
-        if _ending_pid == os.getpid():  # its file may be gone already
+        if _is_ending():  # its file may be gone already
             download.give_up()
             return
         try:
