@@ -278,7 +278,7 @@ def test_a_percentage_is_the_same_on_all_instances_and_in_each_epoch(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_distributed", [True, False])
+@pytest.mark.parametrize("is_distributed", [True, pytest.param(False, marks=pytest.mark.grid)])
 def test_two_nodes_under_torchrun_train_and_validate_on_each_image_once(
     is_distributed: bool, shards: Path, tmp_path: Path
 ) -> None:

@@ -47,7 +47,7 @@ DANGEROUS = {
 
 ALLOWED = {
     # A batch of our own worker, as all that comes through torch's queue.
-    ("concurrent_dataloader/dataloader_mod/recycle.py", "pickle.loads"): 1,
+    ("concurrent_dataloader/dataloader_mod/loans.py", "pickle.loads"): 1,
     # A copy of a state, pickled by this loader in this process or in a worker of it.
     ("concurrent_dataloader/dataloader_mod/resume.py", "pickle.loads"): 1,
     # What a process that packs is told by the one that started it, and an error it sends back.

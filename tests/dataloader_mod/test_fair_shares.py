@@ -89,7 +89,7 @@ def test_the_workers_of_a_loader_ask_for_about_as_much_each(server: ObjectServer
     assert max(num_requests.values()) <= 2 * min(num_requests.values()), num_requests
 
 
-@pytest.mark.slow
+@pytest.mark.grid
 def test_so_do_the_workers_of_ranks_that_train_in_step(server: ObjectServer) -> None:
     with open_loader(server, KEYS[::2], 2) as one, open_loader(server, KEYS[1::2], 2) as other:
         steps: list[tuple[list[Told], list[Told]]] = list(zip(one, other, strict=True))

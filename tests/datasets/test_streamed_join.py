@@ -82,7 +82,15 @@ def start_rank(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("has_index", "num_workers"), [(True, 0), (True, 2), (False, 0)], ids=str)
+@pytest.mark.parametrize(
+    ("has_index", "num_workers"),
+    [
+        (True, 2),
+        pytest.param(True, 0, marks=pytest.mark.grid),
+        pytest.param(False, 0, marks=pytest.mark.grid),
+    ],
+    ids=str,
+)
 def test_136_ranks_that_differ_by_a_batch_train_on_each_sample_once_by_join(
     tmp_path: Path, has_index: bool, num_workers: int
 ) -> None:
