@@ -78,9 +78,8 @@ def _compare(case: str, settings: dict[str, Setting], samples: Any, effort: Effo
             for number in _FIXED
         },
     }
-    speeds = {
-        name: column(runs, "images_per_s") for name, runs in measure_in_turns(sides, effort).items()
-    }
+    runs = measure_in_turns(sides, effort)
+    speeds = {name: column(each, "images_per_s") for name, each in runs.items()}
     best = max(_FIXED, key=lambda number: statistics.median(speeds[f"fixed_{number}"]))
     return make_row(
         _SCENARIO,
@@ -90,6 +89,10 @@ def _compare(case: str, settings: dict[str, Setting], samples: Any, effort: Effo
             "ratio": paired_ratio(speeds["chosen"], speeds[f"fixed_{best}"]),
             "num_fetch_workers_of_best": best,
             **{f"{name}_images_per_s": values for name, values in speeds.items()},
+            **{
+                f"{side}_client_cpu_ms_per_image": column(runs[name], "client_cpu_ms_per_image")
+                for side, name in (("chosen", "chosen"), ("best", f"fixed_{best}"))
+            },
         },
         Bar(figure="ratio", bound=0.9),
     )

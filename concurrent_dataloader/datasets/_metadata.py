@@ -6,6 +6,7 @@ this name says nothing.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -18,6 +19,8 @@ from concurrent_dataloader.labels import Classes, LabelSpace, imagenet_classes
 from concurrent_dataloader.shard_index import ShardIndex
 from concurrent_dataloader.stores.base import Store
 from concurrent_dataloader.stores.cache import uncached
+
+log = logging.getLogger(__name__)
 
 _OLD_NAMES = {"val": "validation"}
 
@@ -74,7 +77,10 @@ def find_facts(
     key = f"{folder}{METADATA_NAME}"
     try:
         raw = uncached(store).get(key)
-    except (KeyNotFoundError, AccessDeniedError):  # a key that may not list is denied
+    except KeyNotFoundError:
+        return None
+    except AccessDeniedError as error:  # so is a missing one, to those who may not list
+        log.info("went on without what %s may say: %s", METADATA_NAME, error)
         return None
     where = store.describe(key)
     try:
