@@ -1,7 +1,9 @@
-"""obstore with nothing around it, awaited in two ways. Imports no torch; see `drive`."""
+"""obstore with nothing around it, blocking and awaited in two ways each. Imports no torch."""
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from datetime import timedelta
 from functools import partial
 from typing import NamedTuple
@@ -67,6 +69,22 @@ class AwaitedObstore(BareObstore):
         assert byte_range is None, "this store reads whole objects"
         result = await obstore.get_async(self._client.get(), key)
         return await result.buffer_async()
+
+
+class LoopedObstore(AwaitedObstore):
+    """Blocking reads by obstore's awaitables, which can be cancelled: a loop for each thread."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(place)
+        self._local = threading.local()
+
+    @override
+    def get(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
+        """Read a whole object in this thread's loop."""
+        loop: asyncio.AbstractEventLoop | None = getattr(self._local, "loop", None)
+        if loop is None:
+            loop = self._local.loop = asyncio.new_event_loop()
+        return loop.run_until_complete(self.get_async(key, byte_range))
 
 
 def _open_client(place: Place) -> obstore.store.S3Store:

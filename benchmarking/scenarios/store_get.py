@@ -9,8 +9,9 @@ once with constant latency (the bar) and once lognormal with sigma 0.3, where th
 1.046 medians. ``cpu``: our loader of images over the store and over RAM in pairs; the difference
 of the CPU an image, of this process and its workers, is what fetching costs. ``clients``: the
 store alone, no loader, one process, by each client, with threads and with asyncio; the process is
-spawned for each measurement. ``awaits``: the same with bare obstore, blocking, awaited in threads
-as our store does it, and by its own awaitables.
+spawned for each measurement. ``awaits``: the same with bare obstore, blocking, blocking in a loop
+of each thread so that it could be cancelled, awaited in threads as our store does it, and by its
+own awaitables.
 
 The clock starts when the first 128 objects are there (for ``cpu``: after four batches a worker).
 """
@@ -21,7 +22,7 @@ import functools
 import math
 from collections.abc import Callable
 
-from benchmarking.bare_obstore import AwaitedObstore, BareObstore, Place
+from benchmarking.bare_obstore import AwaitedObstore, BareObstore, LoopedObstore, Place
 from benchmarking.drive import NUM_IN_FLIGHT, Rate, drive_asyncio, drive_threads
 from benchmarking.effort import Effort
 from benchmarking.measure import Speed, column, measure_in_turns, measure_speed
@@ -47,7 +48,7 @@ from concurrent_dataloader.stores import Client, Store
 _SCENARIO = "store_get"
 _LATENCY_S = 0.1
 _IMPLS: tuple[FetchImpl, ...] = ("threaded", "asyncio")
-_CLIENTS: tuple[Client, ...] = ("obstore", "boto3", "aiobotocore", "aiohttp")
+_CLIENTS: tuple[Client, ...] = ("obstore", "http", "boto3", "aiobotocore", "aiohttp")
 
 
 def measure_loader(effort: Effort) -> list[Row]:
@@ -159,11 +160,12 @@ def compare_awaits(effort: Effort) -> list[Row]:
         place = Place(
             server.endpoint_url, BUCKET, server.region, server.access_key, server.secret_key
         )
-        bare, awaited = BareObstore(place), AwaitedObstore(place)
+        bare, awaited, looped = BareObstore(place), AwaitedObstore(place), LoopedObstore(place)
         return [
             _drive(f"bare obstore, {name}", "obstore", drive, store, photos, effort)
             for name, drive, store in (
                 ("blocking", drive_threads, bare),
+                ("blocking, its awaitables in a loop of each thread", drive_threads, looped),
                 ("awaited in threads", drive_asyncio, bare),
                 ("its awaitables", drive_asyncio, awaited),
             )

@@ -1,7 +1,8 @@
 """Blocking calls that another thread may end: it shuts the connection that they wait for.
 
 A client takes part by saying, while it makes a request, which connection that is on (`holding`).
-The standard library's does (`_http`); others go on until their time is up.
+The standard library's does (`_http`). One that cannot leaves calls that may lose to that one
+(`may_lose`), or goes on until its time is up.
 """
 
 from __future__ import annotations
@@ -10,17 +11,27 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable, Generator
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+_is_race: ContextVar[bool] = ContextVar("_is_race", default=False)
+"""Of what a task awaits; threads are told by their call."""
 
 
 class CancellableCall:
     """One call, for which somebody waits who may come not to need it any more."""
 
-    __slots__ = ("_is_cancelled", "_lock", "_socket")
+    __slots__ = ("_is_cancelled", "_lock", "_socket", "may_lose")
 
-    def __init__(self) -> None:
+    def __init__(self, may_lose: bool | None = None) -> None:
+        """Begin nothing yet.
+
+        Args:
+            may_lose: Whether to expect that it will be cancelled; None: as `racing` says.
+        """
+        self.may_lose = _is_race.get() if may_lose is None else may_lose
         # Guarded by `_lock`: a connection that was let go may serve another request by now, and
         # must not be shut any more. To shut one is a system call that does not wait.
         self._lock = threading.Lock()
@@ -70,6 +81,21 @@ class _Current(threading.local):
 
 
 _current = _Current()
+
+
+@contextlib.contextmanager
+def racing(is_race: bool) -> Generator[None]:
+    """Let what this task awaits be made so that it can be ended, if it may lose a race."""
+    token = _is_race.set(is_race)
+    try:
+        yield
+    finally:
+        _is_race.reset(token)
+
+
+def may_lose() -> bool:
+    """Whether the call that this thread makes is likely to be ended before it is answered."""
+    return _current.call is not None and _current.call.may_lose
 
 
 @contextlib.contextmanager

@@ -8,6 +8,9 @@ uses. So:
 - the main process uses that client from the start, so that a sample read there (``dataset[0]``)
   leaves obstore to the workers forked afterwards. ``fork_safe=False`` lifts this for programs that
   never fork.
+
+A blocking read of obstore cannot be ended either. While a store has late answers, each of which is
+asked for again, reads are made by that client too, so that the late ones end at the store.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ from concurrent_dataloader.stores._answers import (
     short_body_error,
     timeout_error,
 )
+from concurrent_dataloader.stores._cancelling import may_lose
 from concurrent_dataloader.stores._checksums import Checksums
 from concurrent_dataloader.stores._http import HttpStore
 from concurrent_dataloader.stores.address import ClientOptions, S3Address, check_byte_range
@@ -117,7 +121,7 @@ class ObstoreStore(BlockingStore):
     def get(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
         """Read as `Store.get` says."""
         client = self._client.get()
-        if client is None or _ODD_KEY.search(key):
+        if client is None or may_lose() or _ODD_KEY.search(key):
             return self._plain.get(key, byte_range)
         object_key = self._address.object_key(key)
         try:

@@ -27,6 +27,7 @@ from typing_extensions import Buffer, override
 
 from concurrent_dataloader.errors import DeadlineError, StoreError
 from concurrent_dataloader.ranges import ByteRange
+from concurrent_dataloader.stores._cancelling import racing
 from concurrent_dataloader.stores._flow import SILENCE_TOLD_AFTER_S, Flow, RequestCounts
 from concurrent_dataloader.stores._places import Place, Request, enter, enter_async, resting
 from concurrent_dataloader.stores._races import AwaitedRace, BlockingRace
@@ -203,7 +204,8 @@ class ResilientStore(ValueObject):
             body = call()
         else:
             try:
-                body = BlockingRace(call, flow.threads).run(place, self._left_s(request))
+                race = BlockingRace(call, flow.threads, may_lose=flow.has_late_answers)
+                body = race.run(place, self._left_s(request))
             except TimeoutError as error:
                 if isinstance(error, StoreError):
                     raise
@@ -217,7 +219,8 @@ class ResilientStore(ValueObject):
         left_s = self._left_s(request)
         try:
             if flow.hedges:
-                body = await AwaitedRace(call).run(place, left_s)
+                with racing(flow.has_late_answers):
+                    body = await AwaitedRace(call).run(place, left_s)
             else:
                 async with asyncio.timeout(left_s):
                     body = await call()

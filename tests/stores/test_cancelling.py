@@ -19,6 +19,7 @@ from concurrent_dataloader.stores import Credentials, HedgePolicy, open_store
 from concurrent_dataloader.stores._cancelling import CancellableCall, holding
 from concurrent_dataloader.testing import Fault
 from concurrent_dataloader.testing.object_server import ObjectServer
+from tests.stores.in_worker import start_worker
 from tests.stores.test_resilience import in_thread
 from tests.stores.tls_proxy import make_certificates, serve_tls
 
@@ -91,6 +92,41 @@ def test_once_a_hedge_has_won_the_server_holds_no_request_any_more(
         assert body == BODIES["slow"]
         assert store.counts().num_hedges_won == 1
         assert is_soon(has_nothing_open(server))
+
+
+@pytest.mark.parametrize("fault", ["stalled_headers", "stalled_body"])
+@pytest.mark.parametrize("colour", ["blocking", "awaited"])
+def test_by_obstore_too_once_late_answers_are_known(
+    colour: str, fault: Any, server: ObjectServer, credentials_file: pathlib.Path
+) -> None:
+    slow = {f"slow{number}": b"slow%d" % number for number in range(6)}
+    server.put_objects("bucket", slow)
+    server.set_faults([Fault(fault, key_pattern="slow[0-9]", first_attempts=1)])
+    settings: dict[str, Any] = {
+        "client": "obstore",
+        "endpoint_url": server.endpoint_url,
+        "credentials": credentials_file,
+        "deadline_s": 60.0,
+        "stall_timeout_s": 60.0,
+        "hedge": HedgePolicy(max_extra_share=1.0),
+    }
+    quick = sorted(set(BODIES) - {"slow"})
+
+    manager: Any = start_worker()
+    with manager:
+        worker = manager.WorkerSide("s3://bucket", settings)
+        for key in quick:
+            worker.call("get", key)
+        for key, body in slow.items():
+            if colour == "awaited":
+                assert worker.fetch_async([key], None) == [body]
+            else:
+                assert worker.call("get", key) == body
+
+        assert worker.call("counts").num_hedges_won >= len(slow)
+        # The first two at most, by which it is known; the others are ended.
+        assert is_soon(lambda: server.counters().num_in_flight <= 2)
+        worker.call("close")
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes the certificates")
