@@ -87,7 +87,7 @@ def train(image_folder: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 def small_job(output: Path) -> list[str]:
-    text = "-a resnet18 --image-size 32 -b 8 -j 2 --lr 0.01 -p 1 --seed 3 --no-accel"
+    text = "-a shufflenet_v2_x0_5 --image-size 32 -b 8 -j 2 --lr 0.01 -p 1 --seed 3 --no-accel"
     return [*text.split(), "--output-base-folder", str(output)]
 
 
@@ -468,17 +468,17 @@ def test_weights_of_other_classes_are_replaced_and_the_rest_is_kept(
 ) -> None:
     """A-12. The file of the weights lies where torch keeps what it has downloaded."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    weights = torchvision.models.ResNet18_Weights.DEFAULT
+    weights = torchvision.models.ShuffleNet_V2_X0_5_Weights.DEFAULT
     path = tmp_path / "hub" / "checkpoints" / weights.url.rpartition("/")[2]
     path.parent.mkdir(parents=True)
-    published = torchvision.models.resnet18().state_dict()
+    published = torchvision.models.shufflenet_v2_x0_5().state_dict()
     torch.save(published, path)
 
     output = train("pretrained", "--pretrained", "--epochs", "1", "--lr", "0")
 
     state = load(output / "checkpoint.pth.tar")["state_dict"]
-    assert torch.equal(state["conv1.weight"], published["conv1.weight"])
-    assert state["fc.weight"].shape == (3, 512)
+    assert torch.equal(state["conv1.0.weight"], published["conv1.0.weight"])
+    assert state["fc.weight"].shape == (3, 1024)
 
 
 # Several processes

@@ -34,12 +34,15 @@ def shell_lines() -> list[str]:
     return [line for block in blocks("shell") for line in block.splitlines()]
 
 
-def run(folder: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(
+    folder: Path, *command: str, text: str = "", **variables: str
+) -> subprocess.CompletedProcess[str]:
     paths = filter(None, (str(CHECKOUT), os.environ.get("PYTHONPATH")))
     return subprocess.run(
         command,
         cwd=folder,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | variables,
+        input=text,
         capture_output=True,
         text=True,
         check=False,
@@ -64,28 +67,84 @@ def test_the_readme_opens_with_the_two_commands() -> None:
     assert README.index("./run demo") < 60
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[-1].strip())
-def test_python_in_the_readme_runs(code: str, folder: Path, object_server: ObjectServer) -> None:
-    pytest.importorskip("skimage", reason="scikit-image, which has the photographs, is missing")
-    object_server.put_folder("photos", folder / "photos")
-    variables = object_server.environment()
-    for letter, path in zip("ab", (folder / "photos/train/cat").iterdir(), strict=False):
-        code = code.replace(f"https://example.org/{letter}.jpg", path.as_uri())
+# Each block is run as a program by a child of one process, which imports for all of them.
+RUN_EACH = """
+import json, os, sys, traceback
+import torchvision
+codes, outcomes = json.load(sys.stdin), []
+for number, code in enumerate(codes):
+    with open(f"{number}.out", "w+") as output:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+                exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        _, status = os.waitpid(child, 0)
+        output.seek(0)
+        outcomes.append((os.waitstatus_to_exitcode(status), output.read()))
+json.dump(outcomes, sys.stdout)
+"""
 
-    if "def test_" in code:
-        (folder / "test_of_a_user.py").write_text(code)
-        plugin = ["-p", "concurrent_dataloader.testing.pytest_plugin", "-c", os.devnull]
-        no_entry_points = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", *plugin, "test_of_a_user.py"]
-        done = run(folder, *command, **no_entry_points)
-    else:
+
+def is_for_pytest(code: str) -> bool:
+    return "def test_" in code
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path) -> dict[str, tuple[int, str]]:
+    """Run each block; gives its exit status and output."""
+    pytest.importorskip("skimage", reason="scikit-image, which has the photographs, is missing")
+    programs = {code: code for code in blocks("python") if not is_for_pytest(code)}
+    for code in programs:
+        for letter, path in zip("ab", (folder / "photos/train/cat").iterdir(), strict=False):
+            url = f"https://example.org/{letter}.jpg"
+            programs[code] = programs[code].replace(url, path.as_uri())
         if "class WebImages" in code:
-            code += "\nprint(next(iter(loader)).shape)\n"
-        done = run(folder, sys.executable, "-W", "error", "-c", code, **variables)
+            programs[code] += "\nprint(next(iter(loader)).shape)\n"
+    with ObjectServer() as server:
+        server.put_folder("photos", folder / "photos")
+        command = (sys.executable, "-W", "error", "-c", RUN_EACH)
+        text = json.dumps(list(programs.values()))
+        done = run(folder, *command, text=text, **server.environment())
+    assert done.returncode == 0, done.stderr
+    return dict(zip(programs, map(tuple, json.loads(done.stdout)), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "code",
+    [code for code in blocks("python") if not is_for_pytest(code)],
+    ids=lambda code: code.splitlines()[-1].strip(),
+)
+def test_python_in_the_readme_runs(code: str, outcomes: dict[str, tuple[int, str]]) -> None:
+    status, output = outcomes[code]
+
+    assert status == 0, output
+    assert output
+
+
+@pytest.mark.slow
+def test_the_tests_in_the_readme_pass(folder: Path) -> None:
+    [code] = [code for code in blocks("python") if is_for_pytest(code)]
+    (folder / "test_of_a_user.py").write_text(code)
+    plugin = ["-p", "concurrent_dataloader.testing.pytest_plugin", "-c", os.devnull]
+    no_entry_points = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+    command = [sys.executable, "-m", "pytest", "-q", *plugin, "test_of_a_user.py"]
+    done = run(folder, *command, **no_entry_points)
 
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout
+    assert "2 passed" in done.stdout
 
 
 @cache

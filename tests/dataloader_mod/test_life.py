@@ -593,8 +593,9 @@ LAST = life_program.STALLS_IN_BATCH - 1
 WAYS = [
     ("fork", "threaded", False),
     ("fork", "asyncio", True),
-    ("spawn", "threaded", True),
     ("forkserver", "asyncio", False),
+    # Its workers start as those of the server of forks do, but each imports torch for itself.
+    pytest.param("spawn", "threaded", True, marks=pytest.mark.grid),
 ]
 
 
