@@ -17,14 +17,17 @@ from benchmarking import scenarios
 from benchmarking.effort import QUICK, Effort
 from benchmarking.progress import PROGRESS
 from benchmarking.results import Row, append_rows, markdown_table, print_rows
+from concurrent_dataloader import core_files
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for.
 
     Returns:
-        The exit status: 0, or 1 if a bar was missed by more than noise, or 2 for a wrong call.
+        The exit status: 0, or 1 if a bar was missed by more than noise. A wrong call exits with 2.
     """
+    if arguments is None:  # a process of its own
+        core_files.forbid()
     given = _parse(arguments)
     if given.scenario == "list":
         _print_list()
@@ -53,6 +56,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="minutes less, and no verdict")
     parser.add_argument("--only", nargs="+", metavar="CASE", help="these cases of the scenario")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/results.jsonl"))
+    parser.set_defaults(parser=parser)
     return parser.parse_args(arguments)
 
 
@@ -72,7 +76,7 @@ def _choose_cases(name: str, given: argparse.Namespace) -> list[str]:
         return list(scenario.bars if given.scenario == "bars" else scenario.cases)
     unknown = [case for case in given.only if case not in scenario.cases]
     if unknown and given.scenario != "bars":
-        raise SystemExit(
+        given.parser.error(
             f"--only: got {unknown[0]!r}, expected a case of {name}: {', '.join(scenario.cases)}"
         )
     return [case for case in given.only if case in scenario.cases]

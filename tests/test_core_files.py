@@ -61,9 +61,11 @@ def test_workers_leave_core_files_if_they_are_asked_to() -> None:
     assert set(told.values()) == {core_files_program.ALLOWED_BYTES}
 
 
+PROGRAMS = ("concurrent_dataloader.prepare.__main__", "benchmarking.__main__", "imagenet")
+
 COMMAND = """
 import resource
-from concurrent_dataloader.prepare.__main__ import main
+from {program} import main
 _, hard = resource.getrlimit(resource.RLIMIT_CORE)
 resource.setrlimit(resource.RLIMIT_CORE, (1 << 20, hard))
 try:
@@ -75,14 +77,20 @@ print(resource.getrlimit(resource.RLIMIT_CORE)[0])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "asked", "limit_bytes"),
-    [("", "0", NONE_BYTES), ("", "1", 1 << 20), ("['--version']", "0", 1 << 20)],
-    ids=["a command", "a command that is asked to", "a function that a program calls"],
+    ("program", "arguments", "asked", "limit_bytes"),
+    [
+        *((program, "", "0", NONE_BYTES) for program in PROGRAMS),
+        (PROGRAMS[0], "", "1", 1 << 20),
+        *((program, "['--help']", "0", 1 << 20) for program in PROGRAMS),
+    ],
 )
-def test_no_command_leaves_a_core_file(arguments: str, asked: str, limit_bytes: int) -> None:
-    code = COMMAND.format(arguments=arguments)
+def test_no_command_leaves_a_core_file(
+    program: str, arguments: str, asked: str, limit_bytes: int
+) -> None:
+    """Where it is one: a function that a program calls changes nothing."""
+    code = COMMAND.format(program=program, arguments=arguments)
 
-    told = run(f"import sys; sys.argv = ['x', '--version']{code}", **{core_files.VARIABLE: asked})
+    told = run(f"import sys; sys.argv = ['x', '--help']{code}", **{core_files.VARIABLE: asked})
 
     assert told.splitlines()[-1] == str(limit_bytes)
 

@@ -25,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows the program's name; those of the process when None.
 
     Returns:
-        Exit status: 0, or 1 if it did not work, 130 if interrupted. Wrong arguments exit with 2.
+        Exit status: 0, or 1 if it did not work, 130 if interrupted; 2 for an option that cannot be.
+        Arguments that cannot be read exit with 2.
     """
     if arguments is None:  # a process of its own
         core_files.forbid()
@@ -41,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(_describe(error))
     except ValueError as error:
-        return _fail(_name_argument(str(error), options.names_of_arguments, given))
+        message, is_option = _name_argument(str(error), options.names_of_arguments, given)
+        return _fail(message, 2 if is_option else 1)
     except KeyboardInterrupt:
         goes_on = verb in RESUMABLE and getattr(options, "resume", True)
         more = "; repeat the command, and it goes on where it stopped" if goes_on else ""
@@ -49,9 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, status: int = 1) -> int:
     print(f"{_PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
-    return 1
+    return status
 
 
 def _describe(error: OSError) -> str:
@@ -74,15 +76,20 @@ def _describe(error: OSError) -> str:
 
 def _name_argument(
     message: str, names_of_arguments: Mapping[str, Sequence[str]], given: Sequence[str]
-) -> str:
-    """Call an argument in a message what the user calls it: ``-n`` for ``num_instances``."""
+) -> tuple[str, bool]:
+    """Call an argument in a message what the user calls it: ``-n`` for ``num_instances``.
+
+    Returns:
+        The message; whether it is about an option.
+    """
     name, colon, rest = message.partition(": got ")
     names = names_of_arguments.get(name) if colon else None
     if not names:
-        return message
+        return message, False
     typed = [each for each in names if any(word.split("=")[0] == each for word in given)]
     long = [each for each in names if each.startswith("--")]
-    return f"{(typed or long or names)[0]}: got {rest}"
+    called = (typed or long or names)[0]
+    return f"{called}: got {rest}", called.startswith("-")
 
 
 _REWORDED = (

@@ -56,7 +56,7 @@ def main() -> None:
     loader = DataLoader(
         open_data(data),
         batch_size=BATCH_SIZE,
-        num_workers=2,
+        num_workers=settings.pop("num_workers", 2),
         collate_fn=None if data["kind"] == "stalls" else take_as_they_are,
         **settings,
     )

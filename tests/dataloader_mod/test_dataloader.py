@@ -257,6 +257,8 @@ def test_an_error_keeps_its_type_and_names_the_position(stage, fetch_impl, num_w
     assert "s3://bucket/key: no such object" in shown
     assert "position 13" in shown
     assert [label for _, labels in before for label in labels.tolist()] == list(range(12))
+    if num_workers:
+        assert "raise self.error" in str(caught.value), "the worker's traceback is missing"
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -269,9 +271,14 @@ def test_a_sample_that_raises_stop_iteration_does_not_end_the_epoch(num_workers)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_batches_after_a_failed_one_can_still_be_had(num_workers):
-    dataset = doubles.Failing(20, "fetch", 5, LoaderError("gone"))
-    iterator = iter(DataLoader(dataset, batch_size=4, num_workers=num_workers))
+@pytest.mark.parametrize("fetch_impl", ["threaded", "asyncio"])
+@pytest.mark.parametrize("stage", ["fetch", "decode", "transform"])
+def test_an_error_comes_once_and_the_batches_after_it_can_still_be_had(
+    stage, fetch_impl, num_workers
+):
+    dataset = doubles.Failing(20, stage, 5, LoaderError("gone"))
+    loader = DataLoader(dataset, batch_size=4, num_workers=num_workers, fetch_impl=fetch_impl)
+    iterator = iter(loader)
 
     labels = []
     for _ in range(5):
@@ -281,6 +288,7 @@ def test_batches_after_a_failed_one_can_still_be_had(num_workers):
             labels.append([])
 
     assert labels == [[0, 1, 2, 3], [], [8, 9, 10, 11], [12, 13, 14, 15], [16, 17, 18, 19]]
+    assert next(iterator, None) is None
 
 
 class Unpicklable:

@@ -276,3 +276,25 @@ def test_a_coroutine_of_a_plain_dataset_is_awaited():
         batches,
         read_epochs(torch.utils.data.DataLoader, doubles.PlainSquares(20), batch_size=4),
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="without a device nothing is pinned")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_pinned_batches_are_those_of_torch(num_workers):
+    """I-16."""
+    settings: dict[str, Any] = {
+        "batch_size": 4,
+        "shuffle": True,
+        "num_workers": num_workers,
+        "pin_memory": True,
+    }
+    told = []
+    for make in (torch.utils.data.DataLoader, DataLoader):
+        seed_all(3)
+        loader = make(doubles.StagedSquares(NUM_SAMPLES), **settings)
+        told.append([(images, labels) for _ in range(2) for images, labels in loader])
+
+    theirs, ours = told
+    assert all(images.is_pinned() for images, _ in ours)
+    assert is_same(ours, theirs)

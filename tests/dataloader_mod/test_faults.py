@@ -12,12 +12,13 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
 from typing_extensions import Buffer
 
+from benchmarking.processes import read_memory
 from concurrent_dataloader.dataloader_mod.dataloader import DataLoader
 from concurrent_dataloader.datasets.contract import StagedDataset
 from concurrent_dataloader.errors import StoreUnavailableError
@@ -286,13 +287,22 @@ def test_each_worker_says_at_its_end_what_it_has_asked_for(
     ]
 
 
-def count_open_files_and_threads() -> tuple[int, int]:
-    """Of this process and of its workers, which are there as long as their epoch is."""
+class Held(NamedTuple):
+    """By this process and its workers, which are there as long as their epoch is."""
+
+    open_files: int
+    threads: int
+    memory_mib: int
+    """What is shared counts once."""
+
+
+def count_what_is_held() -> Held:
     children = {child.pid for child in multiprocessing.active_children()}
     processes = [psutil.Process(pid) for pid in (os.getpid(), *children) if pid is not None]
-    return (
+    return Held(
         sum(process.num_fds() for process in processes),
         sum(process.num_threads() for process in processes),
+        sum(read_memory(process.pid).proportional_bytes for process in processes) >> 20,
     )
 
 
@@ -301,7 +311,7 @@ def count_open_files_and_threads() -> tuple[int, int]:
     "fetch_impl", ["threaded", pytest.param("asyncio", marks=pytest.mark.grid)]
 )
 @pytest.mark.slow
-def test_open_files_and_threads_stay_flat_over_epochs_with_faults(
+def test_open_files_threads_and_memory_stay_flat_over_epochs_with_faults(
     object_server: ObjectServer, fetch_impl: Any, is_persistent: bool
 ) -> None:
     num_epochs = 30
@@ -316,20 +326,20 @@ def test_open_files_and_threads_stay_flat_over_epochs_with_faults(
         persistent_workers=is_persistent,
     )
     object_server.set_faults(MIXED_FAULTS)
-    counts: list[tuple[int, int]] = []
+    counts: list[Held] = []
 
     for _ in range(num_epochs):
         samples: list[tuple[str, int]] = []
         batches = iter(loader)
         for _ in range(len(loader)):
             samples += samples_of(next(batches))
-        counts.append(count_open_files_and_threads())
+        counts.append(count_what_is_held())
         assert next(batches, None) is None
         assert samples == hashes_of(objects)
         del batches
         gc.collect()
 
-    for name, counted in zip(("open files", "threads"), zip(*counts, strict=True), strict=True):
+    for name, counted in zip(Held._fields, zip(*counts, strict=True), strict=True):
         # One more in each epoch would lift the lowest of the last four by twelve over the highest
         # of the first half. Threads are started as they are needed: of two workers with two
         # requests each, hedged twice at most, there may come to be eight more.

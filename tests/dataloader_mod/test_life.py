@@ -633,15 +633,21 @@ def stall(server: ObjectServer, kind: Any, folder: pathlib.Path) -> dict[str, st
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("client", "fetch_impl"),
-    [("obstore", "threaded"), ("aiohttp", "asyncio"), ("boto3", "asyncio")],
+    ("client", "fetch_impl", "num_workers"),
+    [
+        ("obstore", "threaded", 2),
+        ("obstore", "threaded", 0),
+        ("aiohttp", "asyncio", 2),
+        ("aiobotocore", "asyncio", 0),
+        ("boto3", "asyncio", 2),
+    ],
 )
 @pytest.mark.parametrize("kind", ["stalled_headers", "stalled_body"])
 def test_ctrl_c_ends_requests_that_a_server_does_not_answer(
-    tmp_path, object_server: ObjectServer, client, fetch_impl, kind
+    tmp_path, object_server: ObjectServer, client, fetch_impl, num_workers, kind
 ):
     data = {"kind": "store", "client": client} | stall(object_server, kind, tmp_path)
-    with start(tmp_path, data=data, fetch_impl=fetch_impl) as job:
+    with start(tmp_path, data=data, fetch_impl=fetch_impl, num_workers=num_workers) as job:
         wait_for_batch(job, LAST)
 
         os.killpg(job.process.pid, signal.SIGINT)

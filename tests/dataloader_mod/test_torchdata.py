@@ -1,7 +1,6 @@
 """torchdata itself: its loader over our data sets and sampler, its samplers in our loader (N11).
 
-What one loader is told by the other's convention is told here by the other. torchdata is no
-dependency, so that these tests run where somebody has installed it: ``pip install torchdata``.
+What one loader is told by the other's convention is told here by the other.
 """
 
 from __future__ import annotations
@@ -26,9 +25,7 @@ from concurrent_dataloader.stores import open_store
 from tests.dataloader_mod.conftest import seed_all
 from tests.datasets.shards import write_shards
 
-torchdata: Any = pytest.importorskip(
-    "torchdata.stateful_dataloader", reason="torchdata is not installed: pip install torchdata"
-)
+torchdata: Any = pytest.importorskip("torchdata.stateful_dataloader")
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 

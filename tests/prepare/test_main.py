@@ -400,7 +400,7 @@ def test_an_option_that_cannot_be_is_told_before_anything_is_looked_at(
 
     status = main(arguments)
 
-    assert status == 1
+    assert status == 2
     assert message in capsys.readouterr().err
     assert sorted(folder.parent.rglob("*")) == before
 
