@@ -5,14 +5,15 @@ The rooms, in the order in which data flows; imports point to the left only:
 ```text
 core_files, errors, ranges, threads, files, packed, shard_names
     <-  stores, formats, index, labels  <-  shard_index  <-  distribution
-    <-  datasets  <-  dataloader_mod, prepare  <-  imagenet_loader;  testing stands alone
+    <-  datasets  <-  dataloader_mod, prepare  <-  imagenet_loader, training;  testing stands alone
 ```
 
 ``stores`` give bytes by key, ``formats`` turn bytes into samples and back, ``index`` knows which
 samples exist, ``shard_index`` where in shards, and ``labels`` which class each belongs to,
-``datasets`` join them to samples by position,
-``dataloader_mod`` makes batches, ``prepare`` holds the commands, ``testing`` an object server with
-latency and faults. Names below are imported when first used, so that commands start without torch.
+``datasets`` join them to samples by position, ``dataloader_mod`` makes batches, ``prepare`` holds
+the commands, ``training`` what ``imagenet.py`` needs besides the loader, ``testing`` an object
+server with latency and faults. Names below are imported when first used, so that commands start
+without torch.
 """
 
 from __future__ import annotations

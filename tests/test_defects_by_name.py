@@ -27,6 +27,7 @@ from benchmarking.results import unit_of
 from concurrent_dataloader.prepare.__main__ import SUMMARIES
 from concurrent_dataloader.prepare.__main__ import main as run_command
 from concurrent_dataloader.prepare.lmdb import ReadSpeed
+from concurrent_dataloader.training import report
 
 PACKAGE = Path(concurrent_dataloader.__file__).parent
 CHECKOUT = PACKAGE.parent
@@ -343,7 +344,8 @@ def test_b12_the_time_that_is_left_is_that_of_the_steps_that_are_left(
     # A clock that goes on by ten seconds each time that somebody looks, so that there is time left.
     seen = itertools.count(step=10)
     clock = types.SimpleNamespace(perf_counter=lambda: float(next(seen)), time=time.time)
-    monkeypatch.setattr(imagenet, "time", clock)
+    for module in (imagenet, report):
+        monkeypatch.setattr(module, "time", clock)
     text = "--dummy --dataset-limit 40 --classes 3 -b 8 -j 0 -p 1 --epochs 3 --image-size 32"
     output = ["--output-base-folder", str(tmp_path), "--no-accel", "--seed", "1"]
     assert imagenet.main([*text.split(), *output]) == 0

@@ -31,6 +31,8 @@ from concurrent_dataloader.errors import SampleDecodeError
 from concurrent_dataloader.labels import Classes
 from concurrent_dataloader.prepare.__main__ import main as pack
 from concurrent_dataloader.testing import ObjectServer
+from concurrent_dataloader.training.checkpoint import advise_resume, go_on_in_epoch
+from concurrent_dataloader.training.data import find_classes
 
 REPOSITORY = Path(imagenet.__file__).parent
 NUM_TRAIN, NUM_VAL = 12, 5
@@ -418,7 +420,7 @@ def test_a_stream_goes_on_with_fewer_processes(images: dict[str, bytes], tmp_pat
     }
     alone = make(0, 1)
     place = imagenet.Place(0, 1, 1, torch.device("cpu"))
-    num_done, _ = imagenet.go_on_in_epoch(args, place, alone, middle)
+    num_done, _ = go_on_in_epoch(args, place, alone, middle)
     rest = [labels for _, labels in alone]
     for loader in loaders:
         loader.close()
@@ -608,13 +610,12 @@ def test_ctrl_c_ends_it_with_status_130(image_folder: Path, tmp_path: Path) -> N
 
 
 def test_after_ctrl_c_only_a_checkpoint_of_this_run_is_advised(tmp_path: Path) -> None:
-    args = imagenet.parse_arguments([str(tmp_path), "--output-base-folder", str(tmp_path)])
     path = tmp_path / "checkpoint.pth.tar"
     path.touch()
     written_s = path.stat().st_mtime
 
-    assert imagenet.advise_resume(args, written_s - 1) == f"go on with --resume {path}"
-    assert imagenet.advise_resume(args, written_s + 1) == "it had written no checkpoint yet"
+    assert advise_resume(tmp_path, written_s - 1) == f"go on with --resume {path}"
+    assert advise_resume(tmp_path, written_s + 1) == "it had written no checkpoint yet"
 
 
 # Parts
@@ -702,8 +703,8 @@ def test_weights_of_imagenet_are_refused_for_1000_other_classes() -> None:
     imagenets = argparse.Namespace(classes=Classes.imagenet())
 
     with pytest.raises(ValueError, match=r"^--pretrained: these 1000 classes are not ImageNet's"):
-        imagenet.find_classes(args, others, None)
-    assert imagenet.find_classes(args, imagenets, None)[0] == "tench"
+        find_classes(args, others, None)
+    assert find_classes(args, imagenets, None)[0] == "tench"
 
 
 class Numbers(IterableDataset[int]):

@@ -19,6 +19,8 @@ from concurrent_dataloader.datasets import StreamedShards
 from concurrent_dataloader.errors import ShardFormatError
 from concurrent_dataloader.prepare.__main__ import main as pack
 from concurrent_dataloader.testing import ObjectServer
+from concurrent_dataloader.training.checkpoint import go_on_in_epoch
+from concurrent_dataloader.training.shares import open_stream
 from tests import test_imagenet
 from tests.test_imagenet import (
     NUM_TRAIN,
@@ -236,7 +238,7 @@ def test_a_node_reads_none_of_the_shards_of_another(shards: Path) -> None:
     assert pack(["distribute", str(shards), "-n", "2"]) == 0
     args, dataset = open_images(shards, "--instances")
 
-    own = [imagenet.open_stream(args, dataset, place_of(n, 2, 0, 1), 4) for n in range(2)]
+    own = [open_stream(args, dataset, place_of(n, 2, 0, 1), 4) for n in range(2)]
 
     names = [set(stream._shards.keys) for stream in own]
     assert names == [
@@ -248,8 +250,8 @@ def test_without_parts_the_first_process_says_how_many_images_are_skipped(shards
     args, dataset = open_images(shards, "--instances")
 
     with pytest.warns(UserWarning, match=r"6 samples of the last 1 of 4 shards are skipped by all"):
-        first = imagenet.open_stream(args, dataset, place_of(0, 3, 0, 1), 4)
-    others = [imagenet.open_stream(args, dataset, place_of(n, 3, 0, 1), 4) for n in (1, 2)]
+        first = open_stream(args, dataset, place_of(0, 3, 0, 1), 4)
+    others = [open_stream(args, dataset, place_of(n, 3, 0, 1), 4) for n in (1, 2)]
 
     assert [len(stream) for stream in (first, *others)] == [10, 10, 10]
 
@@ -384,7 +386,7 @@ def test_an_epoch_without_an_index_goes_on_in_the_middle(bare: Path, is_counted:
     loader.close()
 
     args, resumed = make()
-    num_done, _ = imagenet.go_on_in_epoch(args, place, resumed, middle)
+    num_done, _ = go_on_in_epoch(args, place, resumed, middle)
 
     assert num_done == 4
     assert num_steps == (9 if is_counted else None)

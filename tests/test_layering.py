@@ -19,7 +19,7 @@ LAYERS = [
     {"labelling", "boxes", "distribution"},
     {"datasets"},
     {"dataloader_mod", "prepare"},
-    {"imagenet_loader"},
+    {"imagenet_loader", "training"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 ALONE = {"testing"}
@@ -31,7 +31,9 @@ CLIENTS = {
     "lmdb": {"lmdb_environment", "lmdb_file", "lmdb_writer"},
     "obstore": {"_obstore"},
 }
-MAY_IMPORT_TORCH = {"datasets", "dataloader_mod", "formats", "imagenet_loader", "shared_memory"}
+MAY_IMPORT_TORCH = {
+    *("datasets", "dataloader_mod", "formats", "imagenet_loader", "shared_memory", "training")
+}
 
 
 def room_of(path: Path) -> str:
