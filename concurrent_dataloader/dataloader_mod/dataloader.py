@@ -86,7 +86,8 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         drop_last: As torch's.
         timeout: Seconds that a worker waits for the samples of a batch, from when it turns to the
             batch; the error then names what is missing. 0: without end. Should the worker not
-            answer at all, torch's error comes after as long again, 1 to 10 s. Needs workers.
+            answer at all, it is named after as long again, 1 to 10 s; of an iterable dataset it is
+            at once. Needs workers.
         worker_init_fn: As torch's.
         multiprocessing_context: As torch's: fork, spawn and forkserver.
         generator: As torch's.

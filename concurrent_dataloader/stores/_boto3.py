@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,6 +20,7 @@ import botocore.loaders
 import botocore.session
 from boto3.s3.transfer import TransferConfig
 from botocore import UNSIGNED
+from botocore.compat import set_socket_timeout
 from typing_extensions import Buffer, override
 
 from concurrent_dataloader.errors import (
@@ -34,6 +36,7 @@ from concurrent_dataloader.stores._answers import (
     timeout_error,
 )
 from concurrent_dataloader.stores._checksums import Checksums
+from concurrent_dataloader.stores._time_left import end_of_call
 from concurrent_dataloader.stores.address import ClientOptions, S3Address, check_byte_range
 from concurrent_dataloader.stores.base import BlockingStore, ObjectInfo, PerProcess
 from concurrent_dataloader.stores.credentials import CredentialsChain, CredentialsSource
@@ -48,7 +51,12 @@ more."""
 
 
 class Boto3Store(BlockingStore):
-    """One boto3 client for each process, made under a lock; clients may be shared by threads."""
+    """One boto3 client for each process, made under a lock; clients may be shared by threads.
+
+    Told that less time is left, a call waits no longer than that for the first byte of its answer,
+    and of a body for the last one. Not bounded by it are connecting, uploads in parts, which have
+    threads of their own, and, before botocore took a limit for a single request, the first byte.
+    """
 
     def __init__(self, address: S3Address, options: ClientOptions) -> None:
         super().__init__(options.max_connections)
@@ -87,14 +95,15 @@ class Boto3Store(BlockingStore):
     def _get_object(
         self, key: str, extra: dict[str, str]
     ) -> tuple[int, Callable[[str], str | None], bytes]:
-        until_s = time.monotonic() + self._options.total_timeout_s
+        until_s = min(end_of_call(), time.monotonic() + self._options.total_timeout_s)
         answer = self._client.get().get_object(
             Bucket=self._address.bucket, Key=self._address.object_key(key), **extra
         )
         # Not `with answer["Body"]`: that gives the stream inside, which checks nothing.
         with contextlib.closing(answer["Body"]) as stream:
             if hasattr(stream._raw_stream, "read1"):  # urllib3 2.1 and later
-                stream._raw_stream = _TimedStream(stream._raw_stream, until_s)
+                stall_s = self._options.stall_timeout_s
+                stream._raw_stream = _TimedStream(stream._raw_stream, stall_s, until_s)
             body: bytes = stream.read()
         return *read_answer(answer), body
 
@@ -168,8 +177,9 @@ class _TimedStream:
     far. What it checks of the whole, it checks of what `read` gives.
     """
 
-    def __init__(self, stream: Any, until_s: float) -> None:
+    def __init__(self, stream: Any, stall_s: float, until_s: float) -> None:
         self._stream = stream
+        self._stall_s = stall_s
         self._until_s = until_s
 
     def read(self, amt: None = None) -> bytes:
@@ -180,11 +190,19 @@ class _TimedStream:
         """
         del amt
         chunks: list[bytes] = []
-        while chunk := self._stream.read1(_READ_BYTES):
+        while chunk := self._receive():
             chunks.append(chunk)
-            if time.monotonic() > self._until_s:
-                raise TimeoutError
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def _receive(self) -> bytes:
+        left_s = self._until_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError
+        if left_s < self._stall_s:
+            with contextlib.suppress(AttributeError):  # all has come, and the socket was let go
+                set_socket_timeout(self._stream, left_s)
+        chunk: bytes = self._stream.read1(_READ_BYTES)
+        return chunk
 
     def close(self) -> None:
         """Close the stream inside."""
@@ -265,7 +283,20 @@ def _open_client(address: S3Address, options: ClientOptions) -> Any:
     if source is not None:
         session.register_component("credential_provider", _Provider(source))
     session.register_component("data_loader", shared_loader())
-    return boto3.session.Session(botocore_session=session).client(**arguments)
+    client = boto3.session.Session(botocore_session=session).client(**arguments)
+    client.meta.events.register("before-send.s3", partial(_limit_wait, options.stall_timeout_s))
+    return client
+
+
+def _limit_wait(stall_timeout_s: float, request: Any, **about: Any) -> None:
+    """Let botocore wait for an answer no longer than the call may last, if it can be told."""
+    del about
+    until_s = end_of_call()
+    context = getattr(request, "context", None)
+    if until_s == math.inf or context is None:
+        return
+    left_s = max(until_s - time.monotonic(), 0.001)  # botocore takes no 0
+    context["read_timeout"] = min(stall_timeout_s, left_s)
 
 
 class _LiveCredentials(botocore.credentials.Credentials):

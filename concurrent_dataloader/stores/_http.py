@@ -34,6 +34,8 @@ from concurrent_dataloader.stores._answers import (
 from concurrent_dataloader.stores._cancelling import holding
 from concurrent_dataloader.stores._checksums import Checksums
 from concurrent_dataloader.stores._sigv4 import sign
+from concurrent_dataloader.stores._time_left import end_of_call
+from concurrent_dataloader.stores._timed_connection import TimedConnection
 from concurrent_dataloader.stores.address import (
     Address,
     ClientOptions,
@@ -116,7 +118,7 @@ class HttpStore(BlockingStore):
         self, method: str, key: str, byte_range: ByteRange | None
     ) -> tuple[int, http.client.HTTPMessage, bytes]:
         origin, path = self._origin, self._address.request_path(key)
-        until_s = time.monotonic() + self._options.total_timeout_s
+        until_s = min(end_of_call(), time.monotonic() + self._options.total_timeout_s)
         for _ in range(_MAX_REDIRECTS + 1):
             headers = build_headers(
                 self._address, method, origin, path, byte_range, self._options.verify
@@ -139,10 +141,11 @@ class HttpStore(BlockingStore):
         connections = self._connections.get()
         connection = connections.take(origin)
         try:
+            connection.begin(until_s)
             with holding(connection.sock):
                 connection.request(method, path, headers=headers)
                 response = connection.getresponse()
-                body = _read_body(response, until_s)
+                body = _read_body(response)
         except BaseException:
             connection.close()
             raise
@@ -218,16 +221,13 @@ def _parse_error(body: bytes) -> tuple[str, str]:
     return parse_s3_error(body[:_MAX_ERROR_BYTES].decode("utf-8", "replace"))
 
 
-def _read_body(response: http.client.HTTPResponse, until_s: float) -> bytes:
-    """Read to the end, no longer than ``until_s``: a body that drips never times out by itself."""
+def _read_body(response: http.client.HTTPResponse) -> bytes:
     chunks: list[bytes] = []
     while chunk := response.read1(_READ_BYTES):
         chunks.append(chunk)
         if response.length == 0:
             response.close()
             break
-        if time.monotonic() > until_s:
-            raise TimeoutError
     else:
         if response.length:
             raise http.client.IncompleteRead(b"".join(chunks), response.length)
@@ -240,25 +240,25 @@ class _Connections:
     def __init__(self, options: ClientOptions) -> None:
         self._options = options
         # Appending and popping are atomic: no lock.
-        self._idle: collections.defaultdict[
-            Origin, collections.deque[http.client.HTTPConnection]
-        ] = collections.defaultdict(collections.deque)
+        self._idle: collections.defaultdict[Origin, collections.deque[TimedConnection]] = (
+            collections.defaultdict(collections.deque)
+        )
         self._tls: ssl.SSLContext | None = None
         self._is_closed = False
 
-    def take(self, origin: Origin) -> http.client.HTTPConnection:
-        """Give an idle connection that still stands, the one used last, or a new one."""
+    def take(self, origin: Origin) -> TimedConnection:
+        """Give an idle connection that still stands, the one used last, or one to be made."""
         idle = self._idle[origin]
         while True:
             try:
                 connection = idle.pop()
             except IndexError:
-                return self._connect(origin)
+                return self._make(origin)
             if _is_quiet(connection.sock):
                 return connection
             connection.close()
 
-    def put_back(self, origin: Origin, connection: http.client.HTTPConnection) -> None:
+    def put_back(self, origin: Origin, connection: TimedConnection) -> None:
         """Keep a connection for the next request, unless the pool was closed meanwhile."""
         self._idle[origin].append(connection)
         if self._is_closed:  # looked at after appending: either this or `close` finds it
@@ -271,19 +271,12 @@ class _Connections:
             while idle:
                 idle.pop().close()
 
-    def _connect(self, origin: Origin) -> http.client.HTTPConnection:
-        timeout_s = self._options.connect_timeout_s
-        if origin.scheme == "https":
-            if self._tls is None:
-                self._tls = ssl.create_default_context(cafile=self._options.ca_file)
-            connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                origin.host, origin.port, timeout=timeout_s, context=self._tls
-            )
-        else:
-            connection = http.client.HTTPConnection(origin.host, origin.port, timeout=timeout_s)
-        connection.connect()
-        connection.sock.settimeout(self._options.stall_timeout_s)
-        return connection
+    def _make(self, origin: Origin) -> TimedConnection:
+        if origin.scheme != "https":
+            return TimedConnection(origin, self._options, None)
+        if self._tls is None:
+            self._tls = ssl.create_default_context(cafile=self._options.ca_file)
+        return TimedConnection(origin, self._options, self._tls)
 
 
 def _is_quiet(sock: socket.socket | None) -> bool:

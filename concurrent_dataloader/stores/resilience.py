@@ -31,6 +31,7 @@ from concurrent_dataloader.stores._cancelling import racing
 from concurrent_dataloader.stores._flow import SILENCE_TOLD_AFTER_S, Flow, RequestCounts
 from concurrent_dataloader.stores._places import Place, Request, enter, enter_async, resting
 from concurrent_dataloader.stores._races import AwaitedRace, BlockingRace
+from concurrent_dataloader.stores._time_left import ending_in
 from concurrent_dataloader.stores.base import (
     ObjectInfo,
     PerProcess,
@@ -51,15 +52,21 @@ _SIGN_OF_LIFE_S = 5.0
 
 _FIRST_BYTE = ByteRange(0, 1)
 
+_UNNOTICED_S, _UNNOTICED_SHARE = 1.0, 0.1
+"""How much of its time a request may have spent before an attempt, in seconds and as a share, while
+that ends by the limits of the client, which are those of a whole request."""
+
 
 class ResilientStore(ValueObject):
     """Repeats what may be repeated, within a deadline for the request with all its attempts.
 
     Awaited reads are cut at the deadline. Blocking ones are, and are hedged, while they are made in
-    threads of this store's own: retries, and first attempts while answers are late now and then
-    (`Vigilance`). Other first attempts are made in the caller's thread and end by
-    `ClientOptions.total_timeout_s`; in a process's main thread all are, so that a parent that forks
-    later has no threads of ours.
+    threads of this store's own: retries, first attempts while answers are late now and then
+    (`Vigilance`), and those that stood in line before. Other first attempts are made in the
+    caller's thread and end by `ClientOptions.total_timeout_s`; in a process's main thread all are,
+    so that a parent that forks later has no threads of ours; and so is, in any thread, what does
+    not read. There a client is told how much time is left (`_time_left`), where that is less than
+    the whole: the standard library's ends by it, boto3 as far as it can (`Boto3Store`).
     """
 
     def __init__(
@@ -199,9 +206,12 @@ class ResilientStore(ValueObject):
     def _attempt(self, flow: Flow, request: Request, place: Place) -> Buffer:
         call = partial(self._store.get, request.key, request.byte_range)
         place.begin()
-        is_direct = threading.current_thread() is threading.main_thread()
-        if is_direct or not (flow.watches or request.plan.num_attempts > 1):
+        is_repeated = request.plan.num_attempts > 1
+        is_watched = flow.watches or is_repeated or self._is_short(request, place.begun_s)
+        if not is_watched:
             body = call()
+        elif threading.current_thread() is threading.main_thread():
+            body = self._call(request, place.begun_s, call)
         else:
             try:
                 race = BlockingRace(call, flow.threads, may_lose=flow.has_late_answers)
@@ -209,9 +219,27 @@ class ResilientStore(ValueObject):
             except TimeoutError as error:
                 if isinstance(error, StoreError):
                     raise
-                raise self._no_answer(request, place) from error
+                raise self._no_answer(request, place.age_s) from error
         place.succeed()
         return body
+
+    def _is_short(self, request: Request, begun_s: float) -> bool:
+        """Whether an attempt that began then has less time than a client gives a request."""
+        spent_s = self._deadline_s - (request.until_s - begun_s)
+        return spent_s > min(_UNNOTICED_S, _UNNOTICED_SHARE * self._deadline_s)
+
+    def _call(self, request: Request, begun_s: float, call: Callable[[], T]) -> T:
+        """Make a call in this thread; its client is told of the time if that is short."""
+        if not self._is_short(request, begun_s):
+            return call()
+        left_s = request.until_s - begun_s
+        try:
+            with ending_in(left_s):
+                return call()
+        except DeadlineError as error:
+            if self._clock() < request.until_s:  # by a limit of the client's own
+                raise
+            raise self._no_answer(request, left_s) from error
 
     async def _attempt_async(self, flow: Flow, request: Request, place: Place) -> Buffer:
         call = partial(self._store.get_async, request.key, request.byte_range)
@@ -227,15 +255,15 @@ class ResilientStore(ValueObject):
         except TimeoutError as error:
             if isinstance(error, StoreError):
                 raise
-            raise self._no_answer(request, place) from error
+            raise self._no_answer(request, place.age_s) from error
         place.succeed()
         return body
 
-    def _no_answer(self, request: Request, place: Place) -> DeadlineError:
+    def _no_answer(self, request: Request, waited_s: float) -> DeadlineError:
         failure = request.plan.failure
         before = f"; the attempt before: {failure}" if failure else ""
         name = self.describe(request.key)
-        return DeadlineError(f"{name}: no answer in {place.age_s:.2f} s{before}")
+        return DeadlineError(f"{name}: no answer in {waited_s:.2f} s{before}")
 
     # -- all but reading
 
@@ -249,7 +277,7 @@ class ResilientStore(ValueObject):
             begun_s = self._clock()
             request.plan.begin()
             try:
-                return call()
+                return self._call(request, begun_s, call)
             except StoreError as error:
                 self._rest(flow, request, error, begun_s)
 
@@ -299,8 +327,6 @@ class ResilientStore(ValueObject):
         key = flow.try_sign_of_life(request.key, now_s)
         if key is None:
             return None
-        # Where a retry is cut at the end of its time, it is too; in a main thread that blocks,
-        # where nothing can be, it ends by the client's own limits.
         plan = RetryPlan(self._policy, left_s)
         plan.begin()
         size_class = HedgePlan.size_class(1)
@@ -363,14 +389,17 @@ class ResilientWritableStore(ResilientStore):
         """
         flow, last, request = self._flow.get(), start_after, self._begin(prefix, None)
         while True:
-            attempt_begun_s = self._clock()
+            attempt_begun_s = begun_s = self._clock()
             request.plan.begin()
             try:
-                for info in self._writable.list(prefix, start_after=last):
+                infos = self._writable.list(prefix, start_after=last)
+                find = partial(next, infos, None)
+                while (info := self._call(request, begun_s, find)) is not None:
                     last = info.key
                     yield info
                     request = self._begin(prefix, None)
                     request.plan.begin()
+                    begun_s = request.begun_s
                 return
             except StoreError as error:
                 self._rest(flow, request, error, attempt_begun_s)

@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from concurrent_dataloader import DataLoader, ErrorBudget
 from concurrent_dataloader.datasets.contract import SampleLocation
 from concurrent_dataloader.datasets.streamed import ReadSettings, StreamedShards
 from concurrent_dataloader.errors import (
+    DeadlineError,
     ErrorBudgetError,
     MissingDependencyError,
     SampleDecodeError,
@@ -588,3 +590,24 @@ def test_what_lay_in_the_buffer_and_is_gone_is_passed_over(folder: Path) -> None
     lost = {n for n in range(6, 13) if n not in taken}
     assert sorted(taken + rest) == [n for n in ALL if n not in lost]
     assert resumed.error_report().num_failed == len(lost)
+
+
+def stall_at_ten(raw: bytes) -> bytes:
+    if raw == IMAGES[10]:
+        time.sleep(3600)
+    return raw
+
+
+@pytest.mark.timeout(60)
+def test_a_batch_that_does_not_come_in_time_names_its_worker(bare: Path) -> None:
+    with make(bare, 2, decode=stall_at_ten, timeout=2) as loader:
+        batches: list[Any] = []
+
+        # What lies ahead in a stream has no position: the worker is all that can be named.
+        with pytest.raises(
+            DeadlineError, match=r"worker 1 \(pid \d+\): no batch in 2 s \(timeout is 2 s\) and no"
+        ):
+            batches.extend(iter(loader))
+
+        assert labels_of(batches) == [0, 1, 6, 7, 2, 3, 8, 9, 4, 5]
+        assert loader.error_report().num_failed == 0
