@@ -140,9 +140,10 @@ def open_store(
             store takes, unless a loader was told ``num_fetch_workers``; None: from 64, up to
             ``max_connections``.
         verify: ``"checksum"`` compares whole objects with the checksum that the store sends: an
-            ETag that is an MD5, or one of S3's checksum headers. obstore shows none of these, so
-            that by it an object whose ETag is no MD5, as of one that was uploaded in parts, is
-            compared by its length alone. ``"length"`` saves the CPU of the MD5.
+            ETag that is an MD5, or one of S3's checksum headers. obstore shows none of these
+            headers, so that whole objects whose ETag is no MD5, as of one that was uploaded in
+            parts, are read by ``"http"`` if they have one. What has neither is compared by its
+            length alone. ``"length"`` saves the CPU of all this.
         cache: Keep what is read on this machine: a `DiskCache`, or its folder.
 
     Returns:

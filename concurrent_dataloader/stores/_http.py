@@ -58,11 +58,14 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 class HttpStore(BlockingStore):
     """Objects of an S3-compatible store, or of a plain web server, over HTTP/1.1."""
 
-    def __init__(self, address: Address, options: ClientOptions) -> None:
+    def __init__(
+        self, address: Address, options: ClientOptions, checksums: Checksums | None = None
+    ) -> None:
+        """Share the checksums of the store that this is a part of, if it is one."""
         super().__init__(options.max_connections)
         self._address = address
         self._options = options
-        self._checksums = Checksums(options.verify)
+        self._checksums = Checksums(options.verify) if checksums is None else checksums
         self._connections = PerProcess(partial(_Connections, options), _Connections.close)
         self._origin = address.origin
 
@@ -178,9 +181,10 @@ def build_headers(
 ) -> dict[str, str]:
     """Give the headers of a request, signed if the address has credentials."""
     headers: dict[str, str] = {}
+    is_s3 = isinstance(address, S3Address)
+    asks_checksum = is_s3 and method == "GET" and byte_range is None and verify == "checksum"
     if isinstance(address, S3Address) and address.credentials is not None:
         credentials = address.credentials.resolve()
-        asks_checksum = method == "GET" and byte_range is None and verify == "checksum"
         headers = sign(
             method,
             origin.netloc,
@@ -190,6 +194,8 @@ def build_headers(
             time.time(),
             asks_checksum=asks_checksum,
         )
+    elif asks_checksum:
+        headers["x-amz-checksum-mode"] = "ENABLED"
     headers["Host"] = origin.netloc
     if byte_range is not None:
         headers["Range"] = f"bytes={byte_range.start}-{byte_range.stop - 1}"

@@ -11,6 +11,9 @@ uses. So:
 
 A blocking read of obstore cannot be ended either. While a store has late answers, each of which is
 asked for again, reads are made by that client too, so that the late ones end at the store.
+
+obstore shows no checksum headers either. Where ETags are no MD5s, whole objects are read by that
+client, if the store has headers for them that can be compared.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import threading
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -60,6 +64,9 @@ _CREDENTIALS_LAST = timedelta(minutes=5)
 """What obstore is told of credentials that may change. It asks again when they last less than that,
 at most ten times a second; the source knows when they are really to be renewed."""
 
+_PATIENCE_S = 2.0
+"""Longest wait for the answer that another thread has asked for."""
+
 _PROVIDER = re.compile(r"External AWS credential provider: (?:[\w.]+\.)?(\w+): (.*)")
 """What obstore says of an error that `_provide` raised."""
 
@@ -96,7 +103,9 @@ class ObstoreStore(BlockingStore):
         self._fork_safe = fork_safe
         self._checksums = Checksums(options.verify)
         self._client = PerProcess(partial(_open_client, address, options, fork_safe), _drop)
-        self._plain = HttpStore(address, options)
+        self._plain = HttpStore(address, options, self._checksums)
+        self._question = threading.Lock()
+        self._was_asked = False
 
     @override
     def _arguments(self) -> tuple[S3Address, ClientOptions, bool]:
@@ -123,6 +132,8 @@ class ObstoreStore(BlockingStore):
         client = self._client.get()
         if client is None or may_lose() or _ODD_KEY.search(key):
             return self._plain.get(key, byte_range)
+        if byte_range is None and self._checksums.needs_headers:
+            return self._plain.get(key)
         object_key = self._address.object_key(key)
         try:
             if byte_range is None:
@@ -148,7 +159,8 @@ class ObstoreStore(BlockingStore):
             if got_bytes == 0:
                 check_whole_body(self._address, key, 0, None, etag)
             ask = partial(self._plain.ask_header, key)
-            self._checksums.check_etag(self._address, key, etag, body, ask)
+            if not self._checksums.check_etag(self._address, key, etag, body, ask):
+                return self._check_by_headers(key, body)
         elif got_bytes != byte_range.stop - byte_range.start:
             size_bytes = result.meta["size"]
             if size_bytes < byte_range.stop:
@@ -157,6 +169,27 @@ class ObstoreStore(BlockingStore):
                 self._address, key, got_bytes, byte_range.stop - byte_range.start
             )
         return body
+
+    def _check_by_headers(self, key: str, body: Buffer) -> Buffer:
+        """Read an object again whose ETag is no MD5, unless the store is known to send no headers.
+
+        One read finds out for this process; those that end meanwhile wait for it. Where the store
+        sends them, the few that had begun are read again, and later ones by that client at once.
+        """
+        if self._is_unknown():
+            is_mine = self._question.acquire(timeout=_PATIENCE_S)
+            try:
+                if self._is_unknown():
+                    body = self._plain.get(key)
+                    self._was_asked = True
+                    return body
+            finally:
+                if is_mine:
+                    self._question.release()
+        return self._plain.get(key) if self._checksums.needs_headers else body
+
+    def _is_unknown(self) -> bool:
+        return not (self._was_asked or self._checksums.needs_headers)
 
     def _translate(self, error: Exception, key: str) -> LoaderError:
         where, endpoint = self.describe(key), self._address.endpoint_url

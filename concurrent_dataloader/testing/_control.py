@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import json
 import logging
@@ -10,7 +11,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from concurrent_dataloader.testing._answer import Answer, answer_with, answer_with_error
-from concurrent_dataloader.testing._objects import compute_checksum, make_file_object, make_object
+from concurrent_dataloader.testing._objects import (
+    compute_checksum,
+    etag_of_parts,
+    make_file_object,
+    make_object,
+)
 from concurrent_dataloader.testing._refusals import S3Error
 from concurrent_dataloader.testing._request import CONTROL_PREFIX, Request
 from concurrent_dataloader.testing._signature import Credential
@@ -82,7 +88,9 @@ class Control:
             body = bytes(bodies[start : start + num_bytes])
             start += num_bytes
             checksums = {algorithm: compute_checksum(algorithm, body)} if algorithm else {}
-            bucket.add(make_object(key, body, checksums=checksums))
+            md5 = hashlib.md5(body, usedforsecurity=False).hexdigest()
+            etag = etag_of_parts([md5]) if arguments["in_parts"] else md5
+            bucket.add(make_object(key, body, checksums=checksums, etag=etag))
 
     def _put_folder(self, arguments: dict[str, Any], _: memoryview) -> dict[str, int]:
         bucket = self._server.buckets.create(arguments["bucket"])

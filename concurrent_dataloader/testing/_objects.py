@@ -13,7 +13,7 @@ import pathlib
 import secrets
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from concurrent_dataloader.testing._refusals import S3Error
@@ -167,6 +167,12 @@ def make_file_object(key: str, path: pathlib.Path) -> StoredObject:
     seed = f"{path}:{status.st_size}:{status.st_mtime_ns}".encode()
     etag = hashlib.md5(seed, usedforsecurity=False).hexdigest() + "-1"
     return StoredObject(key, FileBody(path), status.st_size, etag, int(status.st_mtime), {}, {})
+
+
+def etag_of_parts(md5s: Sequence[str]) -> str:
+    """Give the ETag of an object that was uploaded in parts, by their MD5s in hex."""
+    digests = b"".join(map(bytes.fromhex, md5s))
+    return f"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(md5s)}"
 
 
 def start_upload(bucket: Bucket, key: str, headers: Mapping[str, str], is_public: bool) -> Upload:

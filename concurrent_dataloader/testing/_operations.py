@@ -41,6 +41,7 @@ from concurrent_dataloader.testing._objects import (
     Part,
     StoredObject,
     Upload,
+    etag_of_parts,
     make_object,
     start_upload,
 )
@@ -404,8 +405,7 @@ class Operations:
         upload = self._find_upload(request, bucket, key)
         check_put_conditions(request.headers, found.objects.get(key))
         parts = _chosen_parts(upload, request.body)
-        digests = b"".join(bytes.fromhex(part.etag) for part in parts)
-        etag = f"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(parts)}"
+        etag = etag_of_parts([part.etag for part in parts])
         stored = make_object(
             key,
             b"".join(part.body for part in parts),

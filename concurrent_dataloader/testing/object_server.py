@@ -240,6 +240,7 @@ class ObjectServer:
         objects: Mapping[str, bytes] | Iterable[tuple[str, bytes]],
         *,
         checksum: str | None = None,
+        in_parts: bool = False,
     ) -> int:
         """Store many objects at once, past latency and faults; makes the bucket if there is none.
 
@@ -247,8 +248,9 @@ class ObjectServer:
             bucket: Where to store them.
             objects: Bodies by key; may be lazy, and larger than memory allows to hold twice.
             checksum: Store a checksum with each, which clients get that ask for it; one of
-            ``crc32``,
-                ``crc32c``, ``crc64nvme``, ``sha1``, ``sha256``.
+                ``crc32``, ``crc32c``, ``crc64nvme``, ``sha1``, ``sha256``.
+            in_parts: Give them the ETags of objects that were uploaded in parts, which are no MD5s.
+                The checksums are of whole objects.
 
         Returns:
             How many were stored.
@@ -267,7 +269,12 @@ class ObjectServer:
         num_bytes = num_stored = 0
 
         def send() -> None:
-            arguments = {"bucket": bucket, "checksum": checksum, "objects": entries}
+            arguments = {
+                "bucket": bucket,
+                "checksum": checksum,
+                "in_parts": in_parts,
+                "objects": entries,
+            }
             self._tell("put_objects", arguments, bodies)
 
         for key, body in pairs:

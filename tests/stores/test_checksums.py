@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import base64
 import functools
 import hashlib
 import http.server
+import random
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,10 +12,12 @@ from typing import Any
 import pytest
 
 from concurrent_dataloader.errors import BodyMismatchError
-from concurrent_dataloader.stores import RetryPolicy, open_store
+from concurrent_dataloader.stores import RetryPolicy
 from concurrent_dataloader.stores._checksums import Checksums
+from concurrent_dataloader.stores._crc64nvme import crc64nvme
 from concurrent_dataloader.stores.address import HttpAddress
-from tests.stores.in_worker import StoreInWorker, WorkerManager
+from concurrent_dataloader.testing._objects import compute_checksum
+from tests.stores.conftest import CLIENTS, OpenBucket
 from tests.stores.test_http import QuietServer
 
 ADDRESS = HttpAddress(base_url="http://host")
@@ -55,7 +59,7 @@ def test_a_store_that_always_answers_with_other_objects_is_never_believed() -> N
                 check(checksums, key, b"the same other body", NOT_AN_MD5)
 
 
-def test_a_store_that_says_it_has_a_customers_key_is_compared_by_length_from_then_on(
+def test_the_etags_of_a_store_that_says_it_has_a_customers_key_are_not_looked_at_any_more(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     checksums = Checksums("checksum")
@@ -66,7 +70,8 @@ def test_a_store_that_says_it_has_a_customers_key_is_compared_by_length_from_the
         return {"x-amz-server-side-encryption": "aws:kms"}.get
 
     for key in ("a", "b"):
-        checksums.check_etag(ADDRESS, key, NOT_AN_MD5, b"body", functools.partial(ask, key))
+        ask_of = functools.partial(ask, key)
+        assert not checksums.check_etag(ADDRESS, key, NOT_AN_MD5, b"body", ask_of)
 
     assert asked == ["a"]
     assert "encrypts objects with a customer's key" in caplog.text
@@ -154,21 +159,37 @@ def settings() -> Iterator[dict[str, Any]]:
     server.server_close()
 
 
-@pytest.mark.parametrize("client", ["http", "boto3", "aiobotocore", "aiohttp"])
+@pytest.mark.parametrize("client", CLIENTS)
 def test_an_object_that_was_sent_in_parts_is_compared_with_its_checksum_header(
-    client: Any, settings: dict[str, Any]
+    client: str, settings: dict[str, Any], open_bucket: OpenBucket
 ) -> None:
-    store = open_store("s3://bucket", client=client, **settings)
+    store = open_bucket(client, **settings)
 
-    with pytest.raises(BodyMismatchError, match="s3://bucket/key"):
-        store.get("key")
-    store.close()
+    for _ in range(3):
+        with pytest.raises(BodyMismatchError, match=r"s3://bucket/key: .*8UFo6A=="):
+            store.get("key")
 
 
-def test_obstore_shows_no_checksum_header_as_the_documents_say(
-    settings: dict[str, Any], worker: WorkerManager
-) -> None:
-    store = StoreInWorker(worker, "s3://bucket", settings)
+def test_the_slow_checksum_is_that_of_another_implementation() -> None:
+    body = random.Random(0).randbytes(3 * 8 * (1 << 15) + 5)
 
-    assert store.get("key") == b"12345678X"
-    store.close()
+    for num_bytes in (*range(40), 1000, 8 * (1 << 15), 8 * (1 << 15) + 1, len(body)):
+        part = memoryview(body)[len(body) - num_bytes :]
+        got = base64.b64encode(crc64nvme(part).to_bytes(8, "big")).decode()
+
+        assert got == compute_checksum("crc64nvme", bytes(part)), num_bytes
+
+
+def test_the_slow_checksum_counts_where_the_etag_is_no_md5() -> None:
+    header = {"x-amz-checksum-crc64nvme": "rosUhgp5mIg="}  # of b"123456789", its check value
+    of_a_customers_key = {**header, "x-amz-server-side-encryption": "aws:kms"}
+
+    for etag, headers in (
+        (f'"{NOT_AN_MD5}-2"', header),
+        (None, header),
+        (NOT_AN_MD5, of_a_customers_key),
+    ):
+        check(Checksums("checksum"), "key", b"123456789", etag, headers)
+        with pytest.raises(BodyMismatchError, match="crc64nvme"):
+            check(Checksums("checksum"), "key", b"12345678X", etag, headers)
+        check(Checksums("length"), "key", b"12345678X", etag, headers)

@@ -238,6 +238,18 @@ def test_stored_objects_may_have_a_checksum(object_server: ObjectServer) -> None
     assert "x-amz-checksum-crc32c" not in ask_signed(endpoint, "GET", "/bucket/a").headers
 
 
+def test_stored_objects_may_have_the_etags_of_parts(object_server: ObjectServer) -> None:
+    object_server.put_objects("bucket", {"a": b"body"}, checksum="crc32", in_parts=True)
+
+    asked = ask_signed(
+        endpoint_of(object_server), "GET", "/bucket/a", {"x-amz-checksum-mode": "ENABLED"}
+    )
+
+    md5_of_md5 = hashlib.md5(hashlib.md5(b"body").digest()).hexdigest()
+    assert asked.headers["etag"] == f'"{md5_of_md5}-1"'
+    assert "-" not in asked.headers["x-amz-checksum-crc32"]
+
+
 def test_an_unknown_checksum_is_refused(object_server: ObjectServer) -> None:
     with pytest.raises(ValueError, match="checksum: got 'crc7'"):
         object_server.put_objects("bucket", {"a": b""}, checksum="crc7")
