@@ -85,7 +85,9 @@ def _name_argument(
     name, colon, rest = message.partition(": got ")
     names = names_of_arguments.get(name) if colon else None
     if not names:
-        return message, False
+        word = message.partition(" ")[0].rstrip(":,")
+        options = {each for names in names_of_arguments.values() for each in names}
+        return message, word.startswith("-") and word in options
     typed = [each for each in names if any(word.split("=")[0] == each for word in given)]
     long = [each for each in names if each.startswith("--")]
     called = (typed or long or names)[0]

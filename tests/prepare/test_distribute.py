@@ -379,16 +379,20 @@ def test_the_command_says_what_it_did_and_checks(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "status", "message"),
     [
-        (["-n", "1"], "-n: got 1, expected 2 or more"),
-        (["-n", "4", "--split", "val"], "no shard of split 'val'"),
+        (["-n", "1"], 2, "-n: got 1, expected 2 or more"),
+        (["-n", "4", "--split", "val"], 1, "no shard of split 'val'"),
     ],
 )
 def test_the_command_fails_with_a_reason(
-    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    status: int,
+    message: str,
 ) -> None:
-    assert main(["distribute", str(folder), *arguments]) == 1
+    assert main(["distribute", str(folder), *arguments]) == status
     assert message in capsys.readouterr().err
 
 

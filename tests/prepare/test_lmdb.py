@@ -477,7 +477,7 @@ def test_what_cannot_be_done_is_said(
     arguments: tuple[str, ...],
     message: str,
 ) -> None:
-    assert run("lmdb", tree, tmp_path / "out", *arguments) == 1
+    assert run("lmdb", tree, tmp_path / "out", *arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -528,5 +528,5 @@ def test_no_time_to_measure_is_refused(
 ) -> None:
     write(tmp_path / "x.lmdb")
 
-    assert run("readspeed", tmp_path / "x.lmdb", f"--seconds={seconds}") == 1
+    assert run("readspeed", tmp_path / "x.lmdb", f"--seconds={seconds}") == 2
     assert "--seconds: got" in capsys.readouterr().err

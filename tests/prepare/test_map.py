@@ -325,7 +325,7 @@ def test_the_command_maps_with_a_function_of_the_working_directory(
     out, err = capsys.readouterr()
     assert (status, out) == (0, f"{tmp_path / 'new'}: train, 10 samples in 1 shards\n")
     assert "train-000000.tar of 1: 10 samples" in err
-    assert main([*arguments, "--function", "functions_beside:nope"]) == 1
+    assert main([*arguments, "--function", "functions_beside:nope"]) == 2
     assert "function: got 'functions_beside:nope'" in capsys.readouterr().err
 
 

@@ -301,7 +301,7 @@ def test_a_split_that_is_too_small_is_told_before_another_is_written(
 
     status = main(["reshard", str(source), str(tmp_path / "new"), "--shards", "5"])
 
-    assert status == 1
+    assert status == 2
     said = capsys.readouterr().err
     assert "expected 3 or fewer, since the sources of split 'val' hold 3 samples" in said
     assert not (tmp_path / "new").exists()
@@ -506,7 +506,7 @@ def test_the_command_fails_with_a_reason(
 ) -> None:
     assert main(["reshard", str(source), str(source)]) == 1
     assert "which is the source too" in capsys.readouterr().err
-    assert main(["reshard", str(source), str(tmp_path / "new"), "--split", "test"]) == 1
+    assert main(["reshard", str(source), str(tmp_path / "new"), "--split", "test"]) == 2
     assert "--split: got 'test', expected one of train" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["reshard", str(source), str(tmp_path / "new"), "--slice", "5"])

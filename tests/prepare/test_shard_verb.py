@@ -357,7 +357,7 @@ def test_no_readers_are_refused_by_the_name_that_was_given(
 def test_samples_per_shard_and_maxcount_exclude_each_other(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert shard(folder, tmp_path / "out", "--samples-per-shard", "3", "--maxcount", "3") == 1
+    assert shard(folder, tmp_path / "out", "--samples-per-shard", "3", "--maxcount", "3") == 2
     assert "expected one of the two" in capsys.readouterr().err
 
     assert shard(folder, tmp_path / "out", "--samples-per-shard", "8", "--maxsize", "1") == 0

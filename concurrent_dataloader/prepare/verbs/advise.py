@@ -77,7 +77,8 @@ def run(options: argparse.Namespace) -> None:
 def _find_amount(options: argparse.Namespace) -> Amount:
     if options.source is None:
         if options.bytes is None:
-            options.parser.error("got neither SOURCE nor --bytes, expected one of them")
+            parser: argparse.ArgumentParser = options.parser
+            parser.error("got neither SOURCE nor --bytes, expected one of them")
         return Amount(options.bytes, options.samples)
     with count_progress(f"listing {options.source}") as on_progress:
         found = measure(options.source, open_root=store_opener(options), on_progress=on_progress)
