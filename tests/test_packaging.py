@@ -170,12 +170,18 @@ def test_b12_all_but_the_adapters_can_be_imported_without_what_is_optional(site:
 import importlib, pkgutil, sys
 import concurrent_dataloader
 
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {OPTIONAL!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
 
-sys.meta_path.insert(0, Absent())
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        is_absent = name.partition(".")[0] in {OPTIONAL!r}
+        return None if is_absent else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
 for module in pkgutil.walk_packages(concurrent_dataloader.__path__, "concurrent_dataloader."):
     if module.name.rpartition(".")[2] not in {sorted(OPTIONAL_OF)!r}:
         importlib.import_module(module.name)
