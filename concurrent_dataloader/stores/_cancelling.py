@@ -1,41 +1,34 @@
 """Blocking calls that another thread may end: it shuts the connection that they wait for.
 
 A client takes part by saying, while it makes a request, which connection that is on (`holding`).
-The standard library's does (`_http`). One that cannot leaves calls that may lose to that one
-(`may_lose`), or goes on until its time is up.
+The standard library's does (`_http`); others go on until their time is up, and may note for how
+long (`Leftovers`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import threading
+import time
 from collections.abc import Callable, Generator
-from contextvars import ContextVar
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-
-_is_race: ContextVar[bool] = ContextVar("_is_race", default=False)
-"""Of what a task awaits; threads are told by their call."""
 
 
 class CancellableCall:
     """One call, for which somebody waits who may come not to need it any more."""
 
-    __slots__ = ("_is_cancelled", "_lock", "_socket", "may_lose")
+    __slots__ = ("_is_cancelled", "_leftovers", "_lock", "_socket")
 
-    def __init__(self, may_lose: bool | None = None) -> None:
-        """Begin nothing yet.
-
-        Args:
-            may_lose: Whether to expect that it will be cancelled; None: as `racing` says.
-        """
-        self.may_lose = _is_race.get() if may_lose is None else may_lose
+    def __init__(self) -> None:
         # Guarded by `_lock`: a connection that was let go may serve another request by now, and
         # must not be shut any more. To shut one is a system call that does not wait.
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
+        self._leftovers: Leftovers | None = None
         self._is_cancelled = False
 
     def run(self, call: Callable[..., T], *arguments: Any) -> T:
@@ -58,6 +51,8 @@ class CancellableCall:
                 with contextlib.suppress(OSError):  # the other side was faster
                     # Not the method of TLS, which would touch what the other thread reads by.
                     socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+            if self._leftovers is not None:
+                self._leftovers.begin(self)
 
     def hold(self, connection: socket.socket) -> None:
         """Let `cancel` shut this connection from now on.
@@ -75,6 +70,47 @@ class CancellableCall:
         with self._lock:
             self._socket = None
 
+    def go_on_for(self, leftovers: Leftovers | None) -> None:
+        """Have it noted from now on when the call is cancelled, and goes on; None: no more."""
+        with self._lock:
+            self._leftovers = leftovers
+
+
+class Leftovers:
+    """Calls of one client that nobody waits for, and that cannot be ended; for any thread."""
+
+    LONG_S = 0.5
+    """Of a call that goes on; most are answered soon after the one that was faster."""
+
+    KNOWN_S = 60.0
+    """For which it is known that there are such."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        # Entries are set and taken out by one thread each, and dictionary operations are atomic.
+        self._begun_s: dict[CancellableCall, float] = {}
+        self._known_until_s = -math.inf
+
+    def begin(self, call: CancellableCall) -> None:
+        """Note a call that goes on though nobody waits for it."""
+        self._begun_s[call] = self._clock()
+
+    def end(self, call: CancellableCall) -> None:
+        """Take note that a call has come to its end, whether anybody waited or not."""
+        begun_s = self._begun_s.pop(call, None)
+        if begun_s is not None and (now_s := self._clock()) - begun_s > self.LONG_S:
+            self._known_until_s = now_s + self.KNOWN_S
+
+    @property
+    def last_long(self) -> bool:
+        """Whether some go on for long, or did so a while ago."""
+        if not self._begun_s and self._known_until_s == -math.inf:
+            return False
+        now_s = self._clock()
+        return now_s < self._known_until_s or any(
+            now_s - begun_s > self.LONG_S for begun_s in list(self._begun_s.values())
+        )
+
 
 class _Current(threading.local):
     call: CancellableCall | None = None
@@ -83,19 +119,9 @@ class _Current(threading.local):
 _current = _Current()
 
 
-@contextlib.contextmanager
-def racing(is_race: bool) -> Generator[None]:
-    """Let what this task awaits be made so that it can be ended, if it may lose a race."""
-    token = _is_race.set(is_race)
-    try:
-        yield
-    finally:
-        _is_race.reset(token)
-
-
-def may_lose() -> bool:
-    """Whether the call that this thread makes is likely to be ended before it is answered."""
-    return _current.call is not None and _current.call.may_lose
+def current_call() -> CancellableCall | None:
+    """Give the call that this thread makes, if it can come to be cancelled."""
+    return _current.call
 
 
 @contextlib.contextmanager

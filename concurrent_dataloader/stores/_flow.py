@@ -88,11 +88,6 @@ class Flow:
         return self._hedges is not None and self._hedges.is_awake
 
     @property
-    def has_late_answers(self) -> bool:
-        """Whether so many answers were late of late that more will be."""
-        return self._hedges is not None and self._hedges.has_late_answers
-
-    @property
     def max_hedges(self) -> int:
         """How often one request is made again, at most."""
         return self._max_hedges

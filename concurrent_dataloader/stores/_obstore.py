@@ -9,8 +9,9 @@ uses. So:
   leaves obstore to the workers forked afterwards. ``fork_safe=False`` lifts this for programs that
   never fork.
 
-A blocking read of obstore cannot be ended either. While a store has late answers, each of which is
-asked for again, reads are made by that client too, so that the late ones end at the store.
+A blocking read of obstore cannot be ended either: one that nobody waits for any more goes on. Where
+such reads go on for long, those that may come to that are made by that client too, which can end
+them at the store.
 
 obstore shows no checksum headers either. Where ETags are no MD5s, whole objects are read by that
 client, if the store has headers for them that can be compared.
@@ -49,7 +50,7 @@ from concurrent_dataloader.stores._answers import (
     short_body_error,
     timeout_error,
 )
-from concurrent_dataloader.stores._cancelling import may_lose
+from concurrent_dataloader.stores._cancelling import Leftovers, current_call
 from concurrent_dataloader.stores._checksums import Checksums
 from concurrent_dataloader.stores._http import HttpStore
 from concurrent_dataloader.stores.address import ClientOptions, S3Address, check_byte_range
@@ -104,6 +105,7 @@ class ObstoreStore(BlockingStore):
         self._checksums = Checksums(options.verify)
         self._client = PerProcess(partial(_open_client, address, options, fork_safe), _drop)
         self._plain = HttpStore(address, options, self._checksums)
+        self._leftovers = Leftovers()
         self._question = threading.Lock()
         self._was_asked = False
 
@@ -130,10 +132,23 @@ class ObstoreStore(BlockingStore):
     def get(self, key: str, byte_range: ByteRange | None = None) -> Buffer:
         """Read as `Store.get` says."""
         client = self._client.get()
-        if client is None or may_lose() or _ODD_KEY.search(key):
+        if client is None or _ODD_KEY.search(key):
             return self._plain.get(key, byte_range)
         if byte_range is None and self._checksums.needs_headers:
             return self._plain.get(key)
+        call = current_call()
+        if call is None:
+            return self._get(client, key, byte_range)
+        if self._leftovers.last_long:
+            return self._plain.get(key, byte_range)
+        call.go_on_for(self._leftovers)
+        try:
+            return self._get(client, key, byte_range)
+        finally:
+            call.go_on_for(None)
+            self._leftovers.end(call)
+
+    def _get(self, client: S3Store, key: str, byte_range: ByteRange | None) -> Buffer:
         object_key = self._address.object_key(key)
         try:
             if byte_range is None:

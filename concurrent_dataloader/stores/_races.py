@@ -88,22 +88,11 @@ class BlockingRace:
     """Copies of a blocking call, each in a thread of its own.
 
     A copy that loses is ended where its client can be: the standard library's, whose connection is
-    shut. By boto3, and by obstore unless copies are expected to lose, it goes on until its time is
-    up, and what it gives is dropped.
+    shut. By obstore and boto3 it goes on until their time is up, and what it gives is dropped.
     """
 
-    def __init__(
-        self, call: Callable[[], Buffer], threads: RaceThreads, *, may_lose: bool = False
-    ) -> None:
-        """Begin nothing yet.
-
-        Args:
-            call: Asks once.
-            threads: Where to.
-            may_lose: Whether late answers are known of the store.
-        """
+    def __init__(self, call: Callable[[], Buffer], threads: RaceThreads) -> None:
         self._call = call
-        self._may_lose = may_lose
         self._threads = threads
         self._ended = threading.Lock()
         self._ended.acquire()
@@ -158,7 +147,7 @@ class BlockingRace:
         return self._ended.acquire(timeout=max(0.0, timeout_s))
 
     def _start(self, *, is_hedge: bool) -> None:
-        copy = CancellableCall(self._may_lose)
+        copy = CancellableCall()
         self._copies.append(copy)
         with self._lock:
             self._num_out += 1

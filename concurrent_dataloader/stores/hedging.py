@@ -99,11 +99,8 @@ class Vigilance:
     @property
     def is_awake(self) -> bool:
         """Whether reads are to be watched."""
-        return self._num_ended < self.NUM_AT_FIRST or self.has_late_answers
-
-    @property
-    def has_late_answers(self) -> bool:
-        """Whether two of the last thousand were late."""
+        if self._num_ended < self.NUM_AT_FIRST:
+            return True
         is_known = len(self._late_ones) == 2
         return is_known and self._num_ended - self._late_ones[0] < self.NUM_REMEMBERED
 
@@ -148,11 +145,6 @@ class HedgePlan:
     def is_awake(self) -> bool:
         """Whether blocking reads are to be watched: the store has late answers, or is new."""
         return self._vigilance.is_awake
-
-    @property
-    def has_late_answers(self) -> bool:
-        """Whether the store has late answers, so that more are to be expected."""
-        return self._vigilance.has_late_answers
 
     def late_after_s(self, size_class: int) -> float | None:
         """Give the age at which a request is late; None while too few have been seen."""

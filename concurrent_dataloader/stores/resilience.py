@@ -27,7 +27,6 @@ from typing_extensions import Buffer, override
 
 from concurrent_dataloader.errors import DeadlineError, StoreError
 from concurrent_dataloader.ranges import ByteRange
-from concurrent_dataloader.stores._cancelling import racing
 from concurrent_dataloader.stores._flow import SILENCE_TOLD_AFTER_S, Flow, RequestCounts
 from concurrent_dataloader.stores._places import Place, Request, enter, enter_async, resting
 from concurrent_dataloader.stores._races import AwaitedRace, BlockingRace
@@ -214,8 +213,7 @@ class ResilientStore(ValueObject):
             body = self._call(request, place.begun_s, call)
         else:
             try:
-                race = BlockingRace(call, flow.threads, may_lose=flow.has_late_answers)
-                body = race.run(place, self._left_s(request))
+                body = BlockingRace(call, flow.threads).run(place, self._left_s(request))
             except TimeoutError as error:
                 if isinstance(error, StoreError):
                     raise
@@ -247,8 +245,7 @@ class ResilientStore(ValueObject):
         left_s = self._left_s(request)
         try:
             if flow.hedges:
-                with racing(flow.has_late_answers):
-                    body = await AwaitedRace(call).run(place, left_s)
+                body = await AwaitedRace(call).run(place, left_s)
             else:
                 async with asyncio.timeout(left_s):
                     body = await call()

@@ -146,7 +146,7 @@ def find_sampler_state(state: Any) -> Any:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_torchdatas_samplers_go_on_in_our_loader(num_workers: int, tmp_path: Path) -> None:
-    from torchdata.stateful_dataloader.sampler import (  # pyright: ignore[reportMissingImports]: not installed
+    from torchdata.stateful_dataloader.sampler import (
         StatefulDistributedSampler,
     )
 

@@ -16,7 +16,7 @@ import pytest
 
 from concurrent_dataloader.errors import DeadlineError
 from concurrent_dataloader.stores import Credentials, HedgePolicy, open_store
-from concurrent_dataloader.stores._cancelling import CancellableCall, holding
+from concurrent_dataloader.stores._cancelling import CancellableCall, Leftovers, holding
 from concurrent_dataloader.testing import Fault
 from concurrent_dataloader.testing.object_server import ObjectServer
 from tests.stores.in_worker import start_worker
@@ -96,7 +96,7 @@ def test_once_a_hedge_has_won_the_server_holds_no_request_any_more(
 
 @pytest.mark.parametrize("fault", ["stalled_headers", "stalled_body"])
 @pytest.mark.parametrize("colour", ["blocking", "awaited"])
-def test_by_obstore_too_once_late_answers_are_known(
+def test_by_obstore_too_once_one_has_gone_on_for_long(
     colour: str, fault: Any, server: ObjectServer, credentials_file: pathlib.Path
 ) -> None:
     slow = {f"slow{number}": b"slow%d" % number for number in range(6)}
@@ -118,14 +118,14 @@ def test_by_obstore_too_once_late_answers_are_known(
         for key in quick:
             worker.call("get", key)
         for key, body in slow.items():
+            threading.Event().wait(Leftovers.LONG_S + 0.1 if key == "slow1" else 0.0)
             if colour == "awaited":
                 assert worker.fetch_async([key], None) == [body]
             else:
                 assert worker.call("get", key) == body
 
-        assert worker.call("counts").num_hedges_won >= len(slow)
-        # The first two at most, by which it is known; the others are ended.
-        assert is_soon(lambda: server.counters().num_in_flight <= 2)
+        assert worker.call("counts").num_hedges >= len(slow)
+        assert is_soon(lambda: server.counters().num_in_flight <= 1)
         worker.call("close")
 
 
@@ -255,3 +255,35 @@ def test_a_call_of_another_thread_or_of_nobody_is_none_of_its_business(connected
         near.send(b"whole")
 
     assert far.recv(20) == b"whole"
+
+
+def test_calls_that_go_on_are_known_of_when_they_last() -> None:
+    now_s = 100.0
+    leftovers, call, short = Leftovers(lambda: now_s), CancellableCall(), CancellableCall()
+    for each in (call, short):
+        each.go_on_for(leftovers)
+
+    short.cancel()
+    now_s += 0.4
+    leftovers.end(short)
+    call.cancel()
+    now_s += 0.4
+    assert not leftovers.last_long
+    now_s += 0.2
+    assert leftovers.last_long
+    leftovers.end(call)
+    now_s += Leftovers.KNOWN_S - 1
+    assert leftovers.last_long
+    now_s += 2
+    assert not leftovers.last_long
+
+
+def test_a_call_that_has_ended_leaves_nothing() -> None:
+    leftovers, call = Leftovers(lambda: 0.0), CancellableCall()
+    call.go_on_for(leftovers)
+
+    call.go_on_for(None)
+    leftovers.end(call)
+    call.cancel()
+
+    assert not leftovers._begun_s

@@ -147,19 +147,6 @@ def test_one_late_answer_is_chance_and_two_are_watched_for_a_thousand() -> None:
     assert not plan.is_awake
 
 
-def test_a_new_store_is_watched_though_it_has_no_late_answers_yet() -> None:
-    plan = HedgePlan(HedgePolicy())
-    for _ in range(100):
-        plan.end(0, 0.03)
-
-    assert plan.is_awake
-    assert not plan.has_late_answers
-    plan.end(0, 2.0)
-    assert not plan.has_late_answers
-    plan.end(0, 2.0)
-    assert plan.has_late_answers
-
-
 def test_with_one_stall_in_a_hundred_it_stays_awake() -> None:
     rng = random.Random(4)
     plan = HedgePlan(HedgePolicy())
