@@ -293,7 +293,7 @@ class Held(NamedTuple):
     open_files: int
     threads: int
     memory_mib: int
-    """What is shared counts once."""
+    """Of no file: libraries are shared with processes of others. What is shared counts once."""
 
 
 def count_what_is_held() -> Held:
@@ -302,7 +302,7 @@ def count_what_is_held() -> Held:
     return Held(
         sum(process.num_fds() for process in processes),
         sum(process.num_threads() for process in processes),
-        sum(read_memory(process.pid).proportional_bytes for process in processes) >> 20,
+        sum(read_memory(process.pid).own_bytes for process in processes) >> 20,
     )
 
 
