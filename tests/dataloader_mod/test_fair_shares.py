@@ -78,6 +78,8 @@ def requests_in_the_second_half(batches: list[list[Told]]) -> dict[int, int]:
     return {worker: each[-1].num_requests - each[0].num_requests for worker, each in told.items()}
 
 
+# Alone on its machine: beside another process of tests the shares came to 2.7 once.
+@pytest.mark.grid
 @pytest.mark.slow
 def test_the_workers_of_a_loader_ask_for_about_as_much_each(server: ObjectServer) -> None:
     with open_loader(server, KEYS, 4) as loader:
@@ -86,8 +88,7 @@ def test_the_workers_of_a_loader_ask_for_about_as_much_each(server: ObjectServer
     num_requests = requests_in_the_second_half(batches)
     assert sum(map(len, batches)) == len(KEYS)
     assert sorted(num_requests) == [0, 1, 2, 3]
-    # Two on a quiet machine; 2.7 was seen beside other work.
-    assert max(num_requests.values()) <= 4 * min(num_requests.values()), num_requests
+    assert max(num_requests.values()) <= 2 * min(num_requests.values()), num_requests
 
 
 @pytest.mark.grid
