@@ -56,7 +56,7 @@ def test_a_table_of_no_split_is_an_error_before_anything_is_written(
     table = pets.parent / "train.csv"
     table.write_text("other_0.jpg,0,0,0.5,1\n")
 
-    assert shard(pets, "--splits", splits, "--boxes", str(table)) != 0
+    assert shard(pets, "--splits", splits, "--boxes", str(table)) == 1
 
     err = capsys.readouterr().err
     assert "check the names" in err

@@ -391,6 +391,7 @@ def test_a_message_calls_things_as_the_user_does(
         (["map", "nowhere", "out", "--function", "a:b", "--processes", "0"], "--processes: got 0"),
         (["distribute", "shards", "-n", "2", "1"], "-n: got 1, expected 2 or more"),
         (["validate", "nowhere", "--num-classes", "0"], "--num-classes: got 0, expected 1 or more"),
+        (["validate", "pets", "--concurrency", "0"], "--concurrency: got 0, expected 1 or more"),
         (["advise", "nowhere", "--ranks", "0"], "--ranks: got 0, expected 1 or more"),
     ],
 )

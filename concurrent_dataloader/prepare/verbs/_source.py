@@ -255,7 +255,7 @@ def check_boxes(options: argparse.Namespace, sources: Mapping[str, SampleTable])
     if len(without) == len(sources):
         first = next(iter(sources.values())).name(0)
         raise ValueError(
-            f"--boxes: {options.boxes}: no row and no file of it belongs to a sample of"
+            f"{options.boxes}: no row and no file of it belongs to a sample of"
             f" {', '.join(sources)}, the first of which is {first!r}; check the names"
         )
     for split in without:
