@@ -22,7 +22,7 @@ from concurrent_dataloader.datasets._metadata import (
 )
 from concurrent_dataloader.datasets._places import METADATA_NAME
 from concurrent_dataloader.datasets._sample_checks import SampleChecks
-from concurrent_dataloader.datasets._shard_reader import ShardList
+from concurrent_dataloader.datasets._shard_samples import ShardList
 from concurrent_dataloader.datasets._split import ShardTable
 from concurrent_dataloader.errors import AccessDeniedError, IndexFormatError, KeyNotFoundError
 from concurrent_dataloader.formats.tar import Sample

@@ -10,7 +10,7 @@ from typing import Any
 
 from concurrent_dataloader.datasets import _rest
 from concurrent_dataloader.datasets._rest import Part
-from concurrent_dataloader.datasets._shard_reader import ShardList
+from concurrent_dataloader.datasets._shard_samples import ShardList
 from concurrent_dataloader.datasets._split import (
     Reader,
     Segment,
