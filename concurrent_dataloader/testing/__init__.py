@@ -23,7 +23,8 @@ _connection    bytes in, bytes out; latency, bandwidth, and faults as behaviour 
 _server        who may do what; hears _control; counters say what was done
 _request       HTTP/1.1 requests and their bodies; _streaming: aws-chunked ones
 _signature     who asks: Signature V4
-_operations    what S3 does with it; _headers: conditions, ranges, digests; _listing: pages of keys
+_operations    what S3 does with it; _uploads: in parts; _listing: pages of keys
+_headers       what headers ask: conditions, ranges, digests, copies; _query: how much of a listing
 _answer        what it says; _xml: in XML; _refusals: what it says no with
 _objects       buckets, objects, uploads
 ```

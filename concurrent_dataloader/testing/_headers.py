@@ -1,4 +1,4 @@
-"""What the headers of a request ask of an object: conditions, ranges, digests. Pure."""
+"""What the headers of a request ask: conditions, ranges, digests, an object to copy. Pure."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import calendar
 import hashlib
 import hmac
 import re
+import urllib.parse
 from email.utils import parsedate
 from typing import Final
 
 from concurrent_dataloader.testing._objects import (
     CHECKSUM_ALGORITHMS,
+    Buckets,
     StoredObject,
     compute_checksum,
 )
@@ -79,6 +81,25 @@ def check_put_conditions(headers: dict[bytes, bytes], present: StoredObject | No
             raise S3Error("PreconditionFailed")
     if present is not None and _matches(headers.get(b"if-none-match", b""), present.etag.encode()):
         raise S3Error("PreconditionFailed")
+
+
+def find_copy_source(request: Request, buckets: Buckets) -> StoredObject:
+    """Find the object that a request copies; refuses one that does not meet its conditions."""
+    raw = request.headers[b"x-amz-copy-source"].decode("latin-1")
+    path = urllib.parse.unquote(raw.partition("?versionId=")[0]).removeprefix("/")
+    bucket, _, key = path.partition("/")
+    if not key:
+        raise S3Error("InvalidArgument", "x-amz-copy-source must be bucket/key")
+    source = buckets.find_object(bucket, key)
+    prefix = b"x-amz-copy-source-"
+    conditions = {
+        name.removeprefix(prefix): value
+        for name, value in request.headers.items()
+        if name.startswith(prefix)
+    }
+    if check_conditions(conditions, source):
+        raise S3Error("PreconditionFailed")
+    return source
 
 
 def has_range(headers: dict[bytes, bytes]) -> bool:

@@ -51,6 +51,11 @@ class StoredObject:
     head: bytes = b""
     """The beginning of the answer to a plain GET, made at the first one."""
 
+    def read_all(self) -> bytes:
+        """Give the body, read into memory if it lies in a file."""
+        body = self.body
+        return body.read(0, self.size_bytes) if isinstance(body, FileBody) else body
+
 
 @dataclasses.dataclass(slots=True)
 class Part:

@@ -1,15 +1,11 @@
-"""What S3 does with a request: objects, buckets, listings, multipart uploads.
+"""What S3 does with a request: buckets, listings, objects; uploads in parts are in `_uploads`.
 
 Source: Amazon S3 API reference, each operation by the name of its method here.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import re
-import time
-import urllib.parse
 from collections.abc import Callable
 from typing import Final
 
@@ -28,29 +24,27 @@ from concurrent_dataloader.testing._headers import (
     check_digests,
     check_length,
     check_put_conditions,
+    find_copy_source,
     has_range,
     is_conditional,
     is_public,
     kept_headers,
     read_range,
 )
-from concurrent_dataloader.testing._listing import Page, list_page
-from concurrent_dataloader.testing._objects import (
-    Buckets,
-    FileBody,
-    Part,
-    StoredObject,
-    Upload,
-    etag_of_parts,
-    make_object,
-    start_upload,
+from concurrent_dataloader.testing._listing import list_page
+from concurrent_dataloader.testing._objects import Buckets, StoredObject, make_object
+from concurrent_dataloader.testing._query import (
+    choose_quote,
+    next_marker,
+    next_page,
+    read_count,
+    read_token,
 )
 from concurrent_dataloader.testing._refusals import S3Error
 from concurrent_dataloader.testing._request import Request
+from concurrent_dataloader.testing._uploads import MultipartUploads
 from concurrent_dataloader.testing._xml import answer_with_xml, children, parse_xml, text_of
 
-_MIN_PART_BYTES: Final = 5 << 20
-_MAX_PARTS: Final = 10_000
 _MAX_KEY_BYTES: Final = 1024
 _BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]").fullmatch
 # Parameters that choose another operation; all others only tune the one that the method names.
@@ -98,6 +92,7 @@ class Operations:
     def __init__(self, buckets: Buckets, region: str) -> None:
         self._buckets = buckets
         self._region = region
+        uploads = MultipartUploads(buckets)
         self._by_name: dict[tuple[bytes, str, str], _Operation] = {
             (b"GET", "service", ""): self._list_buckets,
             (b"PUT", "bucket", ""): self._create_bucket,
@@ -106,17 +101,17 @@ class Operations:
             (b"DELETE", "bucket", ""): self._delete_bucket,
             (b"GET", "bucket", "location"): self._get_bucket_location,
             (b"GET", "bucket", "versioning"): self._get_bucket_versioning,
-            (b"GET", "bucket", "uploads"): self._list_multipart_uploads,
+            (b"GET", "bucket", "uploads"): uploads.list_multipart_uploads,
             (b"POST", "bucket", "delete"): self._delete_objects,
             (b"GET", "object", ""): self._get_object,
             (b"HEAD", "object", ""): self._get_object,
             (b"PUT", "object", ""): self._put_object,
             (b"DELETE", "object", ""): self._delete_object,
-            (b"POST", "object", "uploads"): self._create_multipart_upload,
-            (b"PUT", "object", "uploadId"): self._upload_part,
-            (b"GET", "object", "uploadId"): self._list_parts,
-            (b"POST", "object", "uploadId"): self._complete_multipart_upload,
-            (b"DELETE", "object", "uploadId"): self._abort_multipart_upload,
+            (b"POST", "object", "uploads"): uploads.create_multipart_upload,
+            (b"PUT", "object", "uploadId"): uploads.upload_part,
+            (b"GET", "object", "uploadId"): uploads.list_parts,
+            (b"POST", "object", "uploadId"): uploads.complete_multipart_upload,
+            (b"DELETE", "object", "uploadId"): uploads.abort_multipart_upload,
         }
 
     def answer(self, request: Request, bucket: str, key: str) -> Answer:
@@ -180,12 +175,12 @@ class Operations:
         query = request.query
         is_second = query.get("list-type") == "2"
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
-        max_keys = _read_count(query, "max-keys", 1000)
+        max_keys = read_count(query, "max-keys", 1000)
         after = query.get("start-after" if is_second else "marker", "")
         if is_second and "continuation-token" in query:
-            after = _read_token(query["continuation-token"])
+            after = read_token(query["continuation-token"])
         page = list_page(found, prefix, delimiter, after, max_keys)
-        quote = _quoter(query)
+        quote = choose_quote(query)
         parts = [
             f"<Name>{bucket}</Name><Prefix>{quote(prefix)}</Prefix><MaxKeys>{max_keys}</MaxKeys>"
             f"<IsTruncated>{'true' if page.is_truncated else 'false'}</IsTruncated>"
@@ -194,7 +189,7 @@ class Operations:
             parts.append(f"<Delimiter>{quote(delimiter)}</Delimiter>")
         if "encoding-type" in query:
             parts.append("<EncodingType>url</EncodingType>")
-        parts += _next_page(page, query, quote) if is_second else _next_marker(page, query, quote)
+        parts += next_page(page, query, quote) if is_second else next_marker(page, query, quote)
         for stored in page.objects:
             parts.append(
                 f"<Contents><Key>{quote(stored.key)}</Key>"
@@ -275,7 +270,7 @@ class Operations:
         return answer_with(200, headers={"ETag": f'"{stored.etag}"', **headers})
 
     def _copy_object(self, request: Request, bucket: str, key: str) -> Answer:
-        source = self._find_source(request)
+        source = find_copy_source(request, self._buckets)
         replaces = request.headers.get(b"x-amz-metadata-directive", b"").upper() == b"REPLACE"
         if source is self._buckets.find(bucket).objects.get(key) and not replaces:
             raise S3Error(
@@ -284,7 +279,7 @@ class Operations:
             )
         stored = make_object(
             key,
-            _read_all(source),
+            source.read_all(),
             headers=kept_headers(request) if replaces else source.headers,
             checksums=source.checksums,
             is_public=is_public(request),
@@ -296,134 +291,8 @@ class Operations:
             f"<ETag>&quot;{stored.etag}&quot;</ETag>",
         )
 
-    def _find_source(self, request: Request) -> StoredObject:
-        raw = request.headers[b"x-amz-copy-source"].decode("latin-1")
-        path = urllib.parse.unquote(raw.partition("?versionId=")[0]).removeprefix("/")
-        bucket, _, key = path.partition("/")
-        if not key:
-            raise S3Error("InvalidArgument", "x-amz-copy-source must be bucket/key")
-        source = self._buckets.find_object(bucket, key)
-        prefix = b"x-amz-copy-source-"
-        conditions = {
-            name.removeprefix(prefix): value
-            for name, value in request.headers.items()
-            if name.startswith(prefix)
-        }
-        if check_conditions(conditions, source):
-            raise S3Error("PreconditionFailed")
-        return source
-
     def _delete_object(self, request: Request, bucket: str, key: str) -> Answer:
         self._buckets.find(bucket).remove(key)
-        return answer_with(204)
-
-    # Multipart uploads
-
-    def _create_multipart_upload(self, request: Request, bucket: str, key: str) -> Answer:
-        found = self._buckets.find(bucket)
-        upload = start_upload(found, key, kept_headers(request), is_public(request))
-        return answer_with_xml(
-            "InitiateMultipartUploadResult",
-            f"<Bucket>{bucket}</Bucket><Key>{escape_xml(key)}</Key>"
-            f"<UploadId>{upload.upload_id}</UploadId>",
-        )
-
-    def _find_upload(self, request: Request, bucket: str, key: str) -> Upload:
-        upload = self._buckets.find(bucket).uploads.get(request.query["uploadId"])
-        if upload is None or upload.key != key:
-            raise S3Error("NoSuchUpload")
-        return upload
-
-    def _upload_part(self, request: Request, bucket: str, key: str) -> Answer:
-        upload = self._find_upload(request, bucket, key)
-        number = _read_count(request.query, "partNumber", 0)
-        if not 1 <= number <= _MAX_PARTS:
-            raise S3Error("InvalidArgument", f"partNumber must be 1 to {_MAX_PARTS}")
-        if b"x-amz-copy-source" in request.headers:
-            source = self._find_source(request)
-            byte_range = request.headers.get(b"x-amz-copy-source-range")
-            start, stop = read_range(byte_range, source.size_bytes)
-            body = _read_all(source)[start:stop]
-        else:
-            check_length(request)
-            check_digests(request)
-            body = request.body
-        etag = hashlib.md5(body, usedforsecurity=False).hexdigest()
-        part = Part(body, etag, int(time.time()))
-        upload.parts[number] = part
-        if b"x-amz-copy-source" in request.headers:
-            return answer_with_xml(
-                "CopyPartResult",
-                f"<LastModified>{iso_date(part.modified_s)}</LastModified>"
-                f"<ETag>&quot;{etag}&quot;</ETag>",
-            )
-        return answer_with(200, headers={"ETag": f'"{etag}"'})
-
-    def _list_parts(self, request: Request, bucket: str, key: str) -> Answer:
-        upload = self._find_upload(request, bucket, key)
-        after = _read_count(request.query, "part-number-marker", 0)
-        max_parts = _read_count(request.query, "max-parts", 1000)
-        numbers = sorted(number for number in upload.parts if number > after)
-        shown = numbers[:max_parts]
-        entries = "".join(
-            f"<Part><PartNumber>{number}</PartNumber>"
-            f"<LastModified>{iso_date(part.modified_s)}</LastModified>"
-            f"<ETag>&quot;{part.etag}&quot;</ETag><Size>{len(part.body)}</Size></Part>"
-            for number, part in ((number, upload.parts[number]) for number in shown)
-        )
-        return answer_with_xml(
-            "ListPartsResult",
-            f"<Bucket>{bucket}</Bucket><Key>{escape_xml(key)}</Key>"
-            f"<UploadId>{upload.upload_id}</UploadId><PartNumberMarker>{after}</PartNumberMarker>"
-            f"<NextPartNumberMarker>{shown[-1] if shown else 0}</NextPartNumberMarker>"
-            f"<MaxParts>{max_parts}</MaxParts>"
-            f"<IsTruncated>{'true' if len(numbers) > len(shown) else 'false'}</IsTruncated>"
-            f"<StorageClass>STANDARD</StorageClass>{entries}",
-        )
-
-    def _list_multipart_uploads(self, request: Request, bucket: str, key: str) -> Answer:
-        prefix = request.query.get("prefix", "")
-        quote = _quoter(request.query)
-        uploads = sorted(
-            (upload.key, upload.upload_id, upload.started_s)
-            for upload in self._buckets.find(bucket).uploads.values()
-            if upload.key.startswith(prefix)
-        )
-        entries = "".join(
-            f"<Upload><Key>{quote(name)}</Key><UploadId>{upload_id}</UploadId>"
-            f"<Initiated>{iso_date(started_s)}</Initiated></Upload>"
-            for name, upload_id, started_s in uploads
-        )
-        return answer_with_xml(
-            "ListMultipartUploadsResult",
-            f"<Bucket>{bucket}</Bucket><Prefix>{quote(prefix)}</Prefix>"
-            f"<MaxUploads>1000</MaxUploads><IsTruncated>false</IsTruncated>{entries}",
-        )
-
-    def _complete_multipart_upload(self, request: Request, bucket: str, key: str) -> Answer:
-        found = self._buckets.find(bucket)
-        upload = self._find_upload(request, bucket, key)
-        check_put_conditions(request.headers, found.objects.get(key))
-        parts = _chosen_parts(upload, request.body)
-        etag = etag_of_parts([part.etag for part in parts])
-        stored = make_object(
-            key,
-            b"".join(part.body for part in parts),
-            headers=upload.headers,
-            is_public=upload.is_public,
-            etag=etag,
-        )
-        found.add(stored)
-        del found.uploads[upload.upload_id]
-        return answer_with_xml(
-            "CompleteMultipartUploadResult",
-            f"<Location>/{bucket}/{escape_xml(key)}</Location><Bucket>{bucket}</Bucket>"
-            f"<Key>{escape_xml(key)}</Key><ETag>&quot;{etag}&quot;</ETag>",
-        )
-
-    def _abort_multipart_upload(self, request: Request, bucket: str, key: str) -> Answer:
-        upload = self._find_upload(request, bucket, key)
-        del self._buckets.find(bucket).uploads[upload.upload_id]
         return answer_with(204)
 
 
@@ -446,71 +315,3 @@ def _fields(request: Request, stored: StoredObject) -> bytes:
             raise S3Error("InvalidArgument")
         fields = b"\r\n".join(lines) + added.encode("latin-1", "replace")
     return fields
-
-
-def _read_all(stored: StoredObject) -> bytes:
-    body = stored.body
-    return body.read(0, stored.size_bytes) if isinstance(body, FileBody) else body
-
-
-def _chosen_parts(upload: Upload, body: bytes) -> list[Part]:
-    chosen: list[tuple[int, str]] = []
-    for entry in children(parse_xml(body), "Part"):
-        number = text_of(entry, "PartNumber")
-        if not number.isdigit():
-            raise S3Error("MalformedXML")
-        chosen.append((int(number), text_of(entry, "ETag").strip('"')))
-    if not chosen:
-        raise S3Error("MalformedXML")
-    numbers = [number for number, _ in chosen]
-    if numbers != sorted(set(numbers)):
-        raise S3Error("InvalidPartOrder")
-    parts: list[Part] = []
-    for number, etag in chosen:
-        part = upload.parts.get(number)
-        if part is None or part.etag != etag:
-            raise S3Error("InvalidPart")
-        parts.append(part)
-    if any(len(part.body) < _MIN_PART_BYTES for part in parts[:-1]):
-        raise S3Error("EntityTooSmall")
-    return parts
-
-
-def _read_count(query: dict[str, str], name: str, usual: int) -> int:
-    text = query.get(name) or str(usual)
-    if not text.isdigit():
-        raise S3Error("InvalidArgument", f"{name} must be an integer of 0 or more")
-    return min(int(text), 1000) if name.startswith("max-") else int(text)
-
-
-def _quoter(query: dict[str, str]) -> Callable[[str], str]:
-    if query.get("encoding-type") == "url":
-        return lambda text: urllib.parse.quote(text, safe="-._~/*")
-    return escape_xml
-
-
-def _next_page(page: Page, query: dict[str, str], quote: Callable[[str], str]) -> list[str]:
-    parts = [f"<KeyCount>{len(page.objects) + len(page.prefixes)}</KeyCount>"]
-    if "start-after" in query:
-        parts.append(f"<StartAfter>{quote(query['start-after'])}</StartAfter>")
-    if "continuation-token" in query:
-        token = escape_xml(query["continuation-token"])
-        parts.append(f"<ContinuationToken>{token}</ContinuationToken>")
-    if page.is_truncated:
-        token = base64.urlsafe_b64encode(page.last.encode()).decode()
-        parts.append(f"<NextContinuationToken>{token}</NextContinuationToken>")
-    return parts
-
-
-def _next_marker(page: Page, query: dict[str, str], quote: Callable[[str], str]) -> list[str]:
-    parts = [f"<Marker>{quote(query.get('marker', ''))}</Marker>"]
-    if page.is_truncated and query.get("delimiter"):
-        parts.append(f"<NextMarker>{quote(page.last)}</NextMarker>")
-    return parts
-
-
-def _read_token(token: str) -> str:
-    try:
-        return base64.b64decode(token.encode(), altchars=b"-_", validate=True).decode()
-    except ValueError as error:
-        raise S3Error("InvalidArgument", "The continuation token is not one of ours") from error
