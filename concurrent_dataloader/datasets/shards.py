@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from typing_extensions import Buffer, override
 
-from concurrent_dataloader.boxes import BoxLookup, merge, parse_boxes
+from concurrent_dataloader.boxes import BoxLookup, merge
 from concurrent_dataloader.datasets._boxes import as_item
+from concurrent_dataloader.datasets._sample_contents import (
+    BoxedImage,
+    PickedFields,
+    SampleContents,
+    SampleName,
+    import_tfrecord,
+)
 from concurrent_dataloader.datasets._shard_labels import choose_labels, find_space, renumber
 from concurrent_dataloader.datasets.baked import Transform, match_baked, skip_baked
 from concurrent_dataloader.datasets.contract import BytesKind, SampleLocation
@@ -21,23 +27,9 @@ from concurrent_dataloader.datasets.indexed import (
     IndexedDataset,
 )
 from concurrent_dataloader.datasets.labelled import DecodedImage, SampleMetadata
-from concurrent_dataloader.errors import (
-    ChecksumError,
-    LoaderError,
-    MissingDependencyError,
-    SampleDecodeError,
-    ShardFormatError,
-)
+from concurrent_dataloader.errors import ChecksumError, LoaderError
 from concurrent_dataloader.formats.crc32c import IS_FAST, check_crc, crc32c
-from concurrent_dataloader.formats.fields import (
-    IMAGE_FIELDS,
-    LABEL_FIELD,
-    Box,
-    find_field,
-    is_image_field,
-    is_label_field,
-)
-from concurrent_dataloader.formats.tar import parse_sample, split_name
+from concurrent_dataloader.formats.fields import IMAGE_FIELDS, is_image_field, is_label_field
 from concurrent_dataloader.index import choose_positions
 from concurrent_dataloader.label_rules import LabelRule
 from concurrent_dataloader.labels import Classes, LabelSpace
@@ -50,20 +42,6 @@ MAX_GAP_BYTES = 1 << 16
 
 MAX_REQUEST_BYTES = 8 << 20
 """Longest read of several samples; as long as a request that is repeated whole may be."""
-
-
-class _Fields(NamedTuple):
-    """Decoded fields of a sample, and which transform each takes."""
-
-    names: tuple[str, ...]
-    values: tuple[Any, ...]
-
-
-class _Boxed(NamedTuple):
-    """A decoded image, and the boxes that its sample holds."""
-
-    image: Any
-    boxes: tuple[Box, ...]
 
 
 class _Request(NamedTuple):
@@ -158,7 +136,7 @@ class ShardDataset(IndexedDataset):
         if max_request_bytes < 1:
             raise ValueError(f"max_request_bytes: got {max_request_bytes}, expected 1 or more")
         if index.kind == "tfrecord":
-            _import_tfrecord()
+            import_tfrecord()
         if isinstance(fields, str) or (fields is not None and not fields):
             raise ValueError(f"fields: got {fields!r}, expected a tuple such as ('jpg;png', 'cls')")
         if boxes is not False and fields is not None:
@@ -343,7 +321,7 @@ class ShardDataset(IndexedDataset):
         """Say in which bytes of which shard the sample lies, without asking the store."""
         shard, byte_range = self._locate(position)
         return SampleLocation(
-            shard, byte_range, self._sample_key(position), self._kind_of_bytes(position)
+            shard, byte_range, self._sample_name(position).key, self._kind_of_bytes(position)
         )
 
     def _kind_of_bytes(self, position: int) -> BytesKind:
@@ -353,7 +331,7 @@ class ShardDataset(IndexedDataset):
             return "tfrecord"
         if self._reads_samples:
             return "tar"
-        is_file = self._payload_field(position).rpartition(".")[2] in IMAGE_FIELDS
+        is_file = self._sample_name(position).field.rpartition(".")[2] in IMAGE_FIELDS
         return "payload" if is_file else "bytes"
 
     # -- decoding
@@ -369,10 +347,10 @@ class ShardDataset(IndexedDataset):
         """
         metadata = self.metadata(position) if self._with_metadata else None
         content = self._decode_image(position, raw)
-        if isinstance(content, _Fields):
+        if isinstance(content, PickedFields):
             return DecodedImage(content, None, metadata)
         beside = self._find_beside(position)
-        if isinstance(content, _Boxed):
+        if isinstance(content, BoxedImage):
             content, boxes = content
             beside = (as_item(merge(boxes), self._missing_box),)
         return DecodedImage(content, self.label(position), metadata, beside)
@@ -381,7 +359,7 @@ class ShardDataset(IndexedDataset):
     def apply_transform(self, decoded: DecodedImage) -> Any:
         """Transform images and labels, and make the item of them."""
         content = decoded.image
-        if not isinstance(content, _Fields):
+        if not isinstance(content, PickedFields):
             return super().apply_transform(decoded)
         item = tuple(map(self._transform_field, content.names, content.values))
         return item if decoded.metadata is None else (*item, decoded.metadata)
@@ -395,75 +373,18 @@ class ShardDataset(IndexedDataset):
 
     @override
     def _decode_content(self, position: int, raw: Buffer) -> Any:
-        if self.shard_index.kind == "tfrecord":
-            return self._decode_record(position, raw)
-        if not self._reads_samples:
-            return self._decoder.decode_image(self._payload_field(position), raw)
-        fields = parse_sample(raw, "sample").fields
-        if self._reads_boxes:
-            return self._decode_boxed(position, fields)
-        return self._pick(position, fields, self._decoder.decode)
+        index, name = self.shard_index, self._sample_name(position)
+        if index.kind == "tar" and not self._reads_samples:
+            return self._decoder.decode_image(name.field, raw)
+        # Made anew each time: data sets that were pickled before it was there do not have it.
+        contents = SampleContents(self._decoder, self.fields, self._reads_boxes)
+        label = None if self._labels is None else self.label(position)
+        if index.kind == "tar":
+            return contents.decode_tar(name, raw, label)
+        return contents.decode_record(name, raw, index.payload(position).start, label)
 
-    def _decode_boxed(self, position: int, fields: Mapping[str, bytes]) -> _Boxed:
-        name = self._payload_field(position)
-        if name not in fields:
-            raise ShardFormatError(
-                f"sample {self._sample_key(position)!r}: no field {name!r}, it has "
-                f"{', '.join(sorted(fields))}; the index is that of other shards, write it anew"
-            )
-        held = find_field("json", fields)
-        boxes = () if held is None else parse_boxes(fields[held], f"field {held!r}")
-        return _Boxed(self._decoder.decode_image(name, fields[name]), boxes)
-
-    def _decode_record(self, position: int, raw: Buffer) -> Any:
-        tfrecord = _import_tfrecord()
-        payload = tfrecord.parse_record(
-            raw, "record", start=self.shard_index.payload(position).start
-        )
-        field = self._payload_field(position)
-        # The label is that of the index; what the record counts from matters to who made it only.
-        example = tfrecord.parse_image_example(payload, label_base=0, num_classes=None)
-        image = example.encoded
-        if self.fields is None:
-            decoded = self._decoder.decode_image(field, image)
-            return _Boxed(decoded, example.boxes) if self._reads_boxes else decoded
-        contents: dict[str, Any] = dict(tfrecord.parse_example(payload))
-        contents |= dict.fromkeys((field, "jpg", "jpeg", "png", "img"), image)
-        if self._labels is not None:
-            contents[LABEL_FIELD] = b""  # `_pick` takes the label of the index
-
-        def decode_field(name: str, content: Any) -> Any:
-            return content if "/" in name else self._decoder.decode(name, content)
-
-        return self._pick(position, contents, decode_field)
-
-    def _pick(
-        self, position: int, contents: dict[str, Any], decode: Callable[[str, Any], Any]
-    ) -> _Fields:
-        names: list[str] = []
-        values: list[Any] = []
-        for wanted in self.fields or ():
-            name = find_field(wanted, contents)
-            if name is None:
-                raise SampleDecodeError(
-                    f"sample {self._sample_key(position)!r}: no field {wanted!r}, it has "
-                    f"{', '.join(sorted(contents))}; ask for one of these"
-                )
-            names.append(name)
-            if is_label_field(name) and self._labels is not None:
-                values.append(self.label(position))
-            else:
-                values.append(decode(name, contents[name]))
-        return _Fields(tuple(names), tuple(values))
-
-    def _payload_field(self, position: int) -> str:
-        parts = split_name(self.key(position))
-        return "" if parts is None else parts[1]
-
-    def _sample_key(self, position: int) -> str:
-        name = self.key(position)
-        parts = split_name(name)
-        return name if parts is None else parts[0]
+    def _sample_name(self, position: int) -> SampleName:
+        return SampleName.of(self.key(position))
 
     @override
     def _source(self, position: int) -> str:
@@ -486,16 +407,6 @@ class ShardDataset(IndexedDataset):
         if self._labels is not None:
             self._labels = renumber(self._labels, source, label_space)
         self.classes = converted
-
-
-def _import_tfrecord() -> ModuleType:
-    try:
-        from concurrent_dataloader.formats import tfrecord
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"TFRecord: {error}; install it with `pip install google-crc32c`"
-        ) from error
-    return tfrecord
 
 
 def _hand_out(request: _Request, body: Buffer, parts: list[Buffer]) -> None:
