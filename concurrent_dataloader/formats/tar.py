@@ -14,8 +14,10 @@ since others may extract what comes of it, and checks call them unsafe.
 from __future__ import annotations
 
 import io
+import struct
 import tarfile
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO, NamedTuple, Protocol, TypeVar, cast
 
@@ -34,6 +36,8 @@ _SKIP_BYTES = 1 << 20
 _RECORD_BYTES = 20 * BLOCK_BYTES  # what others write at once, and fill with zeros
 _PAX = (b"x", b"X", b"g")
 _LONG_NAME, _LONG_LINK, _SPARSE = b"L", b"K", b"S"
+# Of a header: name, size, checksum, type, first byte of the prefix of the name.
+_PLAIN_HEADER = struct.Struct("100s 24x 12s 12x 8s c 188x c 166x")
 
 
 T = TypeVar("T")
@@ -278,9 +282,14 @@ def _read_headers(source: _Source) -> Iterator[Member]:
                 f"cut short: got {len(block)} bytes at offset {begin}, expected a header or the end"
                 " of the archive"
             )
-        info = _parse_header(source, block)
         if start is None:
+            plain = _parse_plain_header(block)
+            if plain is not None:
+                name, size = plain
+                yield Member(name, begin, ByteRange(source.offset, source.offset + size))
+                continue
             start = begin
+        info = _parse_header(source, block)
         if info.type in (*_PAX, _LONG_NAME, _LONG_LINK):
             _read_extended(source, info, extended)
             continue
@@ -325,6 +334,26 @@ def _refuse_bytes(source: _Source, end: int, piece: bytes) -> None:
             f"zeros at offset {end}, as at the end of a tar, and other bytes from offset "
             f"{source.offset - len(rest)} on, expected none behind the end"
         )
+
+
+def _parse_plain_header(block: bytes) -> tuple[str, int] | None:
+    """Read name and size of a regular file, as nearly all headers are; None is for `_parse_header`.
+
+    A stream has two headers a sample, and `tarfile` takes as long for one as for all else here.
+    """
+    name, size, checksum, kind, prefix = _PLAIN_HEADER.unpack(block)
+    if kind != tarfile.REGTYPE or prefix != b"\0" or not block.isascii():
+        return None
+    try:
+        size_bytes = int(size.partition(b"\0")[0], 8)
+        stated = int(checksum.partition(b"\0")[0], 8)
+    except ValueError:
+        return None
+    # Adler-32 begins with 1 and sums modulo 65521, which 512 bytes of ASCII never come to.
+    num_summed = (zlib.adler32(block) & 0xFFFF) - 1
+    if size_bytes < 0 or num_summed - sum(checksum) + 8 * ord(" ") != stated:
+        return None
+    return name.partition(b"\0")[0].decode("ascii"), size_bytes
 
 
 def _parse_header(source: _Source, block: bytes) -> tarfile.TarInfo:
