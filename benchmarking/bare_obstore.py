@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from datetime import timedelta
 from functools import partial
 from typing import NamedTuple
@@ -84,6 +85,7 @@ class LoopedObstore(AwaitedObstore):
         loop: asyncio.AbstractEventLoop | None = getattr(self._local, "loop", None)
         if loop is None:
             loop = self._local.loop = asyncio.new_event_loop()
+            weakref.finalize(threading.current_thread(), loop.close)
         return loop.run_until_complete(self.get_async(key, byte_range))
 
 
