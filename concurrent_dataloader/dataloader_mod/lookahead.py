@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import ctypes
-import functools
 import itertools
 import queue
-import sys
 from collections.abc import Callable
 from typing import Any
 
+from concurrent_dataloader.dataloader_mod.allocator import trim_memory
 from concurrent_dataloader.dataloader_mod.fetched import Batch, FetchedDataset
 from concurrent_dataloader.dataloader_mod.orphan import CHECK_INTERVAL_S
 from concurrent_dataloader.dataloader_mod.settings import FetchSettings
@@ -80,7 +78,7 @@ class Lookahead:
         """
         waited_s = 0.0
         if self._has_worked and not self._ahead:
-            _trim_memory()
+            trim_memory()
             self._has_worked = False
         while True:
             try:
@@ -123,21 +121,3 @@ class Lookahead:
                 if isinstance(dropped, tuple):
                     dropped[1].cancel()
             self._ahead.append(item)
-
-
-@functools.cache
-def _find_trim() -> Callable[[int], int] | None:
-    # Only glibc has it, and only glibc needs it.
-    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-
-
-def _trim_memory() -> None:
-    """Give memory that is free in fragments back to the system.
-
-    Bodies of 100 kB and more come and go in many threads, and leave holes: without this, workers go
-    on growing over the epochs (benchmarking: memory). Lower thresholds in the allocator would keep
-    them small as well, but cost more CPU for each sample than a fetch does.
-    """
-    trim = _find_trim()
-    if trim is not None:
-        trim(0)

@@ -1,0 +1,52 @@
+"""What a worker keeps of the memory that it freed."""
+
+import functools
+import resource
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from concurrent_dataloader import DataLoader
+
+_NUM_BLOCKS = 64
+_BLOCK_BYTES = 600_000  # of 147 pages
+
+
+def write_num_page_faults(file: Path, _: int) -> None:
+    """Allocate a batch and free it at once, a few times, and write how often a page was new."""
+    num_faults = 0
+    for _ in range(6):
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        blocks = [bytearray(b"x") * _BLOCK_BYTES for _ in range(_NUM_BLOCKS)]
+        num_faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+        del blocks
+    file.write_text(str(num_faults))
+
+
+def count_page_faults_per_block(folder: Path) -> float:
+    """Count those of the last time, in a worker."""
+    file = folder / "num_page_faults"
+    write = functools.partial(write_num_page_faults, file)
+    data = torch.utils.data.TensorDataset(torch.zeros(4))
+    list(DataLoader(data, num_workers=1, worker_init_fn=write))
+    return int(file.read_text()) / _NUM_BLOCKS
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
+def test_a_worker_keeps_the_memory_of_a_batch_for_the_next(tmp_path: Path) -> None:
+    assert count_page_faults_per_block(tmp_path) < 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("MALLOC_TRIM_THRESHOLD_", "0"), ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=0")],
+)
+def test_what_the_environment_says_of_the_allocator_stays(
+    name: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)  # too late for the C library, in time for ours
+
+    assert count_page_faults_per_block(tmp_path) > 100
