@@ -194,6 +194,31 @@ def test_losses_from_packed_data_are_those_of_single_files(
 
 
 @pytest.mark.slow
+def test_losses_from_packed_data_in_a_bucket_are_those_of_single_files(
+    train: Callable[..., Path],
+    image_folder: Path,
+    object_server: ObjectServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in object_server.environment().items():
+        monkeypatch.setenv(name, value)
+    kinds = [kind for kind in PACKED if kind != "lmdb"]
+    for kind in kinds:
+        _, *flags = PACKED[kind]
+        packed = tmp_path / kind
+        assert pack(["shard", str(image_folder), str(packed), "--splits", "train,val", *flags]) == 0
+        object_server.put_folder(kind, packed)
+
+    single = losses_of(train("single", "--epochs", "1"))
+
+    assert len(single) == 5 + 2
+    for kind in kinds:
+        remote = train(f"remote-{kind}", "--epochs", "1", data=f"s3://{kind}")
+        assert losses_of(remote) == single
+
+
+@pytest.mark.slow
 def test_data_copied_first_gives_the_same_job_and_both_times(
     train: Callable[..., Path],
     images: dict[str, bytes],

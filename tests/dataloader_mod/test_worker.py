@@ -9,7 +9,7 @@ from concurrent_dataloader.dataloader_mod import torch_internals
 from concurrent_dataloader.dataloader_mod.fetched import FetchedDataset
 from concurrent_dataloader.dataloader_mod.lookahead import BatchTaken, Lookahead
 from concurrent_dataloader.dataloader_mod.settings import FetchSettings
-from tests.dataloader_mod.doubles import StagedSquares
+from tests.dataloader_mod.doubles import MergedSquares, StagedSquares
 
 RESUME = torch_internals.ResumeIteration()
 
@@ -17,8 +17,8 @@ RESUME = torch_internals.ResumeIteration()
 class Begins(FetchedDataset):
     """Notes which batches were begun."""
 
-    def __init__(self, settings):
-        super().__init__(StagedSquares(100), settings, auto_collation=True)
+    def __init__(self, settings, samples):
+        super().__init__(samples, settings, auto_collation=True)
         self.begun = []
 
     def begin(self, *batches):
@@ -30,7 +30,7 @@ class Begins(FetchedDataset):
 def make_lookahead():
     made = []
 
-    def make(*items, batch_pool=2, prefetch_factor=2, takes_counted=True):
+    def make(*items, batch_pool=2, prefetch_factor=2, takes_counted=True, samples=None):
         settings = FetchSettings(
             num_fetch_workers=4,
             batch_pool=batch_pool,
@@ -40,7 +40,7 @@ def make_lookahead():
         source = queue.Queue()
         for item in items:
             source.put(item)
-        dataset = Begins(settings)
+        dataset = Begins(settings, samples or StagedSquares(100))
         made.append(dataset)
         lookahead: Any = Lookahead(source, dataset, settings)
         lookahead.put = source.put
@@ -70,6 +70,25 @@ def test_batches_are_begun_ahead_and_handed_out_in_order(make_lookahead):
     assert [take(lookahead), take(lookahead)] == [20, 30]
     with pytest.raises(queue.Empty):
         take(lookahead)
+
+
+@pytest.mark.parametrize(("batch_pool", "num_requests"), [(0, 6), (3, 4), (5, 2)])
+def test_near_positions_of_batches_that_are_begun_together_share_a_request(
+    make_lookahead, batch_pool, num_requests
+):
+    """Of six batches of two positions the first five lie together; the last ones come later."""
+    samples = MergedSquares(20)
+    lookahead, dataset = make_lookahead(
+        *batches(0, 2, 4, 6, 8, 10), batch_pool=batch_pool, prefetch_factor=9, samples=samples
+    )
+
+    labels = []
+    for _ in range(6):
+        _, batch = lookahead.get(timeout=0.01)
+        labels += [label for _, label in dataset.__getitems__(batch)]
+
+    assert labels == list(range(12))
+    assert samples.num_requests.value == num_requests
 
 
 def test_a_batch_waits_until_one_was_taken(make_lookahead):

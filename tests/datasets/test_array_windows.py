@@ -178,13 +178,19 @@ def open_bucket(server: ObjectServer) -> Store:
     )
 
 
-@pytest.fixture
-def remote(object_server: ObjectServer, tmp_path: Path) -> tuple[ObjectServer, NDArray[Any], int]:
+@pytest.fixture(params=["a.h5", "a.npy"])
+def remote(
+    request: pytest.FixtureRequest, object_server: ObjectServer, tmp_path: Path
+) -> tuple[ObjectServer, NDArray[Any], int]:
     """A bucket with one file of about 2 MB; gives the array, and the file's size."""
     array = np.random.default_rng(0).integers(0, 255, (100, 100, 200), np.uint8)
-    write_hdf5(tmp_path / "a.h5", array, chunks=(1, 100, 200), compression="gzip")
+    path = tmp_path / request.param
+    if path.suffix == ".npy":
+        np.save(path, array)
+    else:
+        write_hdf5(path, array, chunks=(1, 100, 200), compression="gzip")
     object_server.put_folder("data", tmp_path)
-    return object_server, array, (tmp_path / "a.h5").stat().st_size
+    return object_server, array, path.stat().st_size
 
 
 def test_row_48_reading_one_window_downloads_less_than_the_file(
@@ -194,7 +200,7 @@ def test_row_48_reading_one_window_downloads_less_than_the_file(
     sent: dict[Mode, int] = {}
     items: dict[Mode, Any] = {}
     for mode in MODES:
-        dataset = make_dataset(tmp_path, mode, open_bucket(server), "*.h5", num_frames=100)
+        dataset = make_dataset(tmp_path, mode, open_bucket(server), "a.*", num_frames=100)
         server.reset_counters()
         items[mode] = dataset[60]
         sent[mode] = server.counters().body_bytes_sent
@@ -210,7 +216,7 @@ def test_the_place_of_the_frames_is_found_out_once(
     remote: tuple[ObjectServer, NDArray[Any], int], tmp_path: Path
 ) -> None:
     server, _, _ = remote
-    dataset = make_dataset(tmp_path, "ranged", open_bucket(server), "*.h5", num_frames=100)
+    dataset = make_dataset(tmp_path, "ranged", open_bucket(server), "a.*", num_frames=100)
     _ = dataset[0]
     server.reset_counters()
 
@@ -225,12 +231,12 @@ def test_the_downloaded_file_is_read_from_disk(
     remote: tuple[ObjectServer, NDArray[Any], int], tmp_path: Path
 ) -> None:
     server, _, _ = remote
-    dataset = make_dataset(tmp_path, "download", open_bucket(server), "*.h5", num_frames=100)
+    dataset = make_dataset(tmp_path, "download", open_bucket(server), "a.*", num_frames=100)
     _ = dataset[0]
     server.reset_counters()
 
     _ = dataset[70]
-    again = make_dataset(tmp_path, "download", open_bucket(server), "*.h5", num_frames=100)
+    again = make_dataset(tmp_path, "download", open_bucket(server), "a.*", num_frames=100)
     _ = again[3]
 
     assert server.counters().num_requests == 0
@@ -240,7 +246,7 @@ def test_windows_that_are_begun_together_share_requests(
     remote: tuple[ObjectServer, NDArray[Any], int], tmp_path: Path
 ) -> None:
     server, _, size_bytes = remote
-    dataset = make_dataset(tmp_path, "ranged", open_bucket(server), "*.h5", num_frames=100)
+    dataset = make_dataset(tmp_path, "ranged", open_bucket(server), "a.*", num_frames=100)
     server.reset_counters()
 
     loader = DataLoader(dataset, batch_size=8)

@@ -19,10 +19,11 @@ from torchvision.transforms import InterpolationMode, v2
 
 import imagenet
 from concurrent_dataloader import DataLoader
-from concurrent_dataloader.datasets import open_dataset, skip_baked
+from concurrent_dataloader.datasets import StreamedShards, open_dataset, skip_baked
 from concurrent_dataloader.prepare.__main__ import main as run_command
 
 STEPS = ("Resize(32)", "CenterCrop(28)")
+PAYLOADS = ("ppm", "raw", "tensor")
 FULL = v2.Compose([v2.Resize(32), v2.CenterCrop(28), v2.PILToTensor()])
 
 
@@ -41,9 +42,18 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
         image.save(path)
     both = ["--splits", "train,val"]
     assert run_command(["shard", str(root / "images"), str(root / "whole"), *both]) == 0
-    for payload in ("ppm", "raw", "tensor"):
+    for payload in PAYLOADS:
         command = ["shard", str(root / "images"), str(root / payload), *both]
         assert run_command([*command, "--payload", payload, "--steps", ",".join(STEPS)]) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def bare(sets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same shards without their indexes."""
+    root = tmp_path_factory.mktemp("bare")
+    for payload in ("whole", *PAYLOADS):
+        shutil.copytree(sets / payload, root / payload, ignore=shutil.ignore_patterns("*.npz"))
     return root
 
 
@@ -61,7 +71,7 @@ def check_equal(dataset: Any, whole: Any) -> None:
         assert torch.equal(labels, other_labels)
 
 
-@pytest.mark.parametrize("payload", ["ppm", "raw", "tensor"])
+@pytest.mark.parametrize("payload", PAYLOADS)
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_baked_steps_are_skipped_and_pixels_are_those_of_the_whole_images(
     sets: Path, payload: str, split: str, caplog: pytest.LogCaptureFixture
@@ -77,6 +87,22 @@ def test_baked_steps_are_skipped_and_pixels_are_those_of_the_whole_images(
     assert told[0].getMessage() == (
         "left out Resize(32), CenterCrop(28) of the transform: the packed images have had it"
     )
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("has_index", [True, False])
+def test_a_stream_says_which_steps_are_baked_in_for_the_caller_to_skip(
+    sets: Path, bare: Path, payload: str, split: Any, has_index: bool
+) -> None:
+    folder = (sets if has_index else bare) / payload
+
+    stream = StreamedShards(folder, split=split, shuffle=False)
+    stream.set_transform(skip_baked(FULL, stream.baked_steps))
+
+    assert stream.has_index == has_index
+    assert stream.baked_steps == STEPS
+    check_equal(stream, open_dataset(sets / "whole", split=split, transform=FULL))
 
 
 def test_a_step_at_the_head_alone_is_skipped_and_what_follows_is_not(
@@ -249,20 +275,31 @@ def test_spaces_do_not_matter_and_unknown_steps_are_warned_of(
     assert caplog.records[-1].levelname == "WARNING"
 
 
+def validation_pixels(data: Path, *flags: str) -> torch.Tensor:
+    """All images of the trainer's validation, which is Resize(32), CenterCrop(28) then."""
+    text = "--image-size 28 -b 4 -j 0 --seed 3 --no-accel"
+    args = imagenet.parse_arguments([str(data), *text.split(), *flags])
+    place = imagenet.Place(0, 1, 1, torch.device("cpu"))
+    loader = imagenet.make_loader(args, imagenet.open_split(args, "val"), place, is_train=False)
+    return torch.cat([images for images, _ in loader])
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_the_trainer_streams_baked_images_without_an_index_as_the_whole_ones(
+    bare: Path, payload: str
+) -> None:
+    streamed = validation_pixels(bare / payload, "--stream")
+
+    assert torch.equal(streamed, validation_pixels(bare / "whole", "--stream"))
+
+
 def test_the_trainer_validates_baked_images_as_the_whole_ones(
     sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pixels: list[torch.Tensor] = []
-    for name in ("whole", "raw"):
-        # Its validation is Resize(32), CenterCrop(28) then.
-        text = "--image-size 28 -b 4 -j 0 --seed 3 --no-accel --epochs 1 -a resnet18"
-        flags = [*text.split(), "--output-base-folder", str(tmp_path / name)]
-        args = imagenet.parse_arguments([str(sets / name), *flags])
-        place = imagenet.Place(0, 1, 1, torch.device("cpu"))
-        loader = imagenet.make_loader(args, imagenet.open_split(args, "val"), place, is_train=False)
-        pixels.append(torch.cat([images for images, _ in loader]))
-        if name == "raw":
-            assert imagenet.main([str(sets / name), *flags]) == 0
+    pixels = [validation_pixels(sets / name) for name in ("whole", "raw")]
+    text = "--image-size 28 -b 4 -j 0 --seed 3 --no-accel --epochs 1 -a resnet18"
+    flags = [*text.split(), "--output-base-folder", str(tmp_path / "raw")]
+    assert imagenet.main([str(sets / "raw"), *flags]) == 0
 
     assert torch.equal(pixels[0], pixels[1])
     printed = capsys.readouterr().out

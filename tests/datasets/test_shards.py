@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import itertools
+import multiprocessing
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -620,6 +621,36 @@ def test_reading_in_order_takes_few_requests_and_shuffled_one_a_sample(
     assert count_gets(remote(transform=pil_to_tensor), shuffle=False) <= 48 * 0.3
     apart = remote(transform=pil_to_tensor, max_gap_bytes=0)
     assert count_gets(apart, shuffle=True) == 48
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_small_batches_share_requests_with_those_that_are_begun_with_them(
+    remote: Callable[..., ShardDataset], object_server: ObjectServer, num_workers: int
+) -> None:
+    all_sent = multiprocessing.get_context("fork").Event()
+
+    def begin_late(_: int) -> None:
+        all_sent.wait()
+
+    def count_gets(batch_pool: int) -> int:
+        all_sent.clear()
+        object_server.reset_counters()
+        loader = DataLoader(
+            remote(transform=pil_to_tensor),
+            batch_size=2,
+            num_workers=num_workers,
+            batch_pool=batch_pool,
+            worker_init_fn=begin_late,
+        )
+        batches = iter(loader)
+        all_sent.set()
+        labels = [label for _, labels in batches for label in labels.tolist()]
+        assert labels == [number % 5 for number in range(48)]
+        return object_server.counters().num_gets
+
+    assert count_gets(batch_pool=0) == 24
+    # Four shards, and as many more as a queue between processes may tear apart.
+    assert 4 <= count_gets(batch_pool=24) <= (4 if num_workers == 0 else 12)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
