@@ -41,6 +41,7 @@ from concurrent_dataloader.dataloader_mod.resume import (
 from concurrent_dataloader.dataloader_mod.settings import FetchSettings
 from concurrent_dataloader.dataloader_mod.worker import _worker_loop
 from concurrent_dataloader.errors import DeadlineError
+from concurrent_dataloader.stores.credentials_chain import prepare_for_workers
 
 if TYPE_CHECKING:
     from concurrent_dataloader.dataloader_mod.dataloader import DataLoader
@@ -83,6 +84,7 @@ class WorkersIter(torch_internals.MultiProcessingIter):
             )
         self._settings = settings
         self._sockets = SocketFolder()
+        prepare_for_workers()
         super().__init__(_LoaderView(loader, settings, self._sockets))
         itself = weakref.ref(self)
         watch_senders(

@@ -36,10 +36,10 @@ from concurrent_dataloader.stores.base import ObjectInfo, SizedStore, Store, Wri
 from concurrent_dataloader.stores.cache import CachedStore, DiskCache, cached
 from concurrent_dataloader.stores.credentials import (
     Credentials,
-    CredentialsChain,
     CredentialsFile,
     CredentialsSource,
 )
+from concurrent_dataloader.stores.credentials_chain import CredentialsChain
 from concurrent_dataloader.stores.hedging import HedgePolicy
 from concurrent_dataloader.stores.in_flight import InFlightPolicy
 from concurrent_dataloader.stores.ranged_file import RangedFile

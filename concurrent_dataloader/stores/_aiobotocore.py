@@ -31,7 +31,8 @@ from concurrent_dataloader.stores._checksums import Checksums
 from concurrent_dataloader.stores._http import HttpStore
 from concurrent_dataloader.stores.address import ClientOptions, S3Address, check_byte_range
 from concurrent_dataloader.stores.base import AwaitingStore, ObjectInfo, PerLoop
-from concurrent_dataloader.stores.credentials import CredentialsChain, CredentialsSource
+from concurrent_dataloader.stores.credentials import CredentialsSource
+from concurrent_dataloader.stores.credentials_chain import CredentialsChain
 
 
 class AiobotocoreStore(AwaitingStore):

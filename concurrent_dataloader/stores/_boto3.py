@@ -39,7 +39,8 @@ from concurrent_dataloader.stores._checksums import Checksums
 from concurrent_dataloader.stores._time_left import end_of_call
 from concurrent_dataloader.stores.address import ClientOptions, S3Address, check_byte_range
 from concurrent_dataloader.stores.base import BlockingStore, ObjectInfo, PerProcess
-from concurrent_dataloader.stores.credentials import CredentialsChain, CredentialsSource
+from concurrent_dataloader.stores.credentials import CredentialsSource
+from concurrent_dataloader.stores.credentials_chain import CredentialsChain
 
 T = TypeVar("T")
 

@@ -7,15 +7,15 @@ What `open_store` takes as ``credentials`` decides, and nothing is mixed:
    uses it, and again when it has been written anew, so that whatever renews short-lived credentials
    only has to replace the file;
 3. None: the standard AWS chain, as botocore walks it: environment variables, profiles in
-   ``~/.aws``, container and instance roles. Looked up at the first request, refreshed when they
-   expire.
+   ``~/.aws``, container and instance roles. Looked up at the first request or before workers
+   start, handed to them, and refreshed before they end (`credentials_chain`).
 
 An explicit file always wins over the chain. ``anonymous=True`` asks nobody and signs nothing.
 
 **No secret is shown or stored.** The repr of each class leaves secrets out. A file's and the
 chain's pickles hold the path, or nothing. Credentials that exist in memory only must reach worker
-processes all the same; they pickle while one is being spawned, as multiprocessing's own key does,
-and at no other time.
+processes all the same, and those that the chain found are to; they pickle while one is being
+spawned, as multiprocessing's own key does, and at no other time.
 
 **The JSON file** is one flat object. Credentials in either of the two documented layouts::
 
@@ -39,10 +39,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 import multiprocessing.context
 import os
-import random
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -53,8 +51,6 @@ from typing_extensions import override
 
 from concurrent_dataloader.errors import (
     CredentialsError,
-    ExpiredCredentialsError,
-    MissingDependencyError,
 )
 from concurrent_dataloader.stores.base import PerProcess, ValueObject
 
@@ -311,121 +307,3 @@ def parse_contents(path: str, parsed: Mapping[str, Any]) -> CredentialsFile.Cont
 def _is_url_name(name: str) -> bool:
     split, _, rest = name.partition("_")
     return name in _URL_NAMES or (split in SPLITS and rest in _URL_NAMES)
-
-
-class CredentialsChain(ValueObject):
-    """Credentials as AWS's own tools find them; looked up at first use in each process."""
-
-    def __init__(self, profile: str | None = None) -> None:
-        self.profile = profile
-        self._found = PerProcess(partial(_walk_chain, profile), _forget)
-
-    @override
-    def _arguments(self) -> tuple[str | None]:
-        return (self.profile,)
-
-    def resolve(self) -> Credentials:
-        """Give the credentials of this moment; refreshes those that are about to expire.
-
-        Raises:
-            CredentialsError: There are none.
-            ExpiredCredentialsError: They have run out, and no new ones could be had.
-        """
-        return self._found.get().resolve()
-
-    @property
-    def is_due(self) -> bool:
-        """Whether `resolve` will ask for new ones, and so wait for whoever gives them."""
-        return self._found.get().is_due
-
-
-class _Found:
-    """What the chain found: botocore's refreshing credentials, and their latest form as ours.
-
-    botocore asks for new ones from 15 minutes before the end on, and waits for them from 10 on. All
-    workers of a job have got the same ones from the metadata service, and would ask for the next at
-    the same second; each draws a moment between the two instead.
-
-    A renewal that fails costs nothing while the credentials before are valid: these are used on,
-    and new ones asked for once more after some seconds.
-    """
-
-    _EARLIEST_S = 15 * 60.0
-    _LATEST_S = 10 * 60.0
-    _ASKED_EVERY_S = 15.0
-
-    def __init__(self, provider: Any, rng: random.Random) -> None:
-        self._provider = provider
-        self._renewed_before_end_s = rng.uniform(self._LATEST_S, self._EARLIEST_S)
-        self._frozen = provider.get_frozen_credentials()
-        self._credentials = _thaw(self._frozen)
-        # Touched by many threads without a lock: at worst two of them ask.
-        self._asked_again_s = -math.inf
-
-    @property
-    def is_due(self) -> bool:
-        """Whether new credentials are to be asked for."""
-        refresh_needed = getattr(self._provider, "refresh_needed", None)
-        # Those of the environment or a profile never end, and have no such question.
-        if refresh_needed is None or not refresh_needed(self._renewed_before_end_s):
-            return False
-        return refresh_needed(0) or time.monotonic() >= self._asked_again_s
-
-    def resolve(self) -> Credentials:
-        """Give the credentials of this moment."""
-        if not self.is_due:
-            return self._credentials
-        self._asked_again_s = time.monotonic() + self._ASKED_EVERY_S
-        try:
-            frozen = self._provider.get_frozen_credentials()
-        except _failures() as error:
-            reason = " ".join(str(error).split())
-            if self._provider.refresh_needed(0):
-                raise ExpiredCredentialsError(
-                    f"credentials: those of the standard AWS chain ({self._provider.method}) have "
-                    f"expired and could not be renewed ({reason}), expected new ones; check what "
-                    "gives them, or give a credentials file that is replaced in time"
-                ) from error
-            log.warning("credentials: not renewed (%s); those before are used on", reason)
-            return self._credentials
-        if frozen is not self._frozen:
-            self._credentials = _thaw(frozen)
-            self._frozen = frozen
-        return self._credentials
-
-
-def _failures() -> tuple[type[Exception], ...]:
-    """Give what botocore raises where there are no credentials to be had."""
-    import botocore.exceptions
-
-    # RuntimeError: new ones that have expired, too.
-    return botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, RuntimeError
-
-
-def _thaw(frozen: Any) -> Credentials:
-    return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
-
-
-def _walk_chain(profile: str | None) -> _Found:
-    # Imported here: it takes a quarter of a second, and only this source needs it.
-    try:
-        import botocore.session
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"credentials: {error}; the standard AWS chain needs botocore, install it with "
-            "`pip install boto3`, or give a credentials file"
-        ) from error
-    try:
-        session = botocore.session.Session(profile=profile)
-        provider = session.get_credentials()
-        if provider is not None:
-            return _Found(provider, random.Random())
-    except _failures() as error:
-        raise CredentialsError(
-            f"credentials: the standard AWS chain failed ({error}), expected credentials; "
-            "mend it, give a credentials file, or open the store with anonymous=True"
-        ) from error
-    raise CredentialsError(
-        "credentials: the standard AWS chain (environment, profile, instance role) has none, "
-        "expected some; give a credentials file, or open the store with anonymous=True"
-    )

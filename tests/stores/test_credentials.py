@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import multiprocessing
 import pathlib
 import pickle
-import random
 import threading
 import time
 import traceback
@@ -14,7 +12,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from botocore.credentials import RefreshableCredentials
 
 from concurrent_dataloader.dataloader_mod.error_policy import is_of_sample
 from concurrent_dataloader.errors import (
@@ -28,7 +25,7 @@ from concurrent_dataloader.stores import (
     CredentialsFile,
     open_store,
 )
-from concurrent_dataloader.stores.credentials import _Found, parse_contents
+from concurrent_dataloader.stores.credentials import parse_contents
 from concurrent_dataloader.testing.object_server import ObjectServer
 from tests.stores.conftest import CLIENTS
 from tests.stores.in_worker import StoreInWorker, start_worker
@@ -173,78 +170,6 @@ def test_the_chain_reads_profiles(tmp_path: pathlib.Path, monkeypatch: pytest.Mo
 def test_a_profile_that_is_not_there_is_a_credentials_error() -> None:
     with pytest.raises(CredentialsError, match="no-such-profile"):
         CredentialsChain("no-such-profile").resolve()
-
-
-class MetadataService:
-    """Hands out credentials that last six hours, by a clock that is set by hand."""
-
-    def __init__(self) -> None:
-        self.now = datetime(2026, 1, 1, tzinfo=UTC)
-        self.num_asked = 0
-        self.num_refused = 0
-
-    def answer(self) -> dict[str, str]:
-        self.num_asked += 1
-        return {
-            "access_key": f"key{self.num_asked}",
-            "secret_key": "secret",
-            "token": "token",
-            "expiry_time": (self.now + timedelta(hours=6)).isoformat(),
-        }
-
-    def refuse(self) -> dict[str, str]:
-        self.num_refused += 1
-        raise RuntimeError("the service is away")
-
-    def provider(self) -> RefreshableCredentials:
-        return RefreshableCredentials.create_from_metadata(
-            self.answer(), refresh_using=self.answer, method="test"
-        )
-
-    def find(self, rng: random.Random) -> _Found:
-        provider = self.provider()
-        provider._time_fetcher = lambda: self.now
-        return _Found(provider, rng)
-
-
-def test_workers_do_not_ask_for_new_credentials_all_at_once() -> None:
-    service, rng = MetadataService(), random.Random(0)
-    workers = [service.find(rng) for _ in range(100)]
-    end = service.now + timedelta(hours=6)
-    before = [worker.resolve().access_key_id for worker in workers]
-    asked = [service.num_asked]
-
-    for minutes in (15, 14, 13, 12, 11, 10):
-        service.now = end - timedelta(minutes=minutes)
-        after = [worker.resolve().access_key_id for worker in workers]
-        asked.append(service.num_asked)
-
-    steps = [later - earlier for earlier, later in itertools.pairwise(asked)]
-    assert steps[0] == 0, "not too early"
-    assert sum(steps) == 100, "each once, in time"
-    assert max(steps) <= 35
-    assert not set(before) & set(after)
-
-
-def test_a_renewal_that_fails_costs_nothing_while_the_credentials_last(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    service = MetadataService()
-    found = service.find(random.Random(0))
-    before, end = found.resolve(), service.now + timedelta(hours=6)
-    found._provider._refresh_using = service.refuse
-
-    service.now = end - timedelta(minutes=5)
-    after = [found.resolve() for _ in range(100)]
-
-    assert after == [before] * 100
-    assert service.num_refused == 1, "not once a request"
-    assert "not renewed (the service is away); those before are used on" in caplog.text
-    service.now = end + timedelta(seconds=1)
-    with pytest.raises(ExpiredCredentialsError, match=r"\(test\) have expired .* is away"):
-        found.resolve()
-    found._provider._refresh_using = service.answer
-    assert found.resolve() != before
 
 
 @pytest.mark.slow
