@@ -44,13 +44,21 @@ class Box(NamedTuple):
     y2: float
 
 
+def split_alternatives(wanted: str) -> tuple[str, ...]:
+    """Give the names in ``"jpg; png"``, in lower case and without spaces; none where it has none.
+
+    They are in the order in which they are to be tried.
+    """
+    return tuple(name for part in wanted.lower().split(";") if (name := part.strip()))
+
+
 def find_field(wanted: str, fields: Iterable[str]) -> str | None:
     """Give the first of the alternatives ``"jpg;png;jpeg"`` that is present, or None.
 
     Where none is, the one field counts whose last part is among them, such as ``v2.jpg`` of a name
     with dots; of several, none does, since they are several samples of which only that is known.
     """
-    present, alternatives = list(fields), wanted.lower().split(";")
+    present, alternatives = list(fields), split_alternatives(wanted)
     exact = next((name for name in alternatives if name in present), None)
     if exact is not None:
         return exact

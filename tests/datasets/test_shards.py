@@ -368,6 +368,21 @@ def test_without_labels_the_field_cls_is_that_of_the_sample_or_an_error() -> Non
         dataset[1]
 
 
+@pytest.mark.parametrize(
+    "wanted", ["jpg; json", " json ", "JPG ;\tjson;", ";;json", "img;v2 ; json", "none; v2.cls"]
+)
+def test_spaces_between_alternatives_are_as_in_a_stream(wanted: str) -> None:
+    bodies, index = pack_tars({"s.tar": [("a", {"json": b"{}", "v2.cls": b"3"})]})
+    store, fields = MemoryStore(bodies), (wanted,)
+
+    at_random = ShardDataset(index, store, fields=fields)[0]
+    (streamed,) = StreamedShards(list(bodies), store=store, index=index, fields=fields)
+
+    assert at_random == streamed == ((3,) if "cls" in wanted else ({},))
+    with pytest.raises(ValueError, match=r"fields: got \('jpg', ' ; '\), expected at least one"):
+        ShardDataset(index, store, fields=("jpg", " ; "))
+
+
 def test_bytes_stay_bytes_without_a_decoder_and_in_other_fields() -> None:
     raw = open_one({"jpg": IMAGES["cat/1.jpg"], "note": b"x", "cls": b"3"}, decode=None)
     other = open_one({"jpg": IMAGES["cat/1.jpg"], "note": b"x"}, fields=("note",))
