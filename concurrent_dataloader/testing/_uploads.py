@@ -27,7 +27,7 @@ from concurrent_dataloader.testing._objects import (
     make_object,
     start_upload,
 )
-from concurrent_dataloader.testing._query import choose_quote, read_count
+from concurrent_dataloader.testing._query import choose_quote, read_count, read_number
 from concurrent_dataloader.testing._refusals import S3Error
 from concurrent_dataloader.testing._request import Request
 from concurrent_dataloader.testing._xml import answer_with_xml, children, parse_xml, text_of
@@ -159,10 +159,10 @@ class MultipartUploads:
 def _chosen_parts(upload: Upload, body: bytes) -> list[Part]:
     chosen: list[tuple[int, str]] = []
     for entry in children(parse_xml(body), "Part"):
-        number = text_of(entry, "PartNumber")
-        if not number.isdigit():
+        number = read_number(text_of(entry, "PartNumber"))
+        if number is None:
             raise S3Error("MalformedXML")
-        chosen.append((int(number), text_of(entry, "ETag").strip('"')))
+        chosen.append((number, text_of(entry, "ETag").strip('"')))
     if not chosen:
         raise S3Error("MalformedXML")
     numbers = [number for number, _ in chosen]

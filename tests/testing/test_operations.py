@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import socket
+import urllib.parse
 import zlib
 from typing import Any
 
@@ -211,6 +213,65 @@ def test_a_range_that_makes_no_sense_is_no_range(endpoint: Endpoint, s3: Any) ->
         assert (answer.status, answer.body) == (200, b"12345"), header
 
 
+HUGE = "9" * 5000
+"""More digits than ``int`` reads."""
+
+
+@pytest.mark.parametrize("number", ["²", "\uff11", "-1", "1.0", "2147483648", HUGE])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/bucket?list-type=2&max-keys=",
+        "/bucket?max-keys=",
+        "/bucket/a?uploadId={upload}&max-parts=",
+        "/bucket/a?uploadId={upload}&part-number-marker=",
+    ],
+)
+def test_a_count_that_is_none_is_refused(
+    endpoint: Endpoint, s3: Any, target: str, number: str
+) -> None:
+    upload = s3.create_multipart_upload(Bucket="bucket", Key="a")["UploadId"]
+    asked = target.format(upload=upload) + urllib.parse.quote(number)
+
+    answer = ask_signed(endpoint, "GET", asked)
+
+    assert (answer.status, answer.code) == (400, "InvalidArgument")
+
+
+def test_a_count_may_have_zeros_in_front_and_be_the_largest(endpoint: Endpoint, s3: Any) -> None:
+    s3.put_object(Bucket="bucket", Key="a", Body=b"")
+
+    for number in ("2147483647", "0" * 4000 + "1"):
+        answer = ask_signed(endpoint, "GET", f"/bucket?max-keys={number}")
+        assert (answer.status, answer.body.count(b"<Key>")) == (200, 1)
+
+
+@pytest.mark.parametrize("number", ["²", HUGE])
+def test_a_part_whose_number_is_none_is_refused(endpoint: Endpoint, s3: Any, number: str) -> None:
+    upload = s3.create_multipart_upload(Bucket="bucket", Key="a")["UploadId"]
+    target = f"/bucket/a?uploadId={upload}"
+    part = f"<Part><PartNumber>{number}</PartNumber><ETag>e</ETag></Part>"
+    body = f"<CompleteMultipartUpload>{part}</CompleteMultipartUpload>".encode()
+
+    done = ask_signed(endpoint, "POST", target, body=body)
+    sent = ask_signed(endpoint, "PUT", f"{target}&partNumber={urllib.parse.quote(number)}")
+
+    assert (done.status, done.code) == (400, "MalformedXML")
+    assert (sent.status, sent.code) == (400, "InvalidArgument")
+
+
+def test_a_range_of_huge_numbers_lies_behind_the_end(endpoint: Endpoint, s3: Any) -> None:
+    s3.put_object(Bucket="bucket", Key="a", Body=b"12345")
+
+    behind = ask_signed(endpoint, "GET", "/bucket/a", {"Range": f"bytes={HUGE}-"})
+    up_to = ask_signed(endpoint, "GET", "/bucket/a", {"Range": f"bytes=3-{HUGE}"})
+    last = ask_signed(endpoint, "GET", "/bucket/a", {"Range": f"bytes=-{HUGE}"})
+
+    assert (behind.status, behind.code) == (416, "InvalidRange")
+    assert (up_to.status, up_to.body) == (206, b"45")
+    assert last.body == b"12345"
+
+
 def test_a_key_of_more_than_1024_bytes_is_refused(endpoint: Endpoint) -> None:
     assert ask_signed(endpoint, "PUT", f"/bucket/{'k' * 1024}", body=b"x").status == 200
     answer = ask_signed(endpoint, "PUT", f"/bucket/{'k' * 1025}", body=b"x")
@@ -248,11 +309,37 @@ def test_a_header_that_is_not_signed_is_refused(endpoint: Endpoint) -> None:
     assert (answer.status, answer.code) == (403, "AccessDenied")
 
 
-def test_a_malformed_request_ends_its_connection(endpoint: Endpoint) -> None:
-    answer = ask(endpoint, "GET", "/bucket/a", {"Content-Length": "many"})
+@pytest.mark.parametrize("headers", [{"Content-Length": "many"}, {"Content-Length": HUGE}])
+def test_a_malformed_request_ends_its_connection(
+    endpoint: Endpoint, headers: dict[str, str]
+) -> None:
+    answer = ask(endpoint, "GET", "/bucket/a", headers)
 
     assert answer.status == 400
     assert answer.headers["connection"] == "close"
+
+
+@pytest.mark.parametrize("size", [b"-5", b"+5", b"0x5", b"1_0", b""])
+def test_a_chunk_whose_length_is_none_ends_its_connection(endpoint: Endpoint, size: bytes) -> None:
+    head = b"PUT /bucket/a HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
+    host, port = urllib.parse.urlsplit(endpoint.url).netloc.split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(head + size + b"\r\n12345\r\n0\r\n\r\n")
+
+        answer = connection.makefile("rb").read()
+
+    assert answer.startswith(b"HTTP/1.1 400 ")
+
+
+def test_a_signed_chunk_whose_length_is_none_is_refused(endpoint: Endpoint) -> None:
+    """Minus six once led back to the begin of its own line, without an end."""
+    headers, body = unsigned_chunks(endpoint, b"12345", "AAAAAA==")
+    spoilt = body.replace(b"\r\n0\r\n", b"\r\n-6\r\n0\r\n")
+    assert spoilt != body
+
+    answer = ask(endpoint, "PUT", "/bucket/a", headers, spoilt)
+
+    assert (answer.status, answer.code) == (400, "IncompleteBody")
 
 
 def test_a_session_token_is_required_where_there_is_one(
