@@ -79,6 +79,89 @@ def test_a_part_of_no_upload_is_refused(s3: Any) -> None:
     assert refusal(error) == (404, "NoSuchUpload")
 
 
+def begin_uploads(s3: Any, *keys: str) -> list[tuple[str, str]]:
+    """Begin an upload of each key; gives keys and upload ids in the order of a listing."""
+    begun = [
+        (key, s3.create_multipart_upload(Bucket="bucket", Key=key)["UploadId"]) for key in keys
+    ]
+    return sorted(begun, key=lambda upload: upload[0])
+
+
+def uploads_of(page: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(upload["Key"], upload["UploadId"]) for upload in page.get("Uploads", [])]
+
+
+def test_uploads_of_one_key_are_listed_as_they_began(s3: Any) -> None:
+    begun = begin_uploads(s3, "b", "a", "b", "b", "a", "b")
+
+    assert uploads_of(s3.list_multipart_uploads(Bucket="bucket")) == begun
+
+
+def test_a_listing_of_uploads_goes_on_behind_a_key_or_one_of_its_uploads(s3: Any) -> None:
+    begun = begin_uploads(s3, "a", "b", "b", "c")
+    first, second = (upload_id for key, upload_id in begun if key == "b")
+
+    def after(**markers: str) -> list[tuple[str, str]]:
+        return uploads_of(s3.list_multipart_uploads(Bucket="bucket", **markers))
+
+    assert after(KeyMarker="b") == begun[3:]
+    assert after(KeyMarker="b", UploadIdMarker=first) == begun[2:]
+    assert after(KeyMarker="b", UploadIdMarker=second) == begun[3:]
+    assert after(KeyMarker="aa", UploadIdMarker=second) == begun[1:]
+    assert after(UploadIdMarker=second) == begun
+
+    # Where a listing goes on is the same if what it had come to is gone.
+    s3.abort_multipart_upload(Bucket="bucket", Key="b", UploadId=first)
+    assert after(KeyMarker="b", UploadIdMarker=first) == begun[2:]
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 3, 1000])
+def test_uploads_below_a_delimiter_are_folded_across_pages(s3: Any, page_size: int) -> None:
+    begun = begin_uploads(s3, "p/a", "p/b/1", "p/b/2", "p/b/2", "p/c", "p/d/1/x", "p/d/2", "q", "p")
+
+    pages = list(
+        s3.get_paginator("list_multipart_uploads").paginate(
+            Bucket="bucket",
+            Prefix="p/",
+            Delimiter="/",
+            PaginationConfig={"PageSize": page_size},
+        )
+    )
+
+    folded = [entry["Prefix"] for page in pages for entry in page.get("CommonPrefixes", [])]
+    assert folded == ["p/b/", "p/d/"]
+    plain = [upload for page in pages for upload in uploads_of(page)]
+    assert plain == [upload for upload in begun if upload[0] in ("p/a", "p/c")]
+    assert len(pages) == -(-4 // page_size)
+    assert pages[0]["Delimiter"] == "/"
+
+
+def test_keys_of_uploads_are_quoted_as_in_urls_where_asked_for(s3: Any) -> None:
+    begin_uploads(s3, "ü&/a b", "ü&/b")
+
+    page = s3.list_multipart_uploads(
+        Bucket="bucket", Prefix="ü&", KeyMarker="ü ", MaxUploads=1, EncodingType="url"
+    )
+
+    assert (page["EncodingType"], page["Prefix"]) == ("url", "%C3%BC%26")
+    assert (page["KeyMarker"], page["NextKeyMarker"]) == ("%C3%BC%20", "%C3%BC%26/a%20b")
+    assert [upload["Key"] for upload in page["Uploads"]] == ["%C3%BC%26/a%20b"]
+    plain = s3.list_multipart_uploads(Bucket="bucket")
+    assert "EncodingType" not in plain
+    assert [upload["Key"] for upload in plain["Uploads"]] == ["ü&/a b", "ü&/b"]
+
+
+def test_at_most_a_thousand_uploads_are_listed_at_once(s3: Any) -> None:
+    begin_uploads(s3, *map(str, range(1001)))
+
+    pages = [
+        s3.list_multipart_uploads(Bucket="bucket", **more) for more in ({}, {"MaxUploads": 2000})
+    ]
+
+    for page in pages:
+        assert (page["MaxUploads"], page["IsTruncated"], len(page["Uploads"])) == (1000, True, 1000)
+
+
 def test_aws_chunked_is_no_coding_of_the_object(endpoint: Endpoint) -> None:
     headers, body = signed_chunks(endpoint, "/bucket/a", [b"x" * 100])
 
@@ -223,6 +306,7 @@ HUGE = "9" * 5000
     [
         "/bucket?list-type=2&max-keys=",
         "/bucket?max-keys=",
+        "/bucket?uploads&max-uploads=",
         "/bucket/a?uploadId={upload}&max-parts=",
         "/bucket/a?uploadId={upload}&part-number-marker=",
     ],
