@@ -727,7 +727,7 @@ def test_json_and_bytes_of_fields_are_those_written() -> None:
     got = open_one({"jpg": b"", "json": content, "cls": b"1"}, fields=("json", "cls"))[0]
 
     assert got == ({"bbox": [[0.0, 0.5, 1.0, 1.0]], "n": 3}, 1)
-    for name, spoilt in (("json", b"{"), ("cls2.cls", b"x1")):
+    for name, spoilt in (("json", b"{"), ("cls2.cls", b"x1"), ("cls2.cls", b"9" * 5000)):
         with pytest.raises(SampleDecodeError, match=f"{name[-3:]}: "):
             open_one({"jpg": b"", name: spoilt}, fields=(name,))[0]
 
