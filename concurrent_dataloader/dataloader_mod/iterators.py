@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import functools
 import os
+import sys
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -412,6 +414,8 @@ class MainProcessIter(PlainMainProcessIter):
         self._ahead.clear()
         self._fetched.close()
 
-    def __del__(self) -> None:
-        if "_fetched" in self.__dict__:
+    def __del__(self, is_at_end: Callable[[], bool] = sys.is_finalizing) -> None:
+        # At Python's end threads stand still, and modules have been taken apart, so that `close`
+        # could call nothing. The function is bound here, since `sys` may be gone, too.
+        if "_fetched" in self.__dict__ and not is_at_end():
             self._fetched.close()

@@ -17,6 +17,7 @@ from concurrent_dataloader.formats.fields import (
     is_image_field,
     is_label_field,
     read_label,
+    split_alternatives,
 )
 from concurrent_dataloader.formats.tar import Sample
 
@@ -65,10 +66,7 @@ class ItemMaker:
             named = list(fields.items())
         else:
             named = [(None, field) for field in fields]
-        self._fields = [
-            _Field(name, tuple(part.strip().lower() for part in text.split(";") if part.strip()))
-            for name, text in named
-        ]
+        self._fields = [_Field(name, split_alternatives(text)) for name, text in named]
         if not self._fields or not all(field.alternatives for field in self._fields):
             raise ValueError(f"fields: got {fields!r}, expected at least one name in each")
         self._decoders = dict(decoders)

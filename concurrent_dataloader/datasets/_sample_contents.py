@@ -108,8 +108,6 @@ class SampleContents(NamedTuple):
             return BoxedImage(decoded, example.boxes) if self.has_boxes else decoded
         contents: dict[str, Any] = dict(tfrecord.parse_example(payload))
         contents |= dict.fromkeys((name.field, "jpg", "jpeg", "png", "img"), image)
-        if label is not None:
-            contents[LABEL_FIELD] = b""  # `_pick` takes the label of the index
 
         def decode_field(field: str, content: Any) -> Any:
             return content if "/" in field else self.decoder.decode(field, content)
@@ -125,12 +123,13 @@ class SampleContents(NamedTuple):
     ) -> PickedFields:
         names: list[str] = []
         values: list[Any] = []
+        present = set(contents) if label is None else {*contents, LABEL_FIELD}
         for wanted in self.fields or ():
-            name = find_field(wanted, contents)
+            name = find_field(wanted, present)
             if name is None:
                 raise SampleDecodeError(
                     f"sample {sample.key!r}: no field {wanted!r}, it has "
-                    f"{', '.join(sorted(contents))}; ask for one of these"
+                    f"{', '.join(sorted(present))}; ask for one of these"
                 )
             names.append(name)
             if is_label_field(name) and label is not None:

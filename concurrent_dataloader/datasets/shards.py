@@ -29,7 +29,12 @@ from concurrent_dataloader.datasets.indexed import (
 from concurrent_dataloader.datasets.labelled import DecodedImage, SampleMetadata
 from concurrent_dataloader.errors import ChecksumError, LoaderError
 from concurrent_dataloader.formats.crc32c import IS_FAST, check_crc, crc32c
-from concurrent_dataloader.formats.fields import IMAGE_FIELDS, is_image_field, is_label_field
+from concurrent_dataloader.formats.fields import (
+    IMAGE_FIELDS,
+    is_image_field,
+    is_label_field,
+    split_alternatives,
+)
 from concurrent_dataloader.index import choose_positions
 from concurrent_dataloader.label_rules import LabelRule
 from concurrent_dataloader.labels import Classes, LabelSpace
@@ -139,6 +144,8 @@ class ShardDataset(IndexedDataset):
             import_tfrecord()
         if isinstance(fields, str) or (fields is not None and not fields):
             raise ValueError(f"fields: got {fields!r}, expected a tuple such as ('jpg;png', 'cls')")
+        if not all(map(split_alternatives, fields or ())):
+            raise ValueError(f"fields: got {fields!r}, expected at least one name in each")
         if boxes is not False and fields is not None:
             raise ValueError("boxes: got them together with fields, expected one of the two")
         limited = index.limit(limit, sample_seed)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -35,6 +38,11 @@ __all__ = ["ReadSettings", "StreamedShards"]
 
 _NUM_COUNTS = 256
 """Places for counts that workers keep; each has its own, so that none is lost."""
+
+_open_readers: weakref.WeakKeyDictionary[Generator[Any, None, None], weakref.ref[ShardReader]]
+_open_readers = weakref.WeakKeyDictionary()
+"""By the iterators that are not gone, for `_close_readers`. These hold their readers, nobody else:
+whom a reader reports to may hold the iterator."""
 
 
 class StreamedShards(IterableDataset[Any]):
@@ -316,7 +324,9 @@ class StreamedShards(IterableDataset[Any]):
             report=report,
         )
         self._bookmark.follow(shard_reader, iteration)
-        return self._generate(shard_reader, report, is_whole=part is None)
+        items = self._generate(shard_reader, report, is_whole=part is None)
+        _open_readers[items] = weakref.ref(shard_reader)
+        return items
 
     def _generate(
         self,
@@ -324,7 +334,7 @@ class StreamedShards(IterableDataset[Any]):
         report: Callable[[Loss], None] | None,
         *,
         is_whole: bool,
-    ) -> Iterator[Any]:
+    ) -> Generator[Any, None, None]:
         """Give the items of an epoch, or of a part of one."""
         is_over = False
         try:
@@ -421,6 +431,22 @@ class StreamedShards(IterableDataset[Any]):
         """Take over all, and share what workers share."""
         self.__dict__.update(state)
         self._skipped.share_memory_()
+
+
+@atexit.register
+def _close_readers() -> None:
+    """End what iterators that are half read have begun, commands among them, at Python's end.
+
+    Those of a script's own variables go only when modules have been taken apart, where their ends
+    can call nothing any more.
+    """
+    for items, reference in list(_open_readers.items()):
+        if inspect.getgeneratorstate(items) == inspect.GEN_RUNNING:
+            continue  # a thread waits in it, which ends with the process
+        shard_reader = reference()
+        items.close()
+        if shard_reader is not None:  # an iterator that never began has no end of its own
+            shard_reader.close()
 
 
 def _check_count(name: str, value: int, least: int) -> None:

@@ -34,6 +34,9 @@ TENSOR_FIELD = "pth"
 LABEL_FIELD = "cls"
 """An ASCII decimal."""
 
+MAX_LABEL = 2**63 - 1
+"""The largest that a tensor of integers holds."""
+
 
 class Box(NamedTuple):
     """A bounding box, relative to the image: 0 is its left or upper side, 1 the other."""
@@ -44,13 +47,21 @@ class Box(NamedTuple):
     y2: float
 
 
+def split_alternatives(wanted: str) -> tuple[str, ...]:
+    """Give the names in ``"jpg; png"``, in lower case and without spaces; none where it has none.
+
+    They are in the order in which they are to be tried.
+    """
+    return tuple(name for part in wanted.lower().split(";") if (name := part.strip()))
+
+
 def find_field(wanted: str, fields: Iterable[str]) -> str | None:
     """Give the first of the alternatives ``"jpg;png;jpeg"`` that is present, or None.
 
     Where none is, the one field counts whose last part is among them, such as ``v2.jpg`` of a name
     with dots; of several, none does, since they are several samples of which only that is known.
     """
-    present, alternatives = list(fields), wanted.lower().split(";")
+    present, alternatives = list(fields), split_alternatives(wanted)
     exact = next((name for name in alternatives if name in present), None)
     if exact is not None:
         return exact
@@ -100,12 +111,19 @@ def read_label(content: Buffer) -> int:
     """Read a ``cls`` field.
 
     Raises:
-        SampleDecodeError: It is no decimal from 0 on.
+        SampleDecodeError: It is no decimal from 0 to `MAX_LABEL`.
     """
     text = bytes(content).strip()
     if not text.isdigit():
         raise SampleDecodeError(f"cls: got {text[:20]!r}, expected a decimal such as b'17'")
-    return int(text)
+    digits = text.lstrip(b"0")
+    # Looked at first, since `int` refuses to read more than 4,300 digits.
+    if len(digits) > len(str(MAX_LABEL)) or int(digits or b"0") > MAX_LABEL:
+        raise SampleDecodeError(
+            f"cls: got a number of {len(digits)} digits, {digits[:20].decode()}..., expected one "
+            f"from 0 to {MAX_LABEL}; number the classes from 0 on"
+        )
+    return int(digits or b"0")
 
 
 def read_json(content: Buffer) -> Any:

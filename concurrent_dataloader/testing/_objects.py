@@ -182,7 +182,10 @@ def etag_of_parts(md5s: Sequence[str]) -> str:
 
 def start_upload(bucket: Bucket, key: str, headers: Mapping[str, str], is_public: bool) -> Upload:
     """Begin a multipart upload."""
-    upload = Upload(secrets.token_urlsafe(24), key, headers, is_public, int(time.time()))
+    now_ns = time.time_ns()
+    # Of one key, S3 lists uploads as they began, and goes on after one by the order of their names.
+    upload_id = f"{now_ns:016x}{secrets.token_urlsafe(12)}"
+    upload = Upload(upload_id, key, headers, is_public, now_ns // 10**9)
     bucket.uploads[upload.upload_id] = upload
     return upload
 

@@ -5,18 +5,33 @@ from __future__ import annotations
 import base64
 import urllib.parse
 from collections.abc import Callable
+from typing import Final
 
 from concurrent_dataloader.testing._answer import escape_xml
 from concurrent_dataloader.testing._listing import Page
 from concurrent_dataloader.testing._refusals import S3Error
 
+_MAX_COUNT: Final = 2**31 - 1
+
 
 def read_count(query: dict[str, str], name: str, usual: int) -> int:
     """Read a number; one that limits a page is 1000 at most, as S3's is."""
-    text = query.get(name) or str(usual)
-    if not text.isdigit():
-        raise S3Error("InvalidArgument", f"{name} must be an integer of 0 or more")
-    return min(int(text), 1000) if name.startswith("max-") else int(text)
+    count = read_number(query.get(name) or str(usual))
+    if count is None:
+        raise S3Error("InvalidArgument", f"{name} must be an integer from 0 to {_MAX_COUNT}")
+    return min(count, 1000) if name.startswith("max-") else count
+
+
+def read_number(text: str) -> int | None:
+    """Read decimal digits; None where something else stands there, or more than S3 counts to."""
+    # `isdigit` alone takes ² too, of which `int` makes nothing, as of more than 4,300 digits.
+    if not (text.isascii() and text.isdigit()):
+        return None
+    digits = text.lstrip("0")
+    if len(digits) > len(str(_MAX_COUNT)):
+        return None
+    number = int(digits or "0")
+    return number if number <= _MAX_COUNT else None
 
 
 def choose_quote(query: dict[str, str]) -> Callable[[str], str]:

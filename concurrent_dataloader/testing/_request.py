@@ -12,6 +12,7 @@ MAX_BODY_BYTES: Final = 5 << 30  # S3's own bound of a single PUT
 CONTROL_PREFIX: Final = "/-/"  # no bucket can have this name
 
 _PLAIN_PATH = re.compile(rb"/[A-Za-z0-9\-._~/]*").fullmatch
+_CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,16}").fullmatch
 
 
 class MalformedRequestError(Exception):
@@ -144,7 +145,7 @@ class BodyReader:
         """Take a line between chunks; True after the last one."""
         if self._state == "size":
             try:
-                self._num_missing_bytes = int(line.partition(b";")[0], 16)
+                self._num_missing_bytes = read_chunk_size(line.partition(b";")[0])
             except ValueError as error:
                 raise MalformedRequestError(f"chunk size: got {line[:100]!r}") from error
             self._state = "data" if self._num_missing_bytes else "trailer"
@@ -161,8 +162,20 @@ class BodyReader:
         return rest
 
 
+def read_chunk_size(text: bytes) -> int:
+    """Read the length of a chunk.
+
+    Raises:
+        ValueError: It is no hexadecimal number from 0 on; `int` alone takes ``-6``.
+    """
+    if not _CHUNK_SIZE(text.strip()):
+        raise ValueError(f"chunk size: got {text[:100]!r}, expected hexadecimal digits")
+    return int(text, 16)
+
+
 def _content_length(request: Request) -> int:
     text = request.headers.get(b"content-length", b"0")
-    if not text.isdigit() or int(text) > MAX_BODY_BYTES:
+    # Of more than 4,300 digits `int` makes nothing.
+    if not text.isdigit() or len(text) > 20 or int(text) > MAX_BODY_BYTES:
         raise MalformedRequestError(f"Content-Length: got {text[:100]!r}")
     return int(text)

@@ -11,7 +11,7 @@ import hmac
 from typing import NamedTuple
 
 from concurrent_dataloader.testing._refusals import S3Error
-from concurrent_dataloader.testing._request import Request
+from concurrent_dataloader.testing._request import Request, read_chunk_size
 from concurrent_dataloader.testing._signature import EMPTY_SHA256, Seed
 
 
@@ -54,7 +54,7 @@ def _split_chunks(raw: bytes) -> tuple[list[_Chunk], dict[bytes, bytes]]:
         while True:
             end = raw.index(b"\r\n", start)
             size, _, extension = raw[start:end].partition(b";")
-            num_bytes = int(size, 16)
+            num_bytes = read_chunk_size(size)
             signature = extension.partition(b"chunk-signature=")[2]
             start = end + 2
             chunks.append(_Chunk(raw[start : start + num_bytes], signature))

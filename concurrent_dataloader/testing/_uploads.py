@@ -19,6 +19,7 @@ from concurrent_dataloader.testing._headers import (
     kept_headers,
     read_range,
 )
+from concurrent_dataloader.testing._listing import list_uploads
 from concurrent_dataloader.testing._objects import (
     Buckets,
     Part,
@@ -27,7 +28,7 @@ from concurrent_dataloader.testing._objects import (
     make_object,
     start_upload,
 )
-from concurrent_dataloader.testing._query import choose_quote, read_count
+from concurrent_dataloader.testing._query import choose_quote, read_count, read_number
 from concurrent_dataloader.testing._refusals import S3Error
 from concurrent_dataloader.testing._request import Request
 from concurrent_dataloader.testing._xml import answer_with_xml, children, parse_xml, text_of
@@ -108,24 +109,39 @@ class MultipartUploads:
         )
 
     def list_multipart_uploads(self, request: Request, bucket: str, key: str) -> Answer:
-        """List the uploads that are under way, by key."""
-        prefix = request.query.get("prefix", "")
-        quote = choose_quote(request.query)
-        uploads = sorted(
-            (upload.key, upload.upload_id, upload.started_s)
-            for upload in self._buckets.find(bucket).uploads.values()
-            if upload.key.startswith(prefix)
-        )
-        entries = "".join(
-            f"<Upload><Key>{quote(name)}</Key><UploadId>{upload_id}</UploadId>"
-            f"<Initiated>{iso_date(started_s)}</Initiated></Upload>"
-            for name, upload_id, started_s in uploads
-        )
-        return answer_with_xml(
-            "ListMultipartUploadsResult",
-            f"<Bucket>{bucket}</Bucket><Prefix>{quote(prefix)}</Prefix>"
-            f"<MaxUploads>1000</MaxUploads><IsTruncated>false</IsTruncated>{entries}",
-        )
+        """List the uploads that are under way, a page of them, by key and when they began."""
+        found, query = self._buckets.find(bucket), request.query
+        prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
+        after_key, after_id = query.get("key-marker", ""), query.get("upload-id-marker", "")
+        max_uploads = read_count(query, "max-uploads", 1000)
+        page = list_uploads(found, prefix, delimiter, after_key, after_id, max_uploads)
+        quote = choose_quote(query)
+        parts = [
+            f"<Bucket>{bucket}</Bucket><KeyMarker>{quote(after_key)}</KeyMarker>"
+            f"<UploadIdMarker>{escape_xml(after_id)}</UploadIdMarker>"
+            f"<Prefix>{quote(prefix)}</Prefix><MaxUploads>{max_uploads}</MaxUploads>"
+            f"<IsTruncated>{'true' if page.is_truncated else 'false'}</IsTruncated>"
+        ]
+        if page.is_truncated:
+            parts.append(
+                f"<NextKeyMarker>{quote(page.last_key)}</NextKeyMarker>"
+                f"<NextUploadIdMarker>{page.last_id}</NextUploadIdMarker>"
+            )
+        if delimiter:
+            parts.append(f"<Delimiter>{quote(delimiter)}</Delimiter>")
+        if "encoding-type" in query:
+            parts.append("<EncodingType>url</EncodingType>")
+        parts += [
+            f"<Upload><Key>{quote(upload.key)}</Key><UploadId>{upload.upload_id}</UploadId>"
+            f"<StorageClass>STANDARD</StorageClass>"
+            f"<Initiated>{iso_date(upload.started_s)}</Initiated></Upload>"
+            for upload in page.uploads
+        ]
+        parts += [
+            f"<CommonPrefixes><Prefix>{quote(common)}</Prefix></CommonPrefixes>"
+            for common in page.prefixes
+        ]
+        return answer_with_xml("ListMultipartUploadsResult", "".join(parts))
 
     def complete_multipart_upload(self, request: Request, bucket: str, key: str) -> Answer:
         """Make the object of the parts that the body names."""
@@ -159,10 +175,10 @@ class MultipartUploads:
 def _chosen_parts(upload: Upload, body: bytes) -> list[Part]:
     chosen: list[tuple[int, str]] = []
     for entry in children(parse_xml(body), "Part"):
-        number = text_of(entry, "PartNumber")
-        if not number.isdigit():
+        number = read_number(text_of(entry, "PartNumber"))
+        if number is None:
             raise S3Error("MalformedXML")
-        chosen.append((int(number), text_of(entry, "ETag").strip('"')))
+        chosen.append((number, text_of(entry, "ETag").strip('"')))
     if not chosen:
         raise S3Error("MalformedXML")
     numbers = [number for number, _ in chosen]

@@ -28,9 +28,13 @@ def pack_tars(
     classes: Sequence[str] | None = None,
     label_space: str | None = None,
     label_base: int = 0,
+    labels: Mapping[str, int] | None = None,
     checked: bool = True,
 ) -> tuple[dict[str, bytes], ShardIndex]:
-    """Write tars, and index them by where the writer says that members are."""
+    """Write tars, and index them by where the writer says that members are.
+
+    The index has the labels of ``cls`` members, less ``label_base``, or ``labels`` by key.
+    """
     builder = ShardIndexBuilder("tar")
     bodies: dict[str, bytes] = {}
     for name, samples in shards.items():
@@ -43,6 +47,8 @@ def pack_tars(
             payload = find_payload_field(list(fields))
             assert payload is not None
             label = int(fields["cls"]) - label_base if "cls" in fields else None
+            if labels is not None:
+                label = labels.get(key)
             parts = sample.extent, sample.members[payload].data
             crcs = SampleCrcs(*(crc32c(raw[slice(*part)]) for part in parts))
             builder.add_sample(f"{key}.{payload}", *parts, label, crcs if checked else None)

@@ -22,7 +22,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from typing_extensions import Buffer
 
 from concurrent_dataloader.dataloader_mod.dataloader import DataLoader
-from concurrent_dataloader.datasets import ScratchDataset, ShardDataset
+from concurrent_dataloader.datasets import ScratchDataset, ShardDataset, StreamedShards
 from concurrent_dataloader.errors import (
     ByteRangeError,
     ChecksumError,
@@ -311,6 +311,77 @@ def test_a_field_that_is_absent_is_an_error_naming_the_sample() -> None:
     assert dataset[0][0].mode == "RGB"
     with pytest.raises(SampleDecodeError, match=r"'cat-tail/0': no field 'jpg;jpeg', it has cls"):
         dataset[5]
+
+
+TOP_FOLDER = "regex:([^/]+)/"
+BARE = {
+    shard: [(key, {"jpg": encode_image(1), "json": b"{}"}) for key, _ in samples]
+    for shard, samples in SHARDS.items()
+}
+"""The same samples without the field ``cls``."""
+LABELS = {
+    key: CLASSES.index(key.partition("/")[0]) for samples in BARE.values() for key, _ in samples
+}
+
+
+@pytest.mark.parametrize("who", ["index", "rule", "classes"])
+def test_the_field_cls_is_the_label_where_samples_have_no_such_field(who: str) -> None:
+    ways: dict[str, Any] = {
+        "index": {},
+        "rule": {"label_rule": TOP_FOLDER},
+        "classes": {"classes": Classes.from_keys(KEYS, label_rule=TOP_FOLDER)},
+    }
+    bodies, index = pack_tars(BARE, labels=LABELS if who == "index" else None)
+    dataset = ShardDataset(
+        index,
+        MemoryStore(bodies),
+        fields=("json", "txt;cls"),
+        target_transform=lambda label: label * 10,
+        **ways[who],
+    )
+
+    items = [dataset[i] for i in range(len(dataset))]
+
+    assert items == [({}, 10 * label) for label in LABELS.values()]
+    with pytest.raises(SampleDecodeError, match=r"no field 'png', it has cls, jpg, json; ask for"):
+        ShardDataset(index, MemoryStore(bodies), fields=("png",), **ways[who])[0]
+
+
+def test_the_field_cls_is_as_in_a_stream_of_the_same_shards() -> None:
+    bodies, index = pack_tars(BARE, labels=LABELS)
+    store = MemoryStore(bodies)
+    fields = ("cls", "json", "cls;json")
+
+    at_random = ShardDataset(index, store, fields=fields)
+    streamed = StreamedShards(list(bodies), store=store, index=index, fields=fields)
+
+    assert [at_random[i] for i in range(len(at_random))] == list(streamed)
+
+
+def test_without_labels_the_field_cls_is_that_of_the_sample_or_an_error() -> None:
+    samples = [("a", {"jpg": b"", "cls": b"7"}), ("b", {"jpg": b""})]
+    bodies, index = pack_tars({"s.tar": samples}, labels={})
+
+    dataset = ShardDataset(index, MemoryStore(bodies), fields=("cls",))
+
+    assert dataset[0] == (7,)
+    with pytest.raises(SampleDecodeError, match=r"'b': no field 'cls', it has jpg; ask for"):
+        dataset[1]
+
+
+@pytest.mark.parametrize(
+    "wanted", ["jpg; json", " json ", "JPG ;\tjson;", ";;json", "img;v2 ; json", "none; v2.cls"]
+)
+def test_spaces_between_alternatives_are_as_in_a_stream(wanted: str) -> None:
+    bodies, index = pack_tars({"s.tar": [("a", {"json": b"{}", "v2.cls": b"3"})]})
+    store, fields = MemoryStore(bodies), (wanted,)
+
+    at_random = ShardDataset(index, store, fields=fields)[0]
+    (streamed,) = StreamedShards(list(bodies), store=store, index=index, fields=fields)
+
+    assert at_random == streamed == ((3,) if "cls" in wanted else ({},))
+    with pytest.raises(ValueError, match=r"fields: got \('jpg', ' ; '\), expected at least one"):
+        ShardDataset(index, store, fields=("jpg", " ; "))
 
 
 def test_bytes_stay_bytes_without_a_decoder_and_in_other_fields() -> None:
@@ -687,7 +758,7 @@ def test_json_and_bytes_of_fields_are_those_written() -> None:
     got = open_one({"jpg": b"", "json": content, "cls": b"1"}, fields=("json", "cls"))[0]
 
     assert got == ({"bbox": [[0.0, 0.5, 1.0, 1.0]], "n": 3}, 1)
-    for name, spoilt in (("json", b"{"), ("cls2.cls", b"x1")):
+    for name, spoilt in (("json", b"{"), ("cls2.cls", b"x1"), ("cls2.cls", b"9" * 5000)):
         with pytest.raises(SampleDecodeError, match=f"{name[-3:]}: "):
             open_one({"jpg": b"", name: spoilt}, fields=(name,))[0]
 

@@ -578,6 +578,30 @@ class S3Conformance:
         listed = s3.list_multipart_uploads(Bucket=bucket)["Uploads"]
         assert [(one["Key"], one["UploadId"]) for one in listed] == [("a", started["UploadId"])]
 
+    @pytest.mark.parametrize("page_size", [1, 2, 5, 6])
+    def test_pages_of_uploads_hold_each_once_and_by_key(
+        self, s3: Any, bucket: str, page_size: int
+    ) -> None:
+        begun = [
+            (key, s3.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"])
+            for key in ("b", "a", "b", "a/2", "b", "c")
+        ]
+
+        pages = list(
+            s3.get_paginator("list_multipart_uploads").paginate(
+                Bucket=bucket, PaginationConfig={"PageSize": page_size}
+            )
+        )
+
+        listed = [[(one["Key"], one["UploadId"]) for one in page["Uploads"]] for page in pages]
+        flat = [one for uploads in listed for one in uploads]
+        assert sorted(flat) == sorted(begun)
+        assert [key for key, _ in flat] == ["a", "a/2", "b", "b", "b", "c"]
+        assert all(len(uploads) == page_size for uploads in listed[:-1])
+        is_last = [False] * (len(pages) - 1) + [True]
+        assert [not page["IsTruncated"] for page in pages] == is_last
+        assert {page["MaxUploads"] for page in pages} == {page_size}
+
     def test_an_aborted_upload_is_gone(self, s3: Any, bucket: str) -> None:
         started = s3.create_multipart_upload(Bucket=bucket, Key="a")
         upload = {"Bucket": bucket, "Key": "a", "UploadId": started["UploadId"]}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import socket
+import urllib.parse
 import zlib
 from typing import Any
 
@@ -75,6 +77,89 @@ def test_a_part_of_no_upload_is_refused(s3: Any) -> None:
         s3.upload_part(Bucket="bucket", Key="a", UploadId="none", PartNumber=1, Body=b"x")
 
     assert refusal(error) == (404, "NoSuchUpload")
+
+
+def begin_uploads(s3: Any, *keys: str) -> list[tuple[str, str]]:
+    """Begin an upload of each key; gives keys and upload ids in the order of a listing."""
+    begun = [
+        (key, s3.create_multipart_upload(Bucket="bucket", Key=key)["UploadId"]) for key in keys
+    ]
+    return sorted(begun, key=lambda upload: upload[0])
+
+
+def uploads_of(page: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(upload["Key"], upload["UploadId"]) for upload in page.get("Uploads", [])]
+
+
+def test_uploads_of_one_key_are_listed_as_they_began(s3: Any) -> None:
+    begun = begin_uploads(s3, "b", "a", "b", "b", "a", "b")
+
+    assert uploads_of(s3.list_multipart_uploads(Bucket="bucket")) == begun
+
+
+def test_a_listing_of_uploads_goes_on_behind_a_key_or_one_of_its_uploads(s3: Any) -> None:
+    begun = begin_uploads(s3, "a", "b", "b", "c")
+    first, second = (upload_id for key, upload_id in begun if key == "b")
+
+    def after(**markers: str) -> list[tuple[str, str]]:
+        return uploads_of(s3.list_multipart_uploads(Bucket="bucket", **markers))
+
+    assert after(KeyMarker="b") == begun[3:]
+    assert after(KeyMarker="b", UploadIdMarker=first) == begun[2:]
+    assert after(KeyMarker="b", UploadIdMarker=second) == begun[3:]
+    assert after(KeyMarker="aa", UploadIdMarker=second) == begun[1:]
+    assert after(UploadIdMarker=second) == begun
+
+    # Where a listing goes on is the same if what it had come to is gone.
+    s3.abort_multipart_upload(Bucket="bucket", Key="b", UploadId=first)
+    assert after(KeyMarker="b", UploadIdMarker=first) == begun[2:]
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 3, 1000])
+def test_uploads_below_a_delimiter_are_folded_across_pages(s3: Any, page_size: int) -> None:
+    begun = begin_uploads(s3, "p/a", "p/b/1", "p/b/2", "p/b/2", "p/c", "p/d/1/x", "p/d/2", "q", "p")
+
+    pages = list(
+        s3.get_paginator("list_multipart_uploads").paginate(
+            Bucket="bucket",
+            Prefix="p/",
+            Delimiter="/",
+            PaginationConfig={"PageSize": page_size},
+        )
+    )
+
+    folded = [entry["Prefix"] for page in pages for entry in page.get("CommonPrefixes", [])]
+    assert folded == ["p/b/", "p/d/"]
+    plain = [upload for page in pages for upload in uploads_of(page)]
+    assert plain == [upload for upload in begun if upload[0] in ("p/a", "p/c")]
+    assert len(pages) == -(-4 // page_size)
+    assert pages[0]["Delimiter"] == "/"
+
+
+def test_keys_of_uploads_are_quoted_as_in_urls_where_asked_for(s3: Any) -> None:
+    begin_uploads(s3, "ü&/a b", "ü&/b")
+
+    page = s3.list_multipart_uploads(
+        Bucket="bucket", Prefix="ü&", KeyMarker="ü ", MaxUploads=1, EncodingType="url"
+    )
+
+    assert (page["EncodingType"], page["Prefix"]) == ("url", "%C3%BC%26")
+    assert (page["KeyMarker"], page["NextKeyMarker"]) == ("%C3%BC%20", "%C3%BC%26/a%20b")
+    assert [upload["Key"] for upload in page["Uploads"]] == ["%C3%BC%26/a%20b"]
+    plain = s3.list_multipart_uploads(Bucket="bucket")
+    assert "EncodingType" not in plain
+    assert [upload["Key"] for upload in plain["Uploads"]] == ["ü&/a b", "ü&/b"]
+
+
+def test_at_most_a_thousand_uploads_are_listed_at_once(s3: Any) -> None:
+    begin_uploads(s3, *map(str, range(1001)))
+
+    pages = [
+        s3.list_multipart_uploads(Bucket="bucket", **more) for more in ({}, {"MaxUploads": 2000})
+    ]
+
+    for page in pages:
+        assert (page["MaxUploads"], page["IsTruncated"], len(page["Uploads"])) == (1000, True, 1000)
 
 
 def test_aws_chunked_is_no_coding_of_the_object(endpoint: Endpoint) -> None:
@@ -211,6 +296,66 @@ def test_a_range_that_makes_no_sense_is_no_range(endpoint: Endpoint, s3: Any) ->
         assert (answer.status, answer.body) == (200, b"12345"), header
 
 
+HUGE = "9" * 5000
+"""More digits than ``int`` reads."""
+
+
+@pytest.mark.parametrize("number", ["²", "\uff11", "-1", "1.0", "2147483648", HUGE])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/bucket?list-type=2&max-keys=",
+        "/bucket?max-keys=",
+        "/bucket?uploads&max-uploads=",
+        "/bucket/a?uploadId={upload}&max-parts=",
+        "/bucket/a?uploadId={upload}&part-number-marker=",
+    ],
+)
+def test_a_count_that_is_none_is_refused(
+    endpoint: Endpoint, s3: Any, target: str, number: str
+) -> None:
+    upload = s3.create_multipart_upload(Bucket="bucket", Key="a")["UploadId"]
+    asked = target.format(upload=upload) + urllib.parse.quote(number)
+
+    answer = ask_signed(endpoint, "GET", asked)
+
+    assert (answer.status, answer.code) == (400, "InvalidArgument")
+
+
+def test_a_count_may_have_zeros_in_front_and_be_the_largest(endpoint: Endpoint, s3: Any) -> None:
+    s3.put_object(Bucket="bucket", Key="a", Body=b"")
+
+    for number in ("2147483647", "0" * 4000 + "1"):
+        answer = ask_signed(endpoint, "GET", f"/bucket?max-keys={number}")
+        assert (answer.status, answer.body.count(b"<Key>")) == (200, 1)
+
+
+@pytest.mark.parametrize("number", ["²", HUGE])
+def test_a_part_whose_number_is_none_is_refused(endpoint: Endpoint, s3: Any, number: str) -> None:
+    upload = s3.create_multipart_upload(Bucket="bucket", Key="a")["UploadId"]
+    target = f"/bucket/a?uploadId={upload}"
+    part = f"<Part><PartNumber>{number}</PartNumber><ETag>e</ETag></Part>"
+    body = f"<CompleteMultipartUpload>{part}</CompleteMultipartUpload>".encode()
+
+    done = ask_signed(endpoint, "POST", target, body=body)
+    sent = ask_signed(endpoint, "PUT", f"{target}&partNumber={urllib.parse.quote(number)}")
+
+    assert (done.status, done.code) == (400, "MalformedXML")
+    assert (sent.status, sent.code) == (400, "InvalidArgument")
+
+
+def test_a_range_of_huge_numbers_lies_behind_the_end(endpoint: Endpoint, s3: Any) -> None:
+    s3.put_object(Bucket="bucket", Key="a", Body=b"12345")
+
+    behind = ask_signed(endpoint, "GET", "/bucket/a", {"Range": f"bytes={HUGE}-"})
+    up_to = ask_signed(endpoint, "GET", "/bucket/a", {"Range": f"bytes=3-{HUGE}"})
+    last = ask_signed(endpoint, "GET", "/bucket/a", {"Range": f"bytes=-{HUGE}"})
+
+    assert (behind.status, behind.code) == (416, "InvalidRange")
+    assert (up_to.status, up_to.body) == (206, b"45")
+    assert last.body == b"12345"
+
+
 def test_a_key_of_more_than_1024_bytes_is_refused(endpoint: Endpoint) -> None:
     assert ask_signed(endpoint, "PUT", f"/bucket/{'k' * 1024}", body=b"x").status == 200
     answer = ask_signed(endpoint, "PUT", f"/bucket/{'k' * 1025}", body=b"x")
@@ -248,11 +393,37 @@ def test_a_header_that_is_not_signed_is_refused(endpoint: Endpoint) -> None:
     assert (answer.status, answer.code) == (403, "AccessDenied")
 
 
-def test_a_malformed_request_ends_its_connection(endpoint: Endpoint) -> None:
-    answer = ask(endpoint, "GET", "/bucket/a", {"Content-Length": "many"})
+@pytest.mark.parametrize("headers", [{"Content-Length": "many"}, {"Content-Length": HUGE}])
+def test_a_malformed_request_ends_its_connection(
+    endpoint: Endpoint, headers: dict[str, str]
+) -> None:
+    answer = ask(endpoint, "GET", "/bucket/a", headers)
 
     assert answer.status == 400
     assert answer.headers["connection"] == "close"
+
+
+@pytest.mark.parametrize("size", [b"-5", b"+5", b"0x5", b"1_0", b""])
+def test_a_chunk_whose_length_is_none_ends_its_connection(endpoint: Endpoint, size: bytes) -> None:
+    head = b"PUT /bucket/a HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
+    host, port = urllib.parse.urlsplit(endpoint.url).netloc.split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(head + size + b"\r\n12345\r\n0\r\n\r\n")
+
+        answer = connection.makefile("rb").read()
+
+    assert answer.startswith(b"HTTP/1.1 400 ")
+
+
+def test_a_signed_chunk_whose_length_is_none_is_refused(endpoint: Endpoint) -> None:
+    """Minus six once led back to the begin of its own line, without an end."""
+    headers, body = unsigned_chunks(endpoint, b"12345", "AAAAAA==")
+    spoilt = body.replace(b"\r\n0\r\n", b"\r\n-6\r\n0\r\n")
+    assert spoilt != body
+
+    answer = ask(endpoint, "PUT", "/bucket/a", headers, spoilt)
+
+    assert (answer.status, answer.code) == (400, "IncompleteBody")
 
 
 def test_a_session_token_is_required_where_there_is_one(
