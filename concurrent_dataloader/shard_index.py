@@ -41,6 +41,7 @@ from concurrent_dataloader.ranges import ByteRange
 ShardKind = Literal["tar", "tfrecord"]
 
 NO_LABEL = -1
+MAX_LABEL = 2**31 - 1
 NO_CRC = -1
 """In arrays of CRCs: not known."""
 
@@ -321,7 +322,12 @@ class ShardIndexBuilder:
             payload: Its image, or other payload.
             label: From 0 on, or None.
             crcs: Of extent and payload, where they are known.
+
+        Raises:
+            IndexFormatError: The label is larger than 32 bits hold.
         """
+        if label is not None and label > MAX_LABEL:
+            raise IndexFormatError(f"{name}: got label {label}, expected {MAX_LABEL} at most")
         self._crcs.extend((NO_CRC, NO_CRC) if crcs is None else crcs)
         self._keys.append(name)
         self._shard.append(len(self._shards))

@@ -111,3 +111,18 @@ def test_what_is_no_index_of_shards_is_refused(tmp_path: Path) -> None:
             ShardIndex.from_bytes(bad, "train.npz")
     with pytest.raises(FileNotFoundError, match="concurrent-dataloader index"):
         ShardIndex.load(tmp_path / "none.npz")
+
+
+def test_a_label_that_is_too_large_is_refused_with_its_sample() -> None:
+    builder, place = ShardIndexBuilder("tar"), ByteRange(0, 1024)
+    builder.add_sample("a.jpg", place, place, 2**31 - 1)
+
+    with pytest.raises(
+        IndexFormatError, match=r"b\.jpg: got label 2147483648, expected 2147483647"
+    ):
+        builder.add_sample("b.jpg", place, place, 2**31)
+
+    builder.add_shard(Shard("s.tar", 1024))
+    labels = builder.build().labels
+    assert labels is not None
+    assert labels.tolist() == [2**31 - 1]

@@ -33,6 +33,7 @@ _ZEROS = bytes(BLOCK_BYTES)
 # Extended headers hold names; one that is longer is damage, and would be read into memory.
 _MAX_EXTENDED_BYTES = 1 << 20
 _SKIP_BYTES = 1 << 20
+_MAX_SIZE_DIGITS = 18  # below 2**63
 _RECORD_BYTES = 20 * BLOCK_BYTES  # what others write at once, and fill with zeros
 _PAX = (b"x", b"X", b"g")
 _LONG_NAME, _LONG_LINK, _SPARSE = b"L", b"K", b"S"
@@ -400,8 +401,8 @@ def _parse_pax(source: _Source, body: bytes) -> dict[str, str]:
 
 
 def _parse_size(source: _Source, text: str) -> int:
-    if not text.isdecimal():
-        raise source.damage(f"got size {text!r} in a header before offset {source.offset}")
+    if not (text.isascii() and text.isdecimal()) or len(text) > _MAX_SIZE_DIGITS:
+        raise source.damage(f"got size {text[:40]!r} in a header before offset {source.offset}")
     return int(text)
 
 

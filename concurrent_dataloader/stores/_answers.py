@@ -103,7 +103,7 @@ def error_for_status(
         throttled = ThrottledError(
             f"{where}: the store takes fewer requests, {said}, expected the object"
         )
-        if retry_after is not None and retry_after.strip().isdigit():
+        if retry_after is not None and re.fullmatch(r"\s*[0-9]{1,9}\s*", retry_after):
             throttled.retry_after_s = min(float(retry_after), _MAX_RETRY_AFTER_S)
         return throttled
     if status in _REPEATED_STATUSES or code in _REPEATED_CODES:

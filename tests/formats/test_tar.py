@@ -370,3 +370,13 @@ def test_a_header_of_which_any_byte_changed_is_damage() -> None:
         changed[at] ^= 1
         with pytest.raises(ShardFormatError, match="checksum"):
             list(read_members(io.BytesIO(bytes(changed)), "t"))
+
+
+@pytest.mark.parametrize("size", ["9" * 19, "1" * 5000, "²", "٣"])
+def test_a_size_in_an_extended_header_that_is_none_is_damage(size: str) -> None:
+    info = tarfile.TarInfo("a.jpg")
+    info.pax_headers = {"size": size}
+    raw = info.tobuf(tarfile.PAX_FORMAT, "utf-8") + bytes(1024)
+
+    with pytest.raises(ShardFormatError, match="got size"):
+        list(read_members(io.BytesIO(raw), "t"))

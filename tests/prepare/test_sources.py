@@ -885,6 +885,8 @@ def test_shards_of_the_webdataset_package_are_read(tmp_path: Path) -> None:
     ("fields", "says"),
     [
         ({"cls": b"cat"}, r"'1\.cls' holds b'cat', expected a label"),
+        ({"cls": b"3000000000"}, "expected a label in decimal, of 9 digits at most"),
+        ({"cls": b"1" * 5000}, "expected a label in decimal, of 9 digits at most"),
         ({"cls": b"0", "json": b"{"}, r"'1\.json': no boxes"),
         ({"cls": b"0", "json": b'{"bbox": [0, 0, 2, 1]}'}, "got box 0, 0, 2, 1, expected"),
         ({"cls": b"0", "json": b'{"bbox": [0, 0, 1]}'}, r"'1\.json': no boxes"),

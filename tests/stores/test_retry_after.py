@@ -29,7 +29,7 @@ class BusyAtFirst(http.server.BaseHTTPRequestHandler):
         is_first = len(self.server.asked_s) == 1
         self.send_response(503 if is_first else 200)
         if is_first:
-            self.send_header("Retry-After", "1")
+            self.send_header("Retry-After", self.server.retry_after)
         body = SLOW_DOWN if is_first else b"body"
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -45,6 +45,7 @@ class BusyServer(QuietServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), BusyAtFirst)
         self.asked_s: list[float] = []
+        self.retry_after = "1"
 
 
 @pytest.fixture
@@ -78,3 +79,16 @@ def test_a_store_is_left_alone_for_as_long_as_it_says(
     first_s, second_s = server.asked_s
     assert body == b"body"
     assert second_s - first_s >= 0.95, "by its own jitter it would come again in a tenth"
+
+
+@pytest.mark.parametrize("told", ["\xb2", "1" * 5000, "-1", "soon"])
+def test_a_time_that_is_none_is_passed_over(told: str, server: BusyServer) -> None:
+    server.retry_after = told
+    store = open_store(
+        "s3://bucket",
+        client="http",
+        credentials=Credentials("key", "secret"),
+        endpoint_url=f"http://127.0.0.1:{server.server_port}",
+    )
+
+    assert bytes(store.get("key")) == b"body"

@@ -46,6 +46,7 @@ NO_LABEL = -1
 TAR_SUFFIX = ".tar"
 _REMOTE_SCANNERS = 16
 _MAX_ANNOTATION_BYTES = 1 << 20
+_MAX_LABEL_DIGITS = 9  # below 2**31
 _COPY_BYTES = 1 << 20
 _UNPACKED_PREFIX = "concurrent-dataloader-unpacked-"
 
@@ -276,9 +277,12 @@ def _scan_tar(
 
 
 def _parse_label(content: bytes, where: str) -> int | ShardFormatError:
-    if content.strip().isdigit():
+    if content.strip().isdigit() and len(content.strip()) <= _MAX_LABEL_DIGITS:
         return int(content)
-    return ShardFormatError(f"{where} holds {content[:40]!r}, expected a label in decimal")
+    return ShardFormatError(
+        f"{where} holds {content[:40]!r}, expected a label in decimal, of {_MAX_LABEL_DIGITS}"
+        " digits at most"
+    )
 
 
 def _parse_boxes(content: bytes, where: str) -> tuple[Box, ...] | ShardFormatError:

@@ -33,7 +33,7 @@ from concurrent_dataloader.prepare.sources.files import join, split_file_name
 from concurrent_dataloader.prepare.sources.found import Found, Sieve, clean_name
 from concurrent_dataloader.prepare.sources.layouts import Place, Search
 from concurrent_dataloader.prepare.sources.places import ObjectPlaces, RangePlaces
-from concurrent_dataloader.shard_index import NO_LABEL
+from concurrent_dataloader.shard_index import MAX_LABEL, NO_LABEL
 from concurrent_dataloader.shard_names import (
     METADATA_NAME,
     check_finished,
@@ -139,6 +139,11 @@ class _Scan:
 
     def add(self, sample: RecordSample, name: str) -> None:
         record, example = sample.record, sample.example
+        if example.label is not None and example.label > MAX_LABEL:
+            raise ShardFormatError(
+                f"{name}: got label {example.label} in the record at offset {record.start}, "
+                f"expected {MAX_LABEL} at most"
+            )
         start = record.start + _PAYLOAD_OFFSET + record.payload.index(example.encoded)
         self.names.append(name)
         self.ranges.extend((start, start + len(example.encoded)))
