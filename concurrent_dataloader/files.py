@@ -25,6 +25,11 @@ def is_link_to_nothing(entry: os.DirEntry[str]) -> bool:
     return entry.is_symlink() and not os.path.exists(entry.path)
 
 
+def is_hidden(name: str) -> bool:
+    """Tell whether a file, or a folder that holds it, is hidden, or is what macOS leaves."""
+    return name.startswith((".", "__MACOSX/")) or "/." in name
+
+
 def write_whole(path: Path, pieces: Iterable[Buffer]) -> None:
     """Write ``pieces``, one after the other, so that readers see the old file, the new one or none.
 

@@ -326,7 +326,7 @@ def test_an_index_and_a_classes_file_give_the_same_job(
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_the_uninterrupted_one(train: Callable[..., Path]) -> None:
+def test_b07_a_resumed_run_is_the_uninterrupted_one(train: Callable[..., Path]) -> None:
     """B-07: the saved epoch was repeated."""
     whole = train("whole", "--epochs", "3")
     begun = train("begun", "--epochs", "2")
@@ -456,7 +456,7 @@ def test_a_stream_goes_on_with_fewer_processes(images: dict[str, bytes], tmp_pat
 
 
 @pytest.mark.slow
-def test_evaluate_validates_with_and_without_a_checkpoint(train: Callable[..., Path]) -> None:
+def test_b07_evaluate_validates_with_and_without_a_checkpoint(train: Callable[..., Path]) -> None:
     """B-07: without a checkpoint it was a crash."""
     trained = train("trained", "--epochs", "2")
     best = load(trained / "model_best.pth.tar")
@@ -567,7 +567,7 @@ def test_a_process_is_started_for_each_gpu_or_one_for_the_cpu(
 
 
 @pytest.mark.slow
-def test_a_log_has_plain_lines_with_time_data_loss_and_accuracy(
+def test_a16_a_log_has_plain_lines_with_time_data_loss_and_accuracy(
     image_folder: Path, tmp_path: Path
 ) -> None:
     """A-16: meters were computed and never printed. -p 2 of 5 steps: the 1st, 3rd and last."""
@@ -697,7 +697,9 @@ def test_data_is_a_flag_too() -> None:
 @pytest.mark.parametrize(
     ("epoch", "rate"), [(0, 1.0), (29.99, 1.0), (30, 0.1), (59.9, 0.1), (60, 0.01), (89, 0.01)]
 )
-def test_the_rate_falls_to_a_tenth_each_30_epochs_counted_from_0(epoch: float, rate: float) -> None:
+def test_b07_the_rate_falls_to_a_tenth_each_30_epochs_counted_from_0(
+    epoch: float, rate: float
+) -> None:
     """B-07: it fell one epoch early, and epoch 90 had a thousandth."""
     assert imagenet.learning_rate(arguments("--lr", "1"), epoch) == pytest.approx(rate)
 

@@ -17,6 +17,7 @@ LAYERS = [
     {"stores", "formats", "index", "labels"},
     {"shard_index", "devkit"},
     {"labelling", "boxes", "distribution"},
+    {"annotations"},
     {"datasets"},
     {"dataloader_mod", "prepare"},
     {"imagenet_loader", "training"},

@@ -60,8 +60,9 @@ def open_dataset(
             torchvision and Kaggle (``ILSVRC/Data/CLS-LOC``) lay ImageNet out.
         split: "train", "val" or "test", where there are several. None: the only one, else "train".
         options: What the dataset takes besides: `ShardDataset` and `open_store` for shards,
-            `LmdbDataset`, `S3Dataset` or `ScratchDataset`. ``boxes``: a table for images, True for
-            shards that hold them. Steps that were baked into shards are left out of ``transform``.
+            `LmdbDataset`, `S3Dataset` or `ScratchDataset`. ``boxes``: a table or XML files for
+            images, True for shards that hold them. Steps that were baked into shards are left out
+            of ``transform``.
 
     Returns:
         A `ShardDataset`, `LmdbDataset`, `S3Dataset` or `ScratchDataset`.

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from typing_extensions import Buffer, override
 
 from concurrent_dataloader.boxes import BoxLookup, merge
+from concurrent_dataloader.datasets._annotation_boxes import AnnotationBoxes
 from concurrent_dataloader.datasets._boxes import as_item
 from concurrent_dataloader.datasets.contract import SampleLocation
 from concurrent_dataloader.datasets.labelled import DecodedImage, LabelledDataset, SampleMetadata
@@ -69,7 +70,8 @@ class IndexedDataset(LabelledDataset):
             with_metadata: Whether items have a last element more, a `SampleMetadata`.
             boxes: The bounding boxes of the samples, by position: items are then
                 ``((image, box), label)``, a box being a (4,) float32 tensor of x1, y1, x2, y2, from
-                0 to 1, and the union where an image has several.
+                0 to 1, and the union where an image has several. Those in XML files are read with
+                their images.
             missing_box: Each side of the box of an image that has none. None: it is None, which
                 torch's ``default_collate`` refuses; ``math.nan`` gives a tensor, which it takes.
             index_name: What errors call the index, such as its file.
@@ -124,6 +126,7 @@ class IndexedDataset(LabelledDataset):
         """
         key, byte_range = self._locate(position)
         try:
+            self._fetch_beside(position)
             return self.store.get(key, byte_range)
         except LoaderError as error:
             raise self._explain(error, position) from error
@@ -133,6 +136,7 @@ class IndexedDataset(LabelledDataset):
         """Read as `fetch` does, without blocking the event loop."""
         key, byte_range = self._locate(position)
         try:
+            await self._fetch_beside_async(position)
             return await self.store.get_async(key, byte_range)
         except LoaderError as error:
             raise self._explain(error, position) from error
@@ -201,6 +205,15 @@ class IndexedDataset(LabelledDataset):
 
     def _locate(self, position: int) -> tuple[str, ByteRange | None]:
         return self.index.key(position), None
+
+    def _fetch_beside(self, position: int) -> None:
+        """Read what stands beside the image in the item, where that is in a file of its own."""
+        if isinstance(self._boxes, AnnotationBoxes):
+            self._boxes.fetch(position)
+
+    async def _fetch_beside_async(self, position: int) -> None:
+        if isinstance(self._boxes, AnnotationBoxes):
+            await self._boxes.fetch_async(position)
 
     def _find_beside(self, position: int) -> tuple[Any, ...]:
         """Give what stands beside the image in the item."""

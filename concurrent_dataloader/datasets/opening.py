@@ -80,9 +80,11 @@ class S3Dataset(IndexedDataset):
             with_metadata: Whether items have a `SampleMetadata` as last element.
             boxes: Bounding boxes, a ``.csv`` table ``name,x1,y1,x2,y2`` relative to the image as
                 path or URL, or ``{name: [(x1, y1, x2, y2), ...]}``; rows are found by the image's
-                key, its file name, or that without its ending, and several are united. Items are
-                then ``((image, box), label)``, as `IndexedDataset` says.
-            missing_box: Each side of the box of an image without a row; the box is None when None,
+                key, its file name, or that without its ending, and several are united. Or a folder
+                or prefix of XML files as of Pascal VOC, an image's by its name without ending;
+                "auto": that of Kaggle's layout, in which the images lie. Items are then
+                ``((image, box), label)``, as `IndexedDataset` says.
+            missing_box: Each side of the box of an image that has none; the box is None when None,
                 which cannot be collated, while ``math.nan`` can.
             store_options: What else `open_store` takes, such as ``client="aiohttp"``, ``region`` or
                 ``anonymous=True``.
@@ -91,7 +93,7 @@ class S3Dataset(IndexedDataset):
             FileNotFoundError: A file is missing, and nothing says where it can be had.
             IndexFormatError: The index is malformed or empty, or the listing is.
             ClassesFormatError: The classes file is malformed.
-            ValueError: The table of boxes is none, or none of its rows belongs to any image.
+            ValueError: The boxes are none, or none of them belongs to any image.
             UnknownClassError: A sample's class is not in the classes file.
             CredentialsError: The credentials file cannot be used.
             StoreError: A listing or a download did not succeed.
@@ -109,7 +111,7 @@ class S3Dataset(IndexedDataset):
             _download_if_missing(classes_file, urls.classes_url(split), store_options)
 
         def open_root(url: str) -> Store:
-            return uncached(open_store(url, **store_options))
+            return open_store(url, **store_options)
 
         root = f"s3://{bucket_name}/{prefix}".rstrip("/")
         store = open_store(root, **store_options)
@@ -121,7 +123,7 @@ class S3Dataset(IndexedDataset):
             label_rule,
             missing_label,
             root=root,
-            open_root=open_root,
+            open_root=lambda url: uncached(open_root(url)),
             is_listed=index_file is None,
         )
         super().__init__(
@@ -134,7 +136,9 @@ class S3Dataset(IndexedDataset):
             decode=decode,
             missing_label=missing_label,
             with_metadata=with_metadata,
-            boxes=look_up_boxes(boxes, index, open_root, limit=limit, sample_seed=sample_seed),
+            boxes=look_up_boxes(
+                boxes, index, open_root, root=root, limit=limit, sample_seed=sample_seed
+            ),
             missing_box=missing_box,
         )
 
@@ -182,16 +186,18 @@ class ScratchDataset(IndexedDataset):
             with_metadata: Whether items have a `SampleMetadata` as last element.
             boxes: Bounding boxes, a ``.csv`` table ``name,x1,y1,x2,y2`` relative to the image as
                 path or URL, or ``{name: [(x1, y1, x2, y2), ...]}``; rows are found by the image's
-                key, its file name, or that without its ending, and several are united. Items are
-                then ``((image, box), label)``, as `IndexedDataset` says.
-            missing_box: Each side of the box of an image without a row; the box is None when None,
+                key, its file name, or that without its ending, and several are united. Or a folder
+                or prefix of XML files as of Pascal VOC, an image's by its name without ending;
+                "auto": that of Kaggle's layout, in which the images lie. Items are then
+                ``((image, box), label)``, as `IndexedDataset` says.
+            missing_box: Each side of the box of an image that has none; the box is None when None,
                 which cannot be collated, while ``math.nan`` can.
 
         Raises:
             FileNotFoundError: The folder or a file is missing, or a class's folder has no image.
             IndexFormatError: The index is malformed or empty, or the folder has no image.
             ClassesFormatError: The classes file is malformed.
-            ValueError: The table of boxes is none, or none of its rows belongs to any image.
+            ValueError: The boxes are none, or none of them belongs to any image.
             UnknownClassError: A sample's class is not in the classes file.
         """
         root = Path(data_path).expanduser()
@@ -218,7 +224,9 @@ class ScratchDataset(IndexedDataset):
             decode=decode,
             missing_label=missing_label,
             with_metadata=with_metadata,
-            boxes=look_up_boxes(boxes, index, open_store, limit=limit, sample_seed=sample_seed),
+            boxes=look_up_boxes(
+                boxes, index, open_store, root=str(root), limit=limit, sample_seed=sample_seed
+            ),
             missing_box=missing_box,
         )
 

@@ -68,7 +68,8 @@ def open_shards(
         check: Whether to compare the shards that are there with the index, by one listing (or, on
             a web server, a HEAD each).
         boxes: Whether items are ``((image, box), label)``, with the boxes that the shards hold, as
-            `ShardDataset` says; or a table that holds those of names, as for `ScratchDataset`.
+            `ShardDataset` says; or a table or XML files with those of names, as for
+                `ScratchDataset`.
         options: What `ShardDataset` takes, and what `open_store` takes, such as ``endpoint_url``.
             ``baked_steps`` and ``raw_size`` are those that ``metadata.json`` beside an index says;
             ``baked_steps=()`` keeps the transform whole.
@@ -78,7 +79,7 @@ def open_shards(
         FileNotFoundError: There are none, or a shard that the index names is missing; says which.
         ShardFormatError: A shard has another size than the index says: one of them is stale.
         IndexFormatError: The index is malformed, or ``metadata.json`` speaks of another one.
-        ValueError: The table of boxes is none, or none of its rows belongs to a sample.
+        ValueError: The boxes are none, or none of them belongs to a sample.
         StoreError: The place cannot be read.
     """
     text = os.fspath(location)
@@ -111,8 +112,8 @@ def open_shards(
     if classes_file is not None:
         options["classes"] = Classes.load(classes_file, label_rule=options.get("label_rule"))
     if not isinstance(boxes, bool):
-        table = look_up_boxes(boxes, index.names, lambda url: open_place(url, settings))
-        options["boxes"] = False if table is None else table
+        found = look_up_boxes(boxes, index.names, lambda url: open_place(url, settings))
+        options["boxes"] = False if found is None else found
     else:
         options["boxes"] = boxes
     return ShardDataset(index, store, index_name=where, **options)

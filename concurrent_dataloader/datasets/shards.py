@@ -277,6 +277,8 @@ class ShardDataset(IndexedDataset):
         for number, position in enumerate(positions):
             if self._is_changed(position, parts[number]):
                 parts[number] = self.fetch(position)
+            else:
+                self._fetch_beside(position)
         return parts
 
     @override
@@ -292,6 +294,8 @@ class ShardDataset(IndexedDataset):
         for number, position in enumerate(positions):
             if self._is_changed(position, parts[number]):
                 parts[number] = await self.fetch_async(position)
+            else:
+                await self._fetch_beside_async(position)
         return parts
 
     def _requests(self, positions: Sequence[int]) -> list[_Request]:

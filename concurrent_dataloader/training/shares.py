@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch.utils.data
+from typing_extensions import override
 
 from concurrent_dataloader.dataloader_mod.elastic import ElasticDistributedSampler
 from concurrent_dataloader.dataloader_mod.settings import OnError
@@ -18,6 +20,7 @@ from concurrent_dataloader.datasets import (
     shards_of_instance,
     skip_baked,
 )
+from concurrent_dataloader.datasets.baked import match_baked
 from concurrent_dataloader.errors import MissingIndexError
 from concurrent_dataloader.labels import LabelSpace
 from concurrent_dataloader.stores import DiskCache
@@ -25,6 +28,19 @@ from concurrent_dataloader.training.arguments import Args
 from concurrent_dataloader.training.processes import Place
 
 Loader = torch.utils.data.DataLoader[Any]
+
+
+class BareStream(StreamedShards):
+    """Shards without an index, whose transform leaves out what is baked in, as `ShardDataset`'s."""
+
+    skipped_steps: tuple[str, ...] = ()
+    """Those that the transform leaves out."""
+
+    @override
+    def set_transform(self, transform: Callable[[Any], Any] | None) -> None:
+        """Replace the transform, less what is baked in."""
+        self.skipped_steps = match_baked(transform, self.baked_steps).skipped
+        super().set_transform(skip_baked(transform, self.baked_steps))
 
 
 def open_bare_stream(
@@ -47,7 +63,7 @@ def open_bare_stream(
         limit = {} if args.cache_limit is None else {"limit_bytes": int(args.cache_limit * 1e9)}
         cache = DiskCache(args.cache_dir, **limit)
     is_train, is_own_folder = split == "train", location.rstrip("/").endswith(f"/{split}")
-    stream = StreamedShards(
+    stream = BareStream(
         location,
         split=None if is_own_folder else split,  # pyright: ignore[reportArgumentType]: one of two
         transform=transform,
@@ -66,7 +82,7 @@ def open_bare_stream(
             f"--stream: {location}: the classes count as {space.value}, and are converted by an "
             "index only; write one with `concurrent-dataloader index`"
         )
-    stream.set_transform(skip_baked(transform, stream.baked_steps))
+    stream.set_transform(transform)  # what is baked in is known by now
     return stream
 
 

@@ -305,3 +305,18 @@ def test_the_trainer_validates_baked_images_as_the_whole_ones(
     printed = capsys.readouterr().out
     assert printed.count("val: without Resize(32), CenterCrop(28), which is baked into") == 1
     assert "train: without" not in printed
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_the_trainer_says_what_is_baked_into_streams(
+    sets: Path, bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], has_index: bool
+) -> None:
+    root = sets if has_index else bare
+    text = "--stream --image-size 28 -b 4 -j 0 --seed 3 --no-accel --epochs 1 -a resnet18"
+    for payload in ("raw", "whole"):
+        flags = [*text.split(), "--output-base-folder", str(tmp_path / payload)]
+        assert imagenet.main([str(root / payload), *flags]) == 0
+
+        printed = capsys.readouterr().out
+        line = "val: without Resize(32), CenterCrop(28), which is baked into the shards\n"
+        assert printed.count(line) == printed.count("without") == (payload == "raw")

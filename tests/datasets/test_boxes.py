@@ -121,7 +121,7 @@ def test_g13_a_table_that_is_not_there_is_named(
         ScratchDataset(folder, boxes=table)
     with pytest.raises(FileNotFoundError, match=r"boxes: s3://photos/b\.csv: no such file, expect"):
         S3Dataset("photos", boxes="s3://photos/b.csv", **reach(object_server))
-    with pytest.raises(ValueError, match=r"boxes: .*images: is a folder, expected a table"):
+    with pytest.raises(ValueError, match=r"boxes: .*images: holds no XML file, expected a table"):
         ScratchDataset(folder, boxes=folder)
 
 

@@ -723,17 +723,40 @@ def test_lengths_of_ranks_are_what_they_deliver(folder: Path) -> None:
             assert len({len(part) for part in got}) == 1
 
 
-def test_w05_lengths_agree_on_all_ranks_and_workers(folder: Path) -> None:
-    for num_workers, drop_last in itertools.product((0, 2), (False, True)):
-        got: list[list[list[int]]] = []
-        for rank in range(3):
-            dataset = shuffled(folder, rank=rank, world_size=3, batch_size=4)
-            loader = torch_loader(dataset, 4, num_workers=num_workers, drop_last=drop_last)
-            dataset.set_epoch(2)
-            got.append(batches_of(loader))
-            assert len(got[-1]) == len(loader) == (6 if drop_last else 7)
-        flat = list(itertools.chain(*itertools.chain(*got)))
-        assert len(set(flat)) == len(flat) == 3 * (24 if drop_last else 26)
+@pytest.mark.parametrize("make_loader", [torch_loader, DataLoader])
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize(
+    ("uneven", "sizes"),
+    [(None, [26] * 3), ("drop", [26] * 3), ("pad", [27] * 3), ("exact", [27, 26, 26])],
+)
+def test_w05_lengths_agree_on_all_ranks_and_workers(
+    folder: Path,
+    make_loader: Any,
+    num_workers: int,
+    drop_last: bool,
+    uneven: Any,
+    sizes: list[int],
+) -> None:
+    got: list[list[int]] = []
+    for rank, size in enumerate(sizes):
+        dataset = shuffled(folder, rank=rank, world_size=3, batch_size=9, uneven=uneven)
+        loader = make_loader(dataset, 9, num_workers=num_workers, drop_last=drop_last)
+        dataset.set_epoch(2)
+        batches = batches_of(loader)
+
+        full, left = divmod(size, 9)
+        expected = [9] * full + [left] * bool(left and not drop_last)
+        assert [len(batch) for batch in batches] == expected
+        assert len(loader) == len(expected)
+        assert len(dataset) == size
+        got.append(list(itertools.chain(*batches)))
+
+    flat = list(itertools.chain(*got))
+    num_doubled = len(flat) - len(set(flat))
+    assert num_doubled <= (2 if uneven == "pad" else 0)
+    if not drop_last and uneven in ("pad", "exact"):
+        assert set(flat) == set(range(TOTAL))
 
 
 def test_w11_ranks_validate_each_sample_once(folder: Path) -> None:

@@ -636,7 +636,7 @@ def test_a_function_of_the_users_changes_the_bytes_and_its_error_names_the_file(
         pack("fail", "bad")
 
 
-def test_boxes_move_with_a_crop(tmp_path: Path) -> None:
+def test_g12_boxes_move_with_a_crop(tmp_path: Path) -> None:
     boxes = {"a/1.png": [Box(0.25, 0.25, 0.75, 0.75), Box(0, 0, 0.1, 0.1)]}
     source = MemorySource({"a/1.png": make_image(80, 40)}, boxes=boxes)
     preparation = Preparation(payload="ppm", steps=parse_steps(["CenterCrop(40)"]))

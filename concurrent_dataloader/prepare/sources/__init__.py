@@ -15,14 +15,11 @@ table       the source that comes of it
 
 from __future__ import annotations
 
+from concurrent_dataloader.annotations import AUTO_BOXES
 from concurrent_dataloader.labelling import OnUnknown
 from concurrent_dataloader.prepare.sources.found import IMAGE_SUFFIXES
 from concurrent_dataloader.prepare.sources.labeller import NO_LABELS
-from concurrent_dataloader.prepare.sources.opening import (
-    AUTO_BOXES,
-    OnStray,
-    open_source,
-)
+from concurrent_dataloader.prepare.sources.opening import OnStray, open_source
 from concurrent_dataloader.prepare.sources.table import SampleTable
 
 __all__ = [

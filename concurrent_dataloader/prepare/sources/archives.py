@@ -31,10 +31,11 @@ from numpy.typing import NDArray
 
 from concurrent_dataloader.boxes import BoxTable, parse_boxes
 from concurrent_dataloader.errors import ShardFormatError
+from concurrent_dataloader.files import is_hidden
 from concurrent_dataloader.formats.fields import Box
 from concurrent_dataloader.formats.tar import read_members, split_name
 from concurrent_dataloader.index import Index
-from concurrent_dataloader.prepare.sources.found import Found, Sieve, clean_name, is_hidden
+from concurrent_dataloader.prepare.sources.found import Found, Sieve, clean_name
 from concurrent_dataloader.prepare.sources.places import RangePlaces
 from concurrent_dataloader.prepare.sources.read_ahead import ReadAheadFile
 from concurrent_dataloader.ranges import ByteRange

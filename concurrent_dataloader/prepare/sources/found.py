@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from concurrent_dataloader.boxes import BoxLookup
 from concurrent_dataloader.errors import ShardFormatError
+from concurrent_dataloader.files import is_hidden
 from concurrent_dataloader.formats.tar import check_name
 from concurrent_dataloader.index import Index
 from concurrent_dataloader.prepare.sources.places import Places
@@ -81,11 +82,6 @@ class Sieve:
         """Count a file that is no sample."""
         self.num_stray += 1
         self.strays.append(name)
-
-
-def is_hidden(name: str) -> bool:
-    """Tell whether a file, or a folder that holds it, is hidden, or is what macOS leaves."""
-    return name.startswith((".", "__MACOSX/")) or "/." in name
 
 
 def refuse_unsafe(name: str, where: str) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import orjson
 
+from concurrent_dataloader.annotations import match_annotations
 from concurrent_dataloader.errors import AccessDeniedError, IndexFormatError, KeyNotFoundError
 from concurrent_dataloader.index import Index
 from concurrent_dataloader.label_rules import LabelRule
@@ -24,7 +25,7 @@ from concurrent_dataloader.prepare.sources.archives import (
     tar_stem,
     unpack_tar,
 )
-from concurrent_dataloader.prepare.sources.box_files import XmlBoxes, match_xml
+from concurrent_dataloader.prepare.sources.box_files import XmlBoxes
 from concurrent_dataloader.prepare.sources.files import Files, is_remote, join, split_file_name
 from concurrent_dataloader.prepare.sources.folder_rule import find_folder_rule
 from concurrent_dataloader.prepare.sources.found import Found, Sieve
@@ -305,7 +306,7 @@ def find_xml(search: Search, text: str, names: Index, *, is_merged: bool) -> Xml
     """
     place = dataclasses.replace(search, suffixes=(".xml",), split=None).run(text)
     try:
-        rows = match_xml(names, place.found)
+        rows = match_annotations(names, place.found.names, place.found.where)
     except BaseException:
         place.close()
         raise

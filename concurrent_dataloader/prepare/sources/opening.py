@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from concurrent_dataloader import devkit
+from concurrent_dataloader.annotations import AUTO_BOXES
 from concurrent_dataloader.boxes import BoxLookup, NoBoxesError, boxes_from_table, parse_box_table
 from concurrent_dataloader.errors import (
     KeyNotFoundError,
@@ -32,9 +33,6 @@ from concurrent_dataloader.prepare.sources.tfrecords import (
 )
 
 OnStray = Literal["skip", "error"]
-
-AUTO_BOXES = "auto"
-"""Stands for the bounding boxes that the layout has."""
 
 PathOrUrl = str | os.PathLike[str]
 
