@@ -255,7 +255,10 @@ class _Packer(ForkingPickler):
             return slot
         num_bytes = storage.nbytes()
         # A tensor that is a part of something larger keeps its neighbours with torch; so does ours.
-        if storage.is_shared() or num_bytes == 0 or num_bytes != tensor.numel() * tensor.itemsize:
+        if storage.is_shared() or num_bytes == 0:
+            return None
+        if num_bytes != tensor.numel() * tensor.itemsize:
+            shared_memory.check_room(num_bytes)
             return None
         home, _ = self._homes.get(storage._cdata, (None, None))
         if home is None:
@@ -269,6 +272,7 @@ class _Packer(ForkingPickler):
                 elif self._pool.is_short:
                     home = _Inline(raw.numpy().tobytes())
                 else:
+                    shared_memory.check_room(num_bytes)
                     return None
             self._homes[storage._cdata] = home, storage
         return home
@@ -385,6 +389,7 @@ def _collate_tensors(pool: SlotPool, batch: list[torch.Tensor], *, collate_fn_ma
     slot = pool.lend(num_bytes)
     if slot is None and not pool.is_short:
         try:
+            shared_memory.check_room(num_bytes)
             return torch_internals.collate_tensor_fn(batch, collate_fn_map=collate_fn_map)
         except RuntimeError as error:
             if not shared_memory.is_shortage(error):
