@@ -117,9 +117,13 @@ def _find_files(folder: str | os.PathLike[str]) -> set[str]:
     return {f"file {path}" for path in pathlib.Path(folder).rglob("*")}
 
 
+def stretch(seconds: float) -> float:
+    """Lengthen a limit: on a busy machine, a process gets its share of the seconds only."""
+    return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 def _check_gone(find_new: Callable[[], set[str]]) -> None:
-    # On a machine that is busy with other things, a process gets its share of the seconds only.
-    grace_s = GRACE_S * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    grace_s = stretch(GRACE_S)
     deadline = time.monotonic() + grace_s
     new = find_new()
     # What comes later is another's: shared memory is common to all processes of the machine.

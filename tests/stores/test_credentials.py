@@ -27,6 +27,7 @@ from concurrent_dataloader.stores import (
 )
 from concurrent_dataloader.stores.credentials import parse_contents
 from concurrent_dataloader.testing.object_server import ObjectServer
+from tests.leftovers import stretch
 from tests.stores.conftest import CLIENTS
 from tests.stores.in_worker import StoreInWorker, start_worker
 
@@ -286,7 +287,7 @@ def test_credentials_in_memory_reach_worker_processes(method: str) -> None:
 
     child = context.Process(target=_exit_with_match, args=(store, repr(store)))
     child.start()
-    child.join(30)
+    child.join(min(stretch(30.0), 100.0))
 
     assert child.exitcode == 0
     child.close()
