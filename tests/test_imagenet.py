@@ -786,6 +786,54 @@ def test_images_that_are_kept_in_memory_train_as_others(
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["folders", "shards", "bare shards", "scratch"])
+def test_without_a_split_for_validation_it_trains_and_says_so(
+    kind: str,
+    train: Callable[..., Path],
+    image_folder: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    data, flags = tmp_path / "photos", ["--epochs", "1", "-j", "0"]
+    shutil.copytree(image_folder / "train", data)
+    if kind == "scratch":
+        flags += ["--dataset", "scratch"]
+    if "shards" in kind:
+        data = tmp_path / "packed"
+        assert pack(["shard", str(image_folder / "train"), str(data)]) == 0
+    if kind == "bare shards":
+        for name in ("train-index.npz", "metadata.json"):
+            (data / name).unlink()
+        flags += ["--stream", "--classes", "3", "--epoch-images", str(3 * NUM_TRAIN)]
+
+    output = train("run", *flags, data=data)
+
+    (epoch,) = read_log(output, "epoch")
+    assert (epoch["train"]["num_images"], epoch["val"]) == (3 * NUM_TRAIN, None)
+    assert load(output / "checkpoint.pth.tar")["epoch"] == 1
+    said = capfd.readouterr().out
+    assert f"no split 'val' in {data}: training without validation\n" in said
+    assert ("no split 'train'" in said) == ("shards" not in kind)
+    assert "\nno validation, " in said
+    with pytest.raises(SystemExit) as caught:
+        imagenet.main([str(data), *small_job(output), *flags, "--evaluate"])
+    assert caught.value.code == 2
+    assert "; the trainer expects train/CLASS/*.jpg and val/CLASS/*.jpg" in capfd.readouterr().err
+
+
+def test_folders_that_may_be_classes_or_splits_are_no_training_images(
+    image_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(image_folder / "val", tmp_path / "data/val")
+
+    with pytest.raises(SystemExit) as caught:
+        imagenet.main([str(tmp_path / "data"), *small_job(tmp_path)])
+
+    assert caught.value.code == 2
+    error = capfd.readouterr().err
+    assert "has no folder 'train' for the split asked for; the trainer expects train/" in error
+
+
 @pytest.mark.parametrize("on_error", ["skip", "replace"])
 def test_bad_images_are_passed_over_and_written_down(
     on_error: str, train: Callable[..., Path], image_folder: Path, tmp_path: Path

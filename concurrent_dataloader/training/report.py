@@ -139,27 +139,32 @@ class Report:
 
 
 def print_summary(
-    results: Sequence[tuple[int, Result, Result]],
+    results: Sequence[tuple[int, Result, Result | None]],
     *,
     best_acc1: float,
     copy_s: float,
     log: TextIO | None,
 ) -> None:
-    """Print a table of the epochs, and what they come to."""
+    """Print a table of the epochs, and what they come to; None: there was no validation."""
     print("epoch     loss   acc@1  val loss  val acc@1  val acc@5  images/s  waiting     time")
     for epoch, train, val in results:
+        tested = f"{'-':>9} {'-':>10} {'-':>10}"
+        if val is not None:
+            tested = f"{val.loss:9.4f} {val.acc1:10.2f} {val.acc5:10.2f}"
         print(
-            f"{epoch:5} {train.loss:8.4f} {train.acc1:7.2f} {val.loss:9.4f} {val.acc1:10.2f} "
-            f"{val.acc5:10.2f} {train.num_images / train.time_s:9.1f} "
+            f"{epoch:5} {train.loss:8.4f} {train.acc1:7.2f} {tested} "
+            f"{train.num_images / train.time_s:9.1f} "
             f"{train.wait_s / train.time_s:8.1%} {format_time(train.time_s):>8}"
         )
     time_s = sum(train.time_s for _, train, _ in results) or math.inf
     images_per_s = sum(train.num_images for _, train, _ in results) / time_s
     wait_share = sum(train.wait_s for _, train, _ in results) / time_s
     record = {"images_per_s": images_per_s, "wait_share": wait_share, "copy_s": copy_s}
-    write_record(log, "summary", best_acc1=best_acc1, **record)
+    is_tested = not results or any(val is not None for _, _, val in results)
+    write_record(log, "summary", best_acc1=best_acc1 if is_tested else None, **record)
+    best = f"best acc@1 {best_acc1:.2f}" if is_tested else "no validation"
     print(
-        f"best acc@1 {best_acc1:.2f}, {images_per_s:.1f} images/s in training, "
+        f"{best}, {images_per_s:.1f} images/s in training, "
         f"{wait_share:.1%} of the time waiting for data"
         + (f"; {copy_s:.1f} s before it to copy the data" if copy_s else ""),
         flush=True,
