@@ -170,6 +170,44 @@ def test_losses_from_a_bucket_are_those_of_torchs_loader_on_the_same_files(
     assert object_server.secret_key not in "".join(capfd.readouterr())
 
 
+@pytest.mark.parametrize("kind", ["images", "shards", "bare shards"])
+def test_a_public_bucket_is_read_without_credentials(
+    kind: str,
+    train: Callable[..., Path],
+    images: dict[str, bytes],
+    image_folder: Path,
+    object_server: ObjectServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    objects, flags = images, ["--epochs", "1", "-j", "1"]
+    if kind != "images":
+        assert pack(["shard", str(image_folder), str(tmp_path / "p"), "--splits", "train,val"]) == 0
+        objects = {path.name: path.read_bytes() for path in (tmp_path / "p").iterdir()}
+        flags.append("--stream")
+    if kind == "bare shards":
+        objects = {name: raw for name, raw in objects.items() if name.endswith(".tar")}
+        flags += ["--classes", "3", "--epoch-images", str(3 * NUM_TRAIN)]
+    object_server.create_bucket("public", public=True)
+    object_server.put_objects("public", objects)
+    flags += ["--endpoint-url", object_server.endpoint_url]
+
+    output = train("run", *flags, "--anonymous", data="s3://public")
+
+    (epoch,) = read_log(output, "epoch")
+    assert epoch["val"]["num_images"] == 3 * NUM_VAL
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        imagenet.main(["s3://public", *small_job(output), *flags])
+    assert caught.value.code == 2
+    assert "(--anonymous of commands)" in capfd.readouterr().err
+
+
 PACKED = {
     "webdataset": ("shard", "--no-shuffle", "--maxcount", "10"),
     "tfrecord": ("shard", "--no-shuffle", "--maxcount", "10", "--format", "tfrecord"),

@@ -28,9 +28,14 @@ _NOISE_BYTES = 224 * 224 * 3
 def locate(args: Args) -> dict[str, Any]:
     """Say where the images lie and through what they are read, as `get_dataset` is told."""
     bucket_name, _, prefix = args.data.removeprefix("s3://").partition("/")
-    where = {"data_path": args.data}
+    where: dict[str, Any] = {"data_path": args.data}
     if args.dataset == "s3":
         where = {"bucket_name": bucket_name, "prefix": prefix}
+    is_local = args.dataset in ("scratch", "folder", "lmdb") or (
+        args.dataset != "s3" and "://" not in args.data
+    )
+    if args.anonymous and not is_local:
+        where["anonymous"] = True
     return {
         **where,
         "endpoint_url": args.endpoint_url,
@@ -48,7 +53,10 @@ def copy_data(args: Args, place: Place) -> float:
     if place.rank % place.num_local == 0:
         is_bucket_name = args.dataset == "s3" and "://" not in args.data
         open_root = functools.partial(
-            open_store, credentials=args.s3_credential_file, endpoint_url=args.endpoint_url
+            open_store,
+            credentials=args.s3_credential_file,
+            endpoint_url=args.endpoint_url,
+            anonymous=args.anonymous,
         )
         url = f"s3://{args.data}" if is_bucket_name else args.data
         report = copy_to_folder(url, args.copy_to, open_root=open_root)
