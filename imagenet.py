@@ -350,6 +350,7 @@ def run(local_rank: int, args: Args) -> None:
             print(f"imagenet.py: error: {error}", file=sys.stderr, flush=True)
             raise SystemExit(2) from error
         stack.enter_context(job.log or contextlib.nullcontext())
+        stack.enter_context(report.data_errors_in_a_line(args))
         settings = {name: str(value) for name, value in vars(args).items()}
         write_record(job.log, "settings", **settings)
         if job.train_loader is None:

@@ -894,6 +894,41 @@ def test_bad_images_are_passed_over_and_written_down(
     assert epoch["val"]["num_images"] == 3 * NUM_VAL - 1
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("is_stream", [False, True], ids=["images", "stream"])
+def test_a_bad_image_ends_it_with_a_line_that_says_how_to_go_on(
+    num_workers: int,
+    is_stream: bool,
+    image_folder: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(image_folder, data)
+    (data / "train/class1/3.jpg").write_bytes(b"no image")
+    flags, choice, where = ["-j", str(num_workers)], "replace", "class1/3.jpg: image: got 8 bytes"
+    if is_stream:
+        source, data = data, tmp_path / "packed"
+        flags, choice, where = [*flags, "--stream"], "skip", "train-000000.tar"
+        (source / "train/class1/3.jpg").write_bytes((source / "train/class1/4.jpg").read_bytes())
+        assert pack(["shard", str(source), str(data), "--splits", "train,val"]) == 0
+        (shard,) = data.glob("train-*.tar")
+        raw = bytearray(shard.read_bytes())
+        start = raw.index(b"\xff\xd8\xff")
+        raw[start : start + 100] = bytes(100)
+        shard.write_bytes(raw)
+
+    with pytest.raises(SystemExit) as caught:
+        imagenet.main([str(data), *small_job(tmp_path / "run"), "--epochs", "1", *flags])
+
+    assert caught.value.code == 1
+    lines = [line for line in capfd.readouterr().err.splitlines() if "error: " in line]
+    (line,) = lines
+    assert line.startswith("imagenet.py: error: ")
+    assert where in line
+    assert line.endswith(f"; to train on without such: --on-error {choice} --quarantine FILE")
+
+
 def test_a_stream_goes_on_after_an_image_that_is_damaged(
     train: Callable[..., Path], image_folder: Path, tmp_path: Path
 ) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TextIO
 
@@ -16,7 +18,17 @@ from rich import progress
 from rich.console import Console
 from torch import Tensor
 
+from concurrent_dataloader.errors import (
+    ByteRangeError,
+    KeyNotFoundError,
+    LoaderError,
+    SampleDecodeError,
+    ShardFormatError,
+)
+from concurrent_dataloader.training.arguments import Args
 from concurrent_dataloader.training.processes import Place
+
+_OF_A_SAMPLE = (SampleDecodeError, ShardFormatError, ByteRangeError, KeyNotFoundError)
 
 
 class Result(NamedTuple):
@@ -169,6 +181,27 @@ def print_summary(
         + (f"; {copy_s:.1f} s before it to copy the data" if copy_s else ""),
         flush=True,
     )
+
+
+@contextlib.contextmanager
+def data_errors_in_a_line(args: Args) -> Generator[None]:
+    """End with status 1, and a line instead of a traceback, where data cannot be read."""
+    try:
+        yield
+    except LoaderError as error:
+        text = _without_traceback(error)
+        can_pass_over = args.loader == "ours" and args.fetch_impl != "vanilla"
+        if isinstance(error, _OF_A_SAMPLE) and args.on_error == "raise" and can_pass_over:
+            choice = "skip" if args.stream else "replace"
+            text += f"; to train on without such: --on-error {choice} --quarantine FILE"
+        print(f"imagenet.py: error: {text}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from error
+
+
+def _without_traceback(error: Exception) -> str:
+    """Give an error's own words, also of one that torch brought from a worker in its traceback."""
+    said = re.findall(rf"^[\w.]*\b{type(error).__name__}: (.*)$", str(error), re.MULTILINE)
+    return said[-1] if said else " ".join(str(error).split())
 
 
 def tell_accuracy(tested: Result, place: Place, log: TextIO | None) -> None:
