@@ -55,23 +55,23 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Args:
 # --- data -----------------------------------------------------------------------------------------
 
 
-def open_split(args: Args, split: str, classes: Any = None) -> Any:
-    """Open the "train" or the "val" images, with the same classes if some are known already."""
+def open_split(args: Args, split: str | None, classes: Any = None) -> Any:
+    """Open the "train" or the "val" images, with classes that are known; None: all, to train on."""
     random_crop = [v2.RandomResizedCrop(args.image_size), v2.RandomHorizontalFlip()]
     center_crop = [v2.Resize(round(args.image_size * 256 / 224)), v2.CenterCrop(args.image_size)]
     # Pixels stay bytes up to the device: a quarter of the memory to collate, share and copy.
     last = [v2.PILToTensor()] if args.dummy or args.decoder == "pillow" else []
-    transform = v2.Compose([*(random_crop if split == "train" else center_crop), *last])
+    transform = v2.Compose([*(center_crop if split == "val" else random_crop), *last])
     if args.dummy:
-        return data.make_noise(args, split, transform)
-    train = split == "train"
+        return data.make_noise(args, split or "train", transform)
+    train = split != "val"
     classes_file = args.classes_file if train else args.val_classes_file
     if classes_file is None and classes is None:
         classes_file = args.classes_file
     try:
         dataset = get_dataset(
             args.dataset,
-            split,  # pyright: ignore[reportArgumentType]: one of the two above
+            split,  # pyright: ignore[reportArgumentType]: one of those above
             limit=args.dataset_limit,
             sample_seed=0,  # the head of an index that is sorted by class holds few classes
             index_file=args.index_file if train else args.val_index_file,
@@ -82,7 +82,7 @@ def open_split(args: Args, split: str, classes: Any = None) -> Any:
             **data.locate(args),
         )
     except MissingIndexError as error:
-        return shares.open_bare_stream(args, split, transform, classes_file, error)
+        return shares.open_bare_stream(args, split or "train", transform, classes_file, error)
     if dataset.classes is not None and dataset.classes.label_space is not LabelSpace.CUSTOM:
         dataset.convert_labels(LabelSpace.SORTED_WNID)  # as torchvision's weights count
     return dataset
@@ -191,7 +191,7 @@ class Job:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     train_loader: Loader | None
-    val_loader: Loader
+    val_loader: Loader | None
     log: TextIO | None = None
     """Lines of JSON, of the first process."""
     copy_s: float = 0.0
@@ -257,16 +257,16 @@ def train_epoch(job: Job, loader: Loader, epoch: int) -> Result:
 
 
 @torch.no_grad()
-def validate(job: Job) -> Result:
+def validate(job: Job, loader: Loader) -> Result:
     """Validate; each image counts once, whatever the number of processes."""
     # Not the wrapped model, which waits for all processes at each batch: one may have fewer.
     job.model.eval()
     if job.place.world_size > 1:
         for buffer in job.model.buffers():  # the running means that are saved
             dist.broadcast(buffer, src=0)
-    args, place, num_steps = job.args, job.place, count_steps(job.val_loader, job.place)
+    args, place, num_steps = job.args, job.place, count_steps(loader, job.place)
     with Report("Test:", place, num_steps, log=job.log, print_freq=args.print_freq) as told:
-        for i, batch in enumerate(iter_batches(job.val_loader, args, place)):
+        for i, batch in enumerate(iter_batches(loader, args, place)):
             with autocast(job):
                 logits = job.model(batch.images)
                 loss = nn.functional.cross_entropy(logits, batch.labels)
@@ -318,10 +318,9 @@ def set_up(args: Args, place: Place) -> Job:
     args.seed = processes.settle_seed(args, place, state.get("seed"))
     seed_epoch(args.seed, -1, place)
     copy_s = 0.0 if args.copy_to is None else data.copy_data(args, place)
-    train = None if args.evaluate else open_split(args, "train")
-    val = open_split(args, "val", getattr(train, "classes", None))
+    train, val = data.open_data(args, place, open_split)
     data.tell_baked(place, train=train, val=val)
-    described = val if getattr(train, "classes", None) is None else train
+    described = train if val is None or getattr(train, "classes", None) is not None else val
     classes = data.find_classes(args, described, state.get("classes"))
     model = make_model(args, len(classes), place)
     optimizer = torch.optim.SGD(
@@ -329,7 +328,7 @@ def set_up(args: Args, place: Place) -> Job:
     )
     scaler = torch.amp.GradScaler(place.device.type, enabled=args.amp == "fp16")
     train_loader = None if train is None else make_loader(args, train, place, is_train=True)
-    val_loader = make_loader(args, val, place, is_train=False)
+    val_loader = None if val is None else make_loader(args, val, place, is_train=False)
     if train_loader is not None:
         arguments.check_schedule(args, count_steps(train_loader, place))
     job = Job(args, place, classes, model, model, optimizer, scaler, train_loader, val_loader)
@@ -351,12 +350,14 @@ def run(local_rank: int, args: Args) -> None:
             print(f"imagenet.py: error: {error}", file=sys.stderr, flush=True)
             raise SystemExit(2) from error
         stack.enter_context(job.log or contextlib.nullcontext())
+        stack.enter_context(report.data_errors_in_a_line(args))
         settings = {name: str(value) for name, value in vars(args).items()}
         write_record(job.log, "settings", **settings)
         if job.train_loader is None:
             if place.rank == 0 and not (args.resume or args.pretrained):
                 print("warning: neither --resume nor --pretrained: the weights are random")
-            report.tell_accuracy(validate(job), place, job.log)
+            assert job.val_loader is not None, "there is one of the two"
+            report.tell_accuracy(validate(job, job.val_loader), place, job.log)
             return
         epochs = range(args.start_epoch, args.epochs)
         results = [run_epoch(job, job.train_loader, epoch) for epoch in epochs]
@@ -364,14 +365,15 @@ def run(local_rank: int, args: Args) -> None:
             report.print_summary(results, best_acc1=job.best_acc1, copy_s=job.copy_s, log=job.log)
 
 
-def run_epoch(job: Job, loader: Loader, epoch: int) -> tuple[int, Result, Result]:
-    """Train for one epoch, validate, and save."""
+def run_epoch(job: Job, loader: Loader, epoch: int) -> tuple[int, Result, Result | None]:
+    """Train for one epoch, validate if there is something to do it with, and save."""
     trained = train_epoch(job, loader, epoch)
-    tested = validate(job)
-    is_best = tested.acc1 > job.best_acc1
-    job.best_acc1 = max(tested.acc1, job.best_acc1)
+    tested = None if job.val_loader is None else validate(job, job.val_loader)
+    is_best = tested is not None and tested.acc1 > job.best_acc1
+    job.best_acc1 = max(0.0 if tested is None else tested.acc1, job.best_acc1)
     save(job, epoch + 1, is_best=is_best)
-    write_record(job.log, "epoch", epoch=epoch, train=trained._asdict(), val=tested._asdict())
+    val = None if tested is None else tested._asdict()
+    write_record(job.log, "epoch", epoch=epoch, train=trained._asdict(), val=val)
     return epoch, trained, tested
 
 

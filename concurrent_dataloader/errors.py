@@ -5,7 +5,8 @@ LoaderError
 ├── CredentialsError (ValueError)           the credentials file cannot be used
 ├── StoreError
 │   ├── KeyNotFoundError (FileNotFoundError)    no such object, or no such bucket
-│   │   └── MissingIndexError                       shards without an index of byte ranges
+│   │   ├── MissingIndexError                       shards without an index of byte ranges
+│   │   └── MissingSplitError                       data, but not of the split asked for
 │   ├── AccessDeniedError (PermissionError)     wrong key, wrong secret, no right
 │   │   └── ExpiredCredentialsError                 credentials that were not renewed in time
 │   ├── ByteRangeError (ValueError)             the object ends before the range does
@@ -51,6 +52,13 @@ class MissingIndexError(KeyNotFoundError):
 
     location: str = ""
     """Where they lie, as `StreamedShards` takes it."""
+
+
+class MissingSplitError(KeyNotFoundError):
+    """Data lie there, but none of the split that was asked for."""
+
+    splits: tuple[str, ...] = ()
+    """Those that there are; none where the data are not parted."""
 
 
 class AccessDeniedError(StoreError, PermissionError):

@@ -170,6 +170,44 @@ def test_losses_from_a_bucket_are_those_of_torchs_loader_on_the_same_files(
     assert object_server.secret_key not in "".join(capfd.readouterr())
 
 
+@pytest.mark.parametrize("kind", ["images", "shards", "bare shards"])
+def test_a_public_bucket_is_read_without_credentials(
+    kind: str,
+    train: Callable[..., Path],
+    images: dict[str, bytes],
+    image_folder: Path,
+    object_server: ObjectServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    objects, flags = images, ["--epochs", "1", "-j", "1"]
+    if kind != "images":
+        assert pack(["shard", str(image_folder), str(tmp_path / "p"), "--splits", "train,val"]) == 0
+        objects = {path.name: path.read_bytes() for path in (tmp_path / "p").iterdir()}
+        flags.append("--stream")
+    if kind == "bare shards":
+        objects = {name: raw for name, raw in objects.items() if name.endswith(".tar")}
+        flags += ["--classes", "3", "--epoch-images", str(3 * NUM_TRAIN)]
+    object_server.create_bucket("public", public=True)
+    object_server.put_objects("public", objects)
+    flags += ["--endpoint-url", object_server.endpoint_url]
+
+    output = train("run", *flags, "--anonymous", data="s3://public")
+
+    (epoch,) = read_log(output, "epoch")
+    assert epoch["val"]["num_images"] == 3 * NUM_VAL
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        imagenet.main(["s3://public", *small_job(output), *flags])
+    assert caught.value.code == 2
+    assert "(--anonymous of commands)" in capfd.readouterr().err
+
+
 PACKED = {
     "webdataset": ("shard", "--no-shuffle", "--maxcount", "10"),
     "tfrecord": ("shard", "--no-shuffle", "--maxcount", "10", "--format", "tfrecord"),
@@ -786,6 +824,54 @@ def test_images_that_are_kept_in_memory_train_as_others(
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["folders", "shards", "bare shards", "scratch"])
+def test_without_a_split_for_validation_it_trains_and_says_so(
+    kind: str,
+    train: Callable[..., Path],
+    image_folder: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    data, flags = tmp_path / "photos", ["--epochs", "1", "-j", "0"]
+    shutil.copytree(image_folder / "train", data)
+    if kind == "scratch":
+        flags += ["--dataset", "scratch"]
+    if "shards" in kind:
+        data = tmp_path / "packed"
+        assert pack(["shard", str(image_folder / "train"), str(data)]) == 0
+    if kind == "bare shards":
+        for name in ("train-index.npz", "metadata.json"):
+            (data / name).unlink()
+        flags += ["--stream", "--classes", "3", "--epoch-images", str(3 * NUM_TRAIN)]
+
+    output = train("run", *flags, data=data)
+
+    (epoch,) = read_log(output, "epoch")
+    assert (epoch["train"]["num_images"], epoch["val"]) == (3 * NUM_TRAIN, None)
+    assert load(output / "checkpoint.pth.tar")["epoch"] == 1
+    said = capfd.readouterr().out
+    assert f"no split 'val' in {data}: training without validation\n" in said
+    assert ("no split 'train'" in said) == ("shards" not in kind)
+    assert "\nno validation, " in said
+    with pytest.raises(SystemExit) as caught:
+        imagenet.main([str(data), *small_job(output), *flags, "--evaluate"])
+    assert caught.value.code == 2
+    assert "; the trainer expects train/CLASS/*.jpg and val/CLASS/*.jpg" in capfd.readouterr().err
+
+
+def test_folders_that_may_be_classes_or_splits_are_no_training_images(
+    image_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(image_folder / "val", tmp_path / "data/val")
+
+    with pytest.raises(SystemExit) as caught:
+        imagenet.main([str(tmp_path / "data"), *small_job(tmp_path)])
+
+    assert caught.value.code == 2
+    error = capfd.readouterr().err
+    assert "has no folder 'train' for the split asked for; the trainer expects train/" in error
+
+
 @pytest.mark.parametrize("on_error", ["skip", "replace"])
 def test_bad_images_are_passed_over_and_written_down(
     on_error: str, train: Callable[..., Path], image_folder: Path, tmp_path: Path
@@ -806,6 +892,41 @@ def test_bad_images_are_passed_over_and_written_down(
     (epoch, *_) = (record for record in records if record["kind"] == "epoch")
     assert epoch["train"]["num_images"] == 3 * NUM_TRAIN - (on_error == "skip")
     assert epoch["val"]["num_images"] == 3 * NUM_VAL - 1
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("is_stream", [False, True], ids=["images", "stream"])
+def test_a_bad_image_ends_it_with_a_line_that_says_how_to_go_on(
+    num_workers: int,
+    is_stream: bool,
+    image_folder: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(image_folder, data)
+    (data / "train/class1/3.jpg").write_bytes(b"no image")
+    flags, choice, where = ["-j", str(num_workers)], "replace", "class1/3.jpg: image: got 8 bytes"
+    if is_stream:
+        source, data = data, tmp_path / "packed"
+        flags, choice, where = [*flags, "--stream"], "skip", "train-000000.tar"
+        (source / "train/class1/3.jpg").write_bytes((source / "train/class1/4.jpg").read_bytes())
+        assert pack(["shard", str(source), str(data), "--splits", "train,val"]) == 0
+        (shard,) = data.glob("train-*.tar")
+        raw = bytearray(shard.read_bytes())
+        start = raw.index(b"\xff\xd8\xff")
+        raw[start : start + 100] = bytes(100)
+        shard.write_bytes(raw)
+
+    with pytest.raises(SystemExit) as caught:
+        imagenet.main([str(data), *small_job(tmp_path / "run"), "--epochs", "1", *flags])
+
+    assert caught.value.code == 1
+    lines = [line for line in capfd.readouterr().err.splitlines() if "error: " in line]
+    (line,) = lines
+    assert line.startswith("imagenet.py: error: ")
+    assert where in line
+    assert line.endswith(f"; to train on without such: --on-error {choice} --quarantine FILE")
 
 
 def test_a_stream_goes_on_after_an_image_that_is_damaged(

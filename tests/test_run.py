@@ -5,23 +5,26 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 CHECKOUT = Path(__file__).parents[1]
 RUN = str(CHECKOUT / "run")
 
 
 def run(
-    *arguments: str, cwd: Path = CHECKOUT, **variables: str
+    *arguments: str, cwd: Path = CHECKOUT, script: str = RUN, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [RUN, *arguments],
+        [script, *arguments],
         cwd=cwd,
         env=os.environ | variables,
         stdin=subprocess.DEVNULL,
@@ -34,16 +37,19 @@ def run(
 @pytest.fixture
 def venv(tmp_path: Path) -> Path:
     """Make what looks like an environment that ``./run`` made, around this very Python."""
-    folder = tmp_path / "a venv"
+    return make_venv(tmp_path / "a venv", CHECKOUT)
+
+
+def make_venv(folder: Path, checkout: Path) -> Path:
     (folder / "bin").mkdir(parents=True)
     (folder / "pyvenv.cfg").write_text("")
     python = folder / "bin/python"
     python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     python.chmod(0o755)
     files = [CHECKOUT / "pyproject.toml", CHECKOUT / "environment.yaml"]
-    content = b"".join(file.read_bytes() for file in files) + os.fsencode(f"{CHECKOUT.resolve()}\n")
+    content = b"".join(file.read_bytes() for file in files) + os.fsencode(f"{checkout.resolve()}\n")
     stamp = subprocess.run(["cksum"], input=content, capture_output=True, check=True).stdout
-    (folder / ".installed").write_text(f"{stamp.decode().strip()}\nbench\ntest\n")
+    (folder / ".installed").write_text(f"{stamp.decode().strip()}\nbench\ndemo\ntest\n")
     return folder
 
 
@@ -134,6 +140,35 @@ def test_all_tests_are_shared_out_and_chosen_ones_run_in_one_process(verb: str, 
 
     assert whole.stdout.endswith("-m pytest --numprocesses 2 --dist worksteal\n"), whole.stderr
     assert chosen.stdout.endswith("-m pytest -k a b\n"), chosen.stderr
+
+
+def test_the_demos_shards_that_are_there_are_checked_again(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            folder = checkout / "runs/demo-data" / split / name
+            folder.mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(folder / "0.jpg")
+    for name in ("run", "pyproject.toml", "environment.yaml"):
+        shutil.copy(CHECKOUT / name, checkout)
+    variables: dict[str, Any] = {
+        "VENV": str(make_venv(tmp_path / "venv", checkout)),
+        "PYTHONPATH": str(CHECKOUT),
+    }
+
+    def makeshards(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return run("makeshards", *arguments, script=str(checkout / "run"), **variables)
+
+    first, again, anew = makeshards(), makeshards(), makeshards("--overwrite")
+
+    said = [done.stdout + done.stderr for done in (first, again, anew)]
+    assert [done.returncode for done in (first, again, anew)] == [0, 0, 0], said
+    assert ["already" in each for each in said] == [False, True, False]
+    assert all("train on them: ./run multi runs/demo-shards" in each for each in said)
+    (checkout / "runs/demo-shards/train-000000.tar").unlink()
+    broken = makeshards()
+    assert broken.returncode == 1
+    assert "run: make them anew: ./run makeshards --overwrite" in broken.stderr
 
 
 def test_the_exit_status_is_that_of_what_was_run(venv: Path) -> None:

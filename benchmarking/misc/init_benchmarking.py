@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from concurrent_dataloader.datasets import (
@@ -14,6 +15,7 @@ from concurrent_dataloader.datasets import (
     open_shards,
 )
 from concurrent_dataloader.datasets.detection import open_lmdb_split
+from concurrent_dataloader.errors import MissingSplitError
 from concurrent_dataloader.stores import CredentialsFile, DiskCache
 from concurrent_dataloader.stores.credentials import SPLITS, Split
 
@@ -25,7 +27,7 @@ DEFAULT_BUCKET = "imagenet"
 
 def get_dataset(
     dataset: str,
-    dataset_type: Split = "val",
+    dataset_type: Split | None = "val",
     limit: int | None = None,
     use_cache: bool = False,
     index_file: str | os.PathLike[str] | None = None,
@@ -49,7 +51,7 @@ def get_dataset(
             ``train-index.npz``, and "lmdb", ``ILSVRC-train.lmdb`` in a folder; or "auto", what
             `open_dataset` finds there.
         dataset_type: "train", "val" or "test"; items of "test" are images alone where there are no
-            classes.
+            classes. None: all that lies there, where it is not parted into splits.
         limit: Number of samples; the first ones, or a sample by ``sample_seed`` of the options.
         use_cache: Read through the caches that are given: ``cache_endpoint_url``, an HTTP cache in
             front of the store, ``cache_dir``, a folder of this machine, or both. They are left
@@ -75,11 +77,11 @@ def get_dataset(
     Raises:
         ValueError: A word is not known, or what it needs was not given.
         LoaderError: The index, the classes or the credentials cannot be used.
-        FileNotFoundError: A file or folder is missing.
+        FileNotFoundError: A file or folder is missing; a MissingSplitError if only the split is.
     """
     if dataset not in DATASETS:
         raise ValueError(f"dataset: got {dataset!r}, expected one of {', '.join(DATASETS)}")
-    if dataset_type not in SPLITS:
+    if dataset_type is not None and dataset_type not in SPLITS:
         raise ValueError(f"dataset_type: got {dataset_type!r}, expected one of {', '.join(SPLITS)}")
     if dataset_type == "test":
         options.setdefault("missing_label", None)
@@ -98,7 +100,7 @@ def get_dataset(
         "split": dataset_type,
     }
     if dataset == "s3":
-        folder = dataset_type if index_file is None else ""
+        folder = (dataset_type or "") if index_file is None else ""
         return S3Dataset(bucket_name or DEFAULT_BUCKET, prefix=_join(prefix, folder), **options)
     in_bucket = f"s3://{_join(bucket_name or DEFAULT_BUCKET, prefix)}"
     location = in_bucket if data_path is None else os.fspath(data_path)
@@ -124,7 +126,7 @@ def _choose_cache(
 
 def _open_local(
     dataset: str,
-    dataset_type: Split,
+    dataset_type: Split | None,
     data_path: str | os.PathLike[str] | None,
     use_cache: bool,
     options: dict[str, Any],
@@ -135,7 +137,14 @@ def _open_local(
         raise ValueError(f"use_cache: got True with dataset {dataset!r}, expected dataset 's3'")
     if dataset == "lmdb":
         return open_lmdb_split(data_path, dataset_type, options)
-    folder = dataset_type if options["index_file"] is None else ""
+    folder = (dataset_type or "") if options["index_file"] is None else ""
+    root = Path(data_path).expanduser()
+    if root.is_dir() and not (root / folder).is_dir():
+        error = MissingSplitError(
+            f"{root}: has no folder {folder!r} for the split asked for, expected {root / folder}"
+        )
+        error.splits = tuple(split for split in SPLITS if (root / split).is_dir())
+        raise error
     return ScratchDataset(os.path.join(data_path, folder), **options)
 
 

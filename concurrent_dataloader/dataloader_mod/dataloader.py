@@ -33,6 +33,7 @@ from concurrent_dataloader.dataloader_mod.resume import (
 )
 from concurrent_dataloader.dataloader_mod.settings import (
     DEFAULT_NUM_FETCH_WORKERS,
+    MAX_BATCH_POOL,
     MAX_CHOSEN_FETCH_WORKERS,
     MAX_NUM_FETCH_WORKERS,
     FetchImpl,
@@ -101,8 +102,9 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         num_fetch_workers: Samples in flight per worker, up to 4096, and as many requests of stores
             of `open_store`; None: up to 256, as many as turn out to be of use; without such a store
             up to 128.
-        batch_pool: Batches begun beyond the one being assembled, per worker; 0 is off; None: so
-            many that twice as many samples are begun as may be in flight, and at least two.
+        batch_pool: Batches begun ahead of the one being assembled, per worker, up to 4096; 0 is
+            off; None: so many that twice as many samples are begun as may be in flight, and at
+            least two.
         on_error: What becomes of a sample whose fetch, decode or transform raises. ``"raise"``:
             its error is the batch's. ``"skip"``: it is left out; its batch is shorter, and a batch
             of which nothing is left is not handed out, so that there may be fewer than ``len`` of
@@ -159,7 +161,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         if num_fetch_workers is not None:
             check_count(num_fetch_workers, 1, "num_fetch_workers", MAX_NUM_FETCH_WORKERS)
         if batch_pool is not None:
-            check_count(batch_pool, 0, "batch_pool")
+            check_count(batch_pool, 0, "batch_pool", MAX_BATCH_POOL)
         check_timeout(timeout, num_workers)
         self.num_fetch_workers = num_fetch_workers
         self.batch_pool = batch_pool

@@ -214,7 +214,11 @@ def check_policy(loader: Any, *, is_concurrent: bool) -> None:
     if on_error not in get_args(OnError):
         raise ValueError(f"on_error: got {on_error!r}, expected 'raise', 'skip' or 'replace'")
     if not isinstance(loader.error_budget, ErrorBudget | None):
-        raise TypeError(f"error_budget: got {loader.error_budget!r}, expected an ErrorBudget")
+        got = loader.error_budget
+        count = got if isinstance(got, int) and not isinstance(got, bool) else 100
+        raise TypeError(
+            f"error_budget: got {got!r}, expected an ErrorBudget such as ErrorBudget(count={count})"
+        )
     if on_error == "raise":
         for name in ("error_budget", "quarantine_file"):
             if getattr(loader, name) is not None:

@@ -17,7 +17,14 @@ from typing import Any
 
 import torch
 import torch.distributed
-from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    WeightedRandomSampler,
+)
 
 from concurrent_dataloader.dataloader_mod import torch_internals
 from concurrent_dataloader.dataloader_mod.dataset_state import describe_unread
@@ -75,6 +82,27 @@ def _find_distributed(loader: Any) -> DistributedSampler[Any] | None:
     return None
 
 
+def name_sampler(loader: Any) -> str | None:
+    """Name what kind of sampler is asked again for what was delivered, as a loader's state has it.
+
+    None for those that are not compared: one that is put into a state of its own, a
+    ``DistributedSampler``, and one that makes the batches itself.
+    """
+    sampler: Any = loader._index_sampler
+    if type(sampler) is BatchSampler:
+        sampler = sampler.sampler
+    elif loader.batch_size is None and loader.batch_sampler is not None:
+        return None
+    is_map = loader._dataset_kind == torch_internals.DatasetKind.Map
+    if not is_map or is_stateful(sampler) or isinstance(sampler, DistributedSampler):
+        return None
+    # A list of positions and a range of them may stand for each other.
+    name = type(sampler).__name__ if isinstance(sampler, Sampler) else "a plain iterable"
+    if type(sampler) is RandomSampler or type(sampler) is WeightedRandomSampler:
+        name += f"(replacement={sampler.replacement}, num_samples={sampler.num_samples})"
+    return name
+
+
 def tell_batch_size(dataset: Any, batch_size: int) -> None:
     """Tell an iterable dataset that wants to know which batches are made of its samples."""
     if isinstance(dataset, IterableDataset):
@@ -114,7 +142,7 @@ def take_over(loader: Any, state: EpochState) -> None:
     Raises:
         ValueError: The loader is not made as the one whose state it is.
     """
-    generators, place = find_generators(loader), find_place(loader)
+    generators = find_generators(loader)
     if len(generators) != len(state.generators):
         raise ValueError(
             f"load_state_dict: got a state with {len(state.generators)} generators, expected "
@@ -144,6 +172,19 @@ def take_over(loader: Any, state: EpochState) -> None:
             f"batch_size: got {loader.batch_size}, expected {state.batch_size} as in the state; "
             "another one needs a sampler with a state of its own, as ElasticDistributedSampler"
         )
+    _check_sampler(loader, state)
+
+
+def _check_sampler(loader: Any, state: EpochState) -> None:
+    """Raise ValueError if a sampler that is asked again would give another order."""
+    kind = name_sampler(loader)
+    if None not in (kind, state.sampler_kind) and kind != state.sampler_kind:
+        raise ValueError(
+            f"sampler: got {kind}, expected {state.sampler_kind} as in the state: its order would "
+            "be another, so that samples would be left out and others come twice; give shuffle and "
+            "sampler as they were"
+        )
+    place = find_place(loader)
     if _find_distributed(loader) is not None and place[1] != state.place[1]:
         raise ValueError(
             f"sampler: got one for {place[1]} ranks, expected {state.place[1]} as in the state; "
@@ -238,6 +279,7 @@ class Order:
             begin=read_generators(),
             generators=[generator.get_state() for generator in self._generators],
             sampler=self.read(),
+            sampler_kind=name_sampler(loader),
             batch_size=loader.batch_size,
             num_samples=count_samples(loader),
             place=find_place(loader),

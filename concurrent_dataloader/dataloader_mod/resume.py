@@ -135,6 +135,10 @@ class EpochState:
     sampler: bytes | None = None
     """What the sampler said of itself after the last batch that was taken (`freeze`)."""
 
+    sampler_kind: str | None = None
+    """What is replayed (`order.name_sampler`); None where nothing is, or in states of earlier
+    releases."""
+
     workers: dict[int, GeneratorStates] = dataclasses.field(
         default_factory=dict[int, GeneratorStates]
     )
@@ -172,6 +176,7 @@ class EpochState:
             raise TypeError(
                 f"load_state_dict: got {type(state).__name__}, expected what state_dict() gave"
             )
+        state = {"sampler_kind": None, **state}  # those of earlier releases have none
         if state.get("version") != VERSION or set(state) != {*_FIELDS, "version"}:
             raise ValueError(
                 f"load_state_dict: got version {state.get('version')!r} with {sorted(state)}, "
@@ -208,6 +213,7 @@ def _check_fields(state: Mapping[str, Any]) -> None:
         "begin": (Mapping, type(None)),
         "first": (Mapping, type(None)),
         "base_seed": (int, type(None)),
+        "sampler_kind": (str, type(None)),
         "place": (tuple, list),
         "workers": (Mapping,),
         "datasets": (Mapping,),

@@ -124,6 +124,10 @@ MAX_NUM_FETCH_WORKERS = 4096
 """More threads than this in a process are a mistake in typing."""
 
 
+MAX_BATCH_POOL = 4096
+"""More batches than this begun ahead would hold all memory before the first one comes."""
+
+
 def check_count(value: object, minimum: int, where: str, maximum: int = 2**31) -> int:
     """Give back a whole number within the bounds, else raise TypeError or ValueError."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
@@ -183,5 +187,5 @@ def read_environment(environment: Mapping[str, str] = os.environ) -> FetchSettin
             if _ENVIRONMENT_PREFIX + "NUM_FETCH_WORKERS" in environment
             else MAX_CHOSEN_FETCH_WORKERS
         ),
-        batch_pool=read_count("BATCH_POOL", 0, FetchSettings().batch_pool),
+        batch_pool=read_count("BATCH_POOL", 0, FetchSettings().batch_pool, MAX_BATCH_POOL),
     )

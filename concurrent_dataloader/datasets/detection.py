@@ -26,13 +26,14 @@ from concurrent_dataloader.datasets._places import (
 from concurrent_dataloader.datasets.indexed import IndexedDataset
 from concurrent_dataloader.datasets.opening import S3Dataset, ScratchDataset
 from concurrent_dataloader.datasets.shard_opening import (
+    missing_split,
     names_shards,
     open_place,
     open_shards,
     take_store_options,
 )
 from concurrent_dataloader.datasets.shards import ShardDataset
-from concurrent_dataloader.errors import IndexFormatError
+from concurrent_dataloader.errors import IndexFormatError, MissingSplitError
 from concurrent_dataloader.shard_names import Split, find_split
 from concurrent_dataloader.stores import Store, open_store
 
@@ -71,6 +72,7 @@ def open_dataset(
         TypeError: It is no path or URL, or what lies there does not take an option; says what does.
         ValueError: The URL is of a kind that is not known here.
         FileNotFoundError: There is nothing there, or shards have no index.
+        MissingSplitError: There are data, but none of this split; says which splits there are.
         IndexFormatError: Nothing of what was looked for is there, or more than one kind of it.
         StoreError: The place cannot be listed.
     """
@@ -124,7 +126,7 @@ def _open_folder(
         return open_lmdb_split(path, split, options)
     if split_folder is not None:
         return _open_folder(path / split_folder, None, options)
-    _check_split(str(path), split)
+    _check_split(str(path), split, place)
     return _open_images(str(path), path, options)
 
 
@@ -158,7 +160,7 @@ def _open_bucket(
     if split_folder is not None:
         prefix = f"{prefix}/{split_folder}".lstrip("/")
     else:
-        _check_split(url, split)
+        _check_split(url, split, place)
     _check_options(url, "images in a bucket", options)
     return S3Dataset(bucket_name, prefix=prefix, split=_as_split(split), **options)
 
@@ -227,13 +229,18 @@ def _as_split(split: str | None) -> Split | None:
     return next((known for known in SPLITS if known == split), None)
 
 
-def _check_split(where: str, split: str | None) -> None:
+def _check_split(where: str, split: str | None, place: Place) -> None:
     """Raise if a split was asked for where there is no sign of one."""
-    if split is not None and where.rstrip("/").rpartition("/")[2] != split:
-        raise FileNotFoundError(
-            f"{where}: has no folder {split!r} for the split asked for; give the folder of its "
-            "images, without split"
-        )
+    if split is None or where.rstrip("/").rpartition("/")[2] == split:
+        return
+    splits = tuple(name for name in SPLITS if name in place.folders)
+    there = f"split={' or '.join(map(repr, splits))}, or " if splits else ""
+    error = MissingSplitError(
+        f"{where}: has no folder {split!r} for the split asked for; give {there}the folder of its "
+        "images, without split"
+    )
+    error.splits = splits
+    raise error
 
 
 def choose_database(place: Place, split: str | None, where: str) -> str:
@@ -247,7 +254,9 @@ def choose_database(place: Place, split: str | None, where: str) -> str:
         return "" if names == ["data.mdb"] else names[0]
     wanted = split or "train"
     fitting = [name for name in names if find_split(name) == wanted]
-    if len(fitting) != 1:
+    if not fitting:
+        raise missing_split(where, "database", wanted, names, alone="the file itself")
+    if len(fitting) > 1:
         raise FileNotFoundError(
             f"{where}: {len(fitting)} databases of split {wanted!r} among {', '.join(names)}, "
             "expected one; give split, or the file itself"

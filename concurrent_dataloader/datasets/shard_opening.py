@@ -26,6 +26,7 @@ from concurrent_dataloader.datasets.shards import ShardDataset
 from concurrent_dataloader.errors import (
     KeyNotFoundError,
     MissingIndexError,
+    MissingSplitError,
     ShardFormatError,
 )
 from concurrent_dataloader.labels import Classes
@@ -76,6 +77,7 @@ def open_shards(
 
     Raises:
         MissingIndexError: There are shards, but no index beside them.
+        MissingSplitError: There are shards or indexes, but of other splits; says of which.
         FileNotFoundError: There are none, or a shard that the index names is missing; says which.
         ShardFormatError: A shard has another size than the index says: one of them is stale.
         IndexFormatError: The index is malformed, or ``metadata.json`` speaks of another one.
@@ -227,11 +229,11 @@ def _missing_index(
     root: str, place: Place, split: str | None, settings: Mapping[str, Any]
 ) -> KeyNotFoundError:
     wanted = [name for name in place.shards if find_split(name) == (split or "train")]
+    others = {find_split(name) for name in place.shards}
     if place.indexes and not wanted:
-        return KeyNotFoundError(
-            f"{root}: no index of split {split or 'train'!r} among {', '.join(place.indexes)}; "
-            "give split, or the index itself"
-        )
+        return missing_split(root, "index", split or "train", place.indexes)
+    if split is not None and others and None not in others and split not in others:
+        return missing_split(root, "shard", split, place.shards)
     shards = wanted if place.indexes else place.shards
     if not shards:
         return KeyNotFoundError(f"{root}: no shards and no index of them; check the path")
@@ -252,6 +254,21 @@ def _missing_index(
         f"{root}: {len(shards)} shards such as {shards[0]} without an index of byte ranges; write "
         f"it once with `{command}`, which reads {'headers' if is_local(root) else 'all'} of them",
     )
+
+
+def missing_split(
+    where: str, what: str, split: str, names: Sequence[str], *, alone: str = "the index itself"
+) -> MissingSplitError:
+    """Make the error of a split of which there is nothing: what there is, and what to give."""
+    found = {find_split(name) for name in names}
+    splits = tuple(name for name in SPLITS if name in found)
+    shown = f"{', '.join(names[:3])}{' ...' * (len(names) > 3)}"
+    there = f"split={' or '.join(map(repr, splits))}" if splits else "no split"
+    error = MissingSplitError(
+        f"{where}: no {what} of split {split!r} among {shown}; give {there}, or {alone}"
+    )
+    error.splits = splits
+    return error
 
 
 def _unindexed(location: str, message: str) -> MissingIndexError:

@@ -228,6 +228,12 @@ def check_bucket(bucket: str) -> str:
     """
     if not _BUCKET.fullmatch(bucket):
         shown = show_url(f"//{bucket}").removeprefix("//")
+        name, _, prefix = shown.removeprefix("s3://").partition("/")
+        if "/" in bucket and _BUCKET.fullmatch(name):
+            below = f", and prefix={prefix.rstrip('/')!r}" if prefix else ""
+            raise ValueError(
+                f"bucket: got {shown!r}, expected the name of the bucket only: {name!r}{below}"
+            )
         raise ValueError(f"bucket: got {shown!r}, expected letters, digits, '.', '-' and '_' only")
     return bucket
 

@@ -199,7 +199,8 @@ class _Found:
         except _failures() as error:
             raise CredentialsError(
                 f"credentials: the standard AWS chain failed ({error}), expected credentials; "
-                "mend it, give a credentials file, or open the store with anonymous=True"
+                "mend it, give a credentials file, or, for a public bucket, anonymous=True "
+                "(--anonymous of commands)"
             ) from error
 
     def _ask(self) -> Lasting:
@@ -252,6 +253,7 @@ def _walk_chain(profile: str | None) -> Any:
     if provider is None:
         raise CredentialsError(
             "credentials: the standard AWS chain (environment, profile, instance role) has none, "
-            "expected some; give a credentials file, or open the store with anonymous=True"
+            "expected some; give a credentials file, or, for a public bucket, anonymous=True "
+            "(--anonymous of commands)"
         )
     return provider

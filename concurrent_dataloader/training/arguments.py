@@ -80,6 +80,17 @@ def add_example_arguments(add: Callable[..., Any]) -> None:
     add("--dummy", action="store_true", help="train on noise: needs no data")
 
 
+def add_store_arguments(add: Callable[..., Any]) -> None:
+    """Add those that say how a bucket is reached, and where to keep what was read."""
+    add("--endpoint-url", help="of an S3-compatible store")
+    add("--s3-credential-file", type=Path, help="JSON; the standard AWS chain when absent")
+    add("--anonymous", action="store_true", help="sign no request: for public buckets")
+    add("--use-cache", action="store_true", help="read through --cache-endpoint-url")
+    add("--cache-endpoint-url", help="of an HTTP cache in front of the store")
+    add("--cache-dir", type=Path, help="folder of this machine to keep in what was read")
+    add("--cache-limit", type=at_least_zero, help="the most it may take, in GB (10^9 bytes)")
+
+
 def add_own_arguments(add: Callable[..., Any], datasets: Sequence[str]) -> None:
     """Add those of this trainer: where the images are, how they are loaded, and the recipe."""
     add("--dataset", choices=datasets, default="auto", help="what lies there; auto: found out")
@@ -97,12 +108,7 @@ def add_own_arguments(add: Callable[..., Any], datasets: Sequence[str]) -> None:
     add("--classes-file", type=Path, help="JSON classes of the training images")
     add("--val-classes-file", type=Path, help="of the validation images, if they have their own")
     add("--classes", type=at_least(1), help="outputs of the model; those of the data when absent")
-    add("--endpoint-url", help="of an S3-compatible store")
-    add("--s3-credential-file", type=Path, help="JSON; the standard AWS chain when absent")
-    add("--use-cache", action="store_true", help="read through --cache-endpoint-url")
-    add("--cache-endpoint-url", help="of an HTTP cache in front of the store")
-    add("--cache-dir", type=Path, help="folder of this machine to keep in what was read")
-    add("--cache-limit", type=at_least_zero, help="the most it may take, in GB (10^9 bytes)")
+    add_store_arguments(add)
     add("--memory-cache", type=ratio, help="share of the training images to keep in memory, 0 to 1")
     add("--copy-to", type=Path, help="folder of this machine to copy the data to, and read it from")
     add("--loader", choices=("ours", "torch"), default="ours")
@@ -231,6 +237,8 @@ def read_arguments(
         parser.error(f"argument -a/--arch: got {args.arch!r}, expected a model of torchvision")
     check_places(parser, args)
     is_url = "://" in args.data
+    if args.anonymous and args.s3_credential_file is not None:
+        parser.error("argument --anonymous: signs nothing, expected no --s3-credential-file")
     if args.dataset in ("scratch", "folder", "lmdb") and is_url:
         parser.error(f"argument --dataset: got {args.dataset} for {args.data}, expected a folder")
     if args.dataset == "s3" and not is_url and args.data.startswith(("/", ".", "~")):

@@ -12,11 +12,15 @@ import torch.distributed as dist
 from PIL import Image
 
 from concurrent_dataloader.datasets import StagedDataset, StreamedShards
+from concurrent_dataloader.errors import MissingSplitError
 from concurrent_dataloader.labels import LabelSpace
 from concurrent_dataloader.prepare.copy import copy_to_folder
 from concurrent_dataloader.stores import open_store
 from concurrent_dataloader.training.arguments import Args
 from concurrent_dataloader.training.processes import Place
+
+LAYOUT = "train/CLASS/*.jpg and val/CLASS/*.jpg, or shards of these splits"
+"""What is expected to lie in the folder or bucket."""
 
 _NOISE_BYTES = 224 * 224 * 3
 
@@ -24,9 +28,14 @@ _NOISE_BYTES = 224 * 224 * 3
 def locate(args: Args) -> dict[str, Any]:
     """Say where the images lie and through what they are read, as `get_dataset` is told."""
     bucket_name, _, prefix = args.data.removeprefix("s3://").partition("/")
-    where = {"data_path": args.data}
+    where: dict[str, Any] = {"data_path": args.data}
     if args.dataset == "s3":
         where = {"bucket_name": bucket_name, "prefix": prefix}
+    is_local = args.dataset in ("scratch", "folder", "lmdb") or (
+        args.dataset != "s3" and "://" not in args.data
+    )
+    if args.anonymous and not is_local:
+        where["anonymous"] = True
     return {
         **where,
         "endpoint_url": args.endpoint_url,
@@ -44,7 +53,10 @@ def copy_data(args: Args, place: Place) -> float:
     if place.rank % place.num_local == 0:
         is_bucket_name = args.dataset == "s3" and "://" not in args.data
         open_root = functools.partial(
-            open_store, credentials=args.s3_credential_file, endpoint_url=args.endpoint_url
+            open_store,
+            credentials=args.s3_credential_file,
+            endpoint_url=args.endpoint_url,
+            anonymous=args.anonymous,
         )
         url = f"s3://{args.data}" if is_bucket_name else args.data
         report = copy_to_folder(url, args.copy_to, open_root=open_root)
@@ -57,6 +69,48 @@ def copy_data(args: Args, place: Place) -> float:
     args.data = str(args.copy_to)
     args.dataset = "scratch" if args.dataset == "s3" else args.dataset
     return time.perf_counter() - began_s
+
+
+def open_data(
+    args: Args, place: Place, open_split: Callable[[Args, str | None, Any], Any]
+) -> tuple[Any, Any]:
+    """Open both splits; each may be None: that of training if it is not asked for, or no "val".
+
+    Class folders that lie in no folder of a split are those of training.
+
+    Raises:
+        MissingSplitError: There is no other split than one that is not wanted; says what is.
+    """
+
+    def tell(text: str) -> None:
+        if place.rank == 0:
+            print(text, flush=True)
+
+    train = None
+    if not args.evaluate:
+        try:
+            train = open_split(args, "train", None)
+        except MissingSplitError as error:
+            if error.splits:
+                raise _say_layout(error) from error
+            train = open_split(args, None, None)
+            count = "images" if train.classes is None else f"{train.classes.count} class folders"
+            tell(f"no split 'train' in {args.data}: its {count} are taken as that")
+    try:
+        val = open_split(args, "val", getattr(train, "classes", None))
+    except MissingSplitError as error:
+        if args.evaluate:
+            raise _say_layout(error) from error
+        tell(f"no split 'val' in {args.data}: training without validation")
+        return train, None
+    return train, val
+
+
+def _say_layout(error: MissingSplitError) -> MissingSplitError:
+    """Say what the trainer, which has no flag for a split, expects to find."""
+    told = MissingSplitError(f"{str(error).partition(';')[0]}; the trainer expects {LAYOUT}")
+    told.splits = error.splits
+    return told
 
 
 class Noise(StagedDataset[Any, Any]):
@@ -107,7 +161,9 @@ def find_classes(args: Args, dataset: Any, known: list[str] | None) -> list[str]
         return [str(label) for label in range(args.classes or 1000)]
     is_bare = isinstance(dataset, StreamedShards)
     if dataset.classes is None and not is_bare:
-        raise ValueError(f"{args.data}: the images have no classes; give --classes-file")
+        raise ValueError(
+            f"{args.data}: the images have no classes; expected {LAYOUT}, or give --classes-file"
+        )
     if dataset.classes is None and args.classes is None:
         raise ValueError(
             f"{args.data}: neither an index nor metadata.json lies beside the shards to say which "

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TextIO
 
@@ -16,7 +18,17 @@ from rich import progress
 from rich.console import Console
 from torch import Tensor
 
+from concurrent_dataloader.errors import (
+    ByteRangeError,
+    KeyNotFoundError,
+    LoaderError,
+    SampleDecodeError,
+    ShardFormatError,
+)
+from concurrent_dataloader.training.arguments import Args
 from concurrent_dataloader.training.processes import Place
+
+_OF_A_SAMPLE = (SampleDecodeError, ShardFormatError, ByteRangeError, KeyNotFoundError)
 
 
 class Result(NamedTuple):
@@ -139,31 +151,57 @@ class Report:
 
 
 def print_summary(
-    results: Sequence[tuple[int, Result, Result]],
+    results: Sequence[tuple[int, Result, Result | None]],
     *,
     best_acc1: float,
     copy_s: float,
     log: TextIO | None,
 ) -> None:
-    """Print a table of the epochs, and what they come to."""
+    """Print a table of the epochs, and what they come to; None: there was no validation."""
     print("epoch     loss   acc@1  val loss  val acc@1  val acc@5  images/s  waiting     time")
     for epoch, train, val in results:
+        tested = f"{'-':>9} {'-':>10} {'-':>10}"
+        if val is not None:
+            tested = f"{val.loss:9.4f} {val.acc1:10.2f} {val.acc5:10.2f}"
         print(
-            f"{epoch:5} {train.loss:8.4f} {train.acc1:7.2f} {val.loss:9.4f} {val.acc1:10.2f} "
-            f"{val.acc5:10.2f} {train.num_images / train.time_s:9.1f} "
+            f"{epoch:5} {train.loss:8.4f} {train.acc1:7.2f} {tested} "
+            f"{train.num_images / train.time_s:9.1f} "
             f"{train.wait_s / train.time_s:8.1%} {format_time(train.time_s):>8}"
         )
     time_s = sum(train.time_s for _, train, _ in results) or math.inf
     images_per_s = sum(train.num_images for _, train, _ in results) / time_s
     wait_share = sum(train.wait_s for _, train, _ in results) / time_s
     record = {"images_per_s": images_per_s, "wait_share": wait_share, "copy_s": copy_s}
-    write_record(log, "summary", best_acc1=best_acc1, **record)
+    is_tested = not results or any(val is not None for _, _, val in results)
+    write_record(log, "summary", best_acc1=best_acc1 if is_tested else None, **record)
+    best = f"best acc@1 {best_acc1:.2f}" if is_tested else "no validation"
     print(
-        f"best acc@1 {best_acc1:.2f}, {images_per_s:.1f} images/s in training, "
+        f"{best}, {images_per_s:.1f} images/s in training, "
         f"{wait_share:.1%} of the time waiting for data"
         + (f"; {copy_s:.1f} s before it to copy the data" if copy_s else ""),
         flush=True,
     )
+
+
+@contextlib.contextmanager
+def data_errors_in_a_line(args: Args) -> Generator[None]:
+    """End with status 1, and a line instead of a traceback, where data cannot be read."""
+    try:
+        yield
+    except LoaderError as error:
+        text = _without_traceback(error)
+        can_pass_over = args.loader == "ours" and args.fetch_impl != "vanilla"
+        if isinstance(error, _OF_A_SAMPLE) and args.on_error == "raise" and can_pass_over:
+            choice = "skip" if args.stream else "replace"
+            text += f"; to train on without such: --on-error {choice} --quarantine FILE"
+        print(f"imagenet.py: error: {text}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from error
+
+
+def _without_traceback(error: Exception) -> str:
+    """Give an error's own words, also of one that torch brought from a worker in its traceback."""
+    said = re.findall(rf"^[\w.]*\b{type(error).__name__}: (.*)$", str(error), re.MULTILINE)
+    return said[-1] if said else " ".join(str(error).split())
 
 
 def tell_accuracy(tested: Result, place: Place, log: TextIO | None) -> None:

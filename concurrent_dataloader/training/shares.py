@@ -74,6 +74,7 @@ def open_bare_stream(
         length=args.epoch_images if is_train else None,
         endpoint_url=(args.use_cache and args.cache_endpoint_url) or args.endpoint_url,
         credentials=args.s3_credential_file,
+        anonymous=args.anonymous,
         cache=cache,
     )
     space = LabelSpace.CUSTOM if stream.classes is None else stream.classes.label_space

@@ -72,6 +72,12 @@ def test_all_that_torch_reads_is_a_dataset(dataset):
         ({"num_fetch_workers": 0}, ValueError, "num_fetch_workers: got 0, expected 1 or more"),
         ({"num_fetch_workers": 2.5}, TypeError, "num_fetch_workers: got 2.5, expected None or a"),
         ({"num_fetch_workers": 10**9}, ValueError, "got 1000000000, expected 4096 or fewer"),
+        ({"batch_pool": 10**7}, ValueError, "batch_pool: got 10000000, expected 4096 or fewer"),
+        (
+            {"error_budget": 5},
+            TypeError,
+            "got 5, expected an ErrorBudget such as ErrorBudget(count=5)",
+        ),
         ({"num_fetch_workers": True}, TypeError, "num_fetch_workers: got True"),
         ({"batch_pool": -1}, ValueError, "batch_pool: got -1, expected 0 or more"),
         ({"num_workers": -1}, ValueError, "num_workers option should be non-negative"),

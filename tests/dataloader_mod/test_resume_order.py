@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import BatchSampler, RandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+)
 
 from concurrent_dataloader.dataloader_mod.dataloader import DataLoader
 from concurrent_dataloader.dataloader_mod.resume import write_generators
@@ -290,3 +296,71 @@ def test_a_sampler_that_repeats_from_a_generator_is_replayed() -> None:
     other.load_state_dict(state)
 
     assert is_same([*first, *other], whole)
+
+
+# What is replayed has to be of the same kind
+
+SIXTY: Any = range(60)
+DATASET: Any = range(NUM_SAMPLES)
+SHUFFLED = "RandomSampler(replacement=False, num_samples=60)"
+OTHER_SAMPLERS: dict[str, tuple[dict[str, Any], str]] = {
+    "not shuffled": ({"shuffle": False}, "SequentialSampler"),
+    "replacement": (
+        {"sampler": RandomSampler(range(60), replacement=True)},
+        "RandomSampler(replacement=True, num_samples=60)",
+    ),
+    "fewer": (
+        {"sampler": RandomSampler(range(60), num_samples=50)},
+        "RandomSampler(replacement=False, num_samples=50)",
+    ),
+    "another class": ({"sampler": SubsetRandomSampler(range(60))}, "SubsetRandomSampler"),
+    "a list": ({"sampler": list(range(60))}, "a plain iterable"),
+}
+
+
+@pytest.mark.parametrize("other", OTHER_SAMPLERS)
+def test_a_state_is_refused_by_a_loader_with_another_kind_of_sampler(other: str) -> None:
+    """60 samples came, of which 43 were distinct."""
+    loader = DataLoader(SIXTY, 8, shuffle=True)
+    taken = list(itertools.islice(loader, 3))
+    state = through_a_file(loader.state_dict())
+    settings, name = OTHER_SAMPLERS[other]
+
+    with pytest.raises(ValueError, match=r"^sampler: got .*, expected .* as in the state") as error:
+        DataLoader(SIXTY, 8, **settings).load_state_dict(state)
+
+    assert f"got {name}, expected {SHUFFLED} as" in str(error.value)
+    same = DataLoader(SIXTY, 8, sampler=RandomSampler(range(60)))
+    same.load_state_dict(state)
+    assert sorted(torch.cat([*taken, *same]).tolist()) == list(range(60))
+
+
+def test_a_state_without_the_kind_of_its_sampler_is_taken() -> None:
+    loader = DataLoader(SIXTY, 8, shuffle=True)
+    taken = list(itertools.islice(loader, 3))
+    state = loader.state_dict()
+    assert state.pop("sampler_kind") == SHUFFLED
+
+    resumed = DataLoader(SIXTY, 8, shuffle=True)
+    resumed.load_state_dict(state)
+
+    assert sorted(torch.cat([*taken, *resumed]).tolist()) == list(range(60))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_size": 4, "sampler": DistributedSampler(DATASET, 2, 0)},
+        {"batch_sampler": BatchSampler(SequentialSampler(range(NUM_SAMPLES)), 4, True)},
+        {"batch_size": 4, "sampler": Shuffler()},
+    ],
+    ids=["distributed", "batches", "stateful"],
+)
+def test_a_sampler_that_is_not_replayed_by_its_kind_has_none_in_the_state(
+    settings: dict[str, Any],
+) -> None:
+    loader = DataLoader(DATASET, **settings)
+    next(iter(loader))
+
+    is_plain = "batch_sampler" in settings
+    assert (loader.state_dict()["sampler_kind"] == "SequentialSampler") == is_plain

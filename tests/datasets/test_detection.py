@@ -16,8 +16,9 @@ from concurrent_dataloader.datasets import (
     open_dataset,
 )
 from concurrent_dataloader.datasets.lmdb import LmdbDataset
-from concurrent_dataloader.errors import IndexFormatError, KeyNotFoundError
+from concurrent_dataloader.errors import IndexFormatError, KeyNotFoundError, MissingSplitError
 from concurrent_dataloader.formats.tfrecord import TFRecordWriter
+from concurrent_dataloader.prepare.__main__ import main as pack
 from concurrent_dataloader.shard_index import Shard, ShardIndexBuilder
 from concurrent_dataloader.stores import open_store
 from concurrent_dataloader.testing import ObjectServer
@@ -145,7 +146,7 @@ def test_databases_are_found_by_their_split(tmp_path: Path) -> None:
     assert [len(dataset) for dataset in opened] == [3, 1, 2, 1]
     assert {type(dataset) for dataset in opened} == {LmdbDataset}
     assert opened[0][1][0].mode == "RGB"
-    with pytest.raises(FileNotFoundError, match="0 databases of split 'test' among ILSVRC-train"):
+    with pytest.raises(FileNotFoundError, match="no database of split 'test' among ILSVRC-train"):
         open_dataset(tmp_path, split="test")
 
 
@@ -308,3 +309,17 @@ def test_a_data_set_is_not_opened_again(image_folder: Path) -> None:
 
     with pytest.raises(TypeError, match=r"got a ScratchDataset, .* is given to a loader as it is"):
         open_dataset(dataset)
+
+
+def test_a_split_that_is_none_is_answered_with_those_that_there_are(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write_images(tmp_path / "photos" / split)
+    packing = ["shard", str(tmp_path / "photos"), str(tmp_path / "s"), "--splits", "train,val"]
+    assert pack(packing) == 0
+
+    for folder in ("photos", "s"):
+        with pytest.raises(
+            MissingSplitError, match=r"'tst'.*; give split='train' or 'val'"
+        ) as error:
+            open_dataset(tmp_path / folder, split="tst")
+        assert error.value.splits == ("train", "val")

@@ -367,3 +367,9 @@ def test_a_bucket_without_a_name_is_no_folder() -> None:
     for open_it in (lambda: S3Dataset(""), lambda: open_dataset("s3://")):
         with pytest.raises(ValueError, match="bucket"):
             open_it()
+
+
+@pytest.mark.parametrize("bucket", ["s3://photos/train", "photos/train/"])
+def test_a_bucket_with_more_than_its_name_is_told_apart(bucket: str) -> None:
+    with pytest.raises(ValueError, match="name of the bucket only: 'photos', and prefix='train'"):
+        S3Dataset(bucket)
