@@ -140,7 +140,8 @@ def _open_bucket(
         _check_options(url, "images in a bucket", options)
         return S3Dataset(bucket_name, prefix=prefix, split=_as_split(split), **options)
     given = dict(options)
-    settings = take_store_options(given) | {"credentials": options.get("s3_credential_file")}
+    credentials = options.get("s3_credential_file") or options.get("credentials")
+    settings = take_store_options(given) | {"credentials": credentials}
     store = open_place(url, settings)
     place = look_into(url, store)
     assert place is not None, "buckets can be listed"

@@ -27,6 +27,7 @@ from concurrent_dataloader.errors import (
     LoaderError,
     UnknownClassError,
 )
+from concurrent_dataloader.stores import Credentials
 from concurrent_dataloader.testing import ObjectServer
 from tests.datasets.conftest import IMAGES
 
@@ -340,6 +341,21 @@ def test_no_such_bucket_and_a_wrong_secret_are_errors_of_the_listing(
     with pytest.raises(PermissionError) as caught:
         open_bucket(s3_credential_file=wrong)
     assert SECRET not in str(caught.value)
+
+
+def test_open_dataset_looks_into_a_bucket_with_the_credentials_that_it_is_given(
+    object_server: ObjectServer, bucket: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    keys = Credentials(object_server.access_key, object_server.secret_key)
+
+    dataset = open_dataset(
+        "s3://photos/data", credentials=keys, endpoint_url=bucket["endpoint_url"]
+    )
+
+    assert isinstance(dataset, S3Dataset)
+    assert sorted(dataset.key(position) for position in range(len(dataset))) == sorted(IMAGES)
 
 
 def test_a_prefix_without_images_is_an_error(open_bucket: Callable[..., S3Dataset]) -> None:

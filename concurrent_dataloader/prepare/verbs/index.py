@@ -7,6 +7,7 @@ import functools
 import os
 from pathlib import Path
 
+from concurrent_dataloader.files import is_written_as_it_stands
 from concurrent_dataloader.index import PACK_ABOVE_KEYS, packed_path
 from concurrent_dataloader.label_rules import check_label_rule
 from concurrent_dataloader.labels import Classes, LabelSpace
@@ -180,9 +181,15 @@ def _check(options: argparse.Namespace) -> None:
                 "expected another file"
             )
         check_label_rule(options.label_rule)
-    for url in (options.upload, options.classes_upload):
+    uploads = {"--upload": options.upload, "--classes-upload": options.classes_upload}
+    for (flag, url), (output, path) in zip(uploads.items(), outputs.items(), strict=True):
         if url is not None:
             check_object_url(url)
+            if is_written_as_it_stands(path):
+                raise ValueError(
+                    f"{flag}: got {output} {path}, which is no file that could be read again;"
+                    " write a file, or leave it out"
+                )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -265,7 +272,7 @@ def _index_objects(options: argparse.Namespace) -> None:
         )
     index.save_json(options.output)
     print(f"{options.output}: {len(index)} samples")
-    if len(index) > PACK_ABOVE_KEYS:
+    if len(index) > PACK_ABOVE_KEYS and not is_written_as_it_stands(options.output):
         packed = packed_path(options.output)
         index.save_packed(packed, json_path=options.output)
         print(f"{packed}: packed")
