@@ -296,7 +296,12 @@ def _open_images(where: str, folder: Any, options: dict[str, Any]) -> IndexedDat
 
 def _check_path_or_url(path_or_url: object) -> str:
     if isinstance(path_or_url, (str, os.PathLike)):
-        return str(os.fspath(cast("str | os.PathLike[str]", path_or_url)))
+        text = str(os.fspath(cast("str | os.PathLike[str]", path_or_url)))
+        if not text.strip():
+            raise ValueError(
+                f"path_or_url: got {text!r}, expected a path or a URL; '.' is the working folder"
+            )
+        return text
     kind = type(path_or_url).__name__
     if isinstance(path_or_url, Dataset):
         raise TypeError(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import errno
+import functools
 import importlib
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, cast
 
 from concurrent_dataloader import __version__, core_files
 from concurrent_dataloader.errors import LoaderError
@@ -123,9 +124,32 @@ def _parser(verb: str) -> argparse.ArgumentParser:
             module = importlib.import_module(f"concurrent_dataloader.prepare.verbs.{name}")
             verb_parser.description = module.DESCRIPTION
             module.add_arguments(verb_parser)
+            _refuse_empty_places(verb_parser)
             names = _names_of_arguments(verb_parser, getattr(module, "CALLED_IN_MESSAGES", {}))
             verb_parser.set_defaults(run=module.run, parser=verb_parser, names_of_arguments=names)
     return parser
+
+
+def _refuse_empty_places(parser: argparse.ArgumentParser) -> None:
+    """Have positional arguments refuse ``""``, as of a variable that is not set.
+
+    It would be the working folder, which is to be called ``.``.
+    """
+    for action in parser._actions:
+        if not action.option_strings:
+            expected = _PLACES.get(str(action.metavar), "a folder or URL")
+            kind = cast("Callable[[str], Any]", action.type or str)
+            action.type = functools.partial(_read_place, kind, expected)
+
+
+_PLACES = {"INDEX": "an index file", "PATH": "a database"}
+"""What an argument is, where it is no folder or URL."""
+
+
+def _read_place(kind: Callable[[str], Any], expected: str, text: str) -> Any:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
+    return kind(text)
 
 
 def _names_of_arguments(

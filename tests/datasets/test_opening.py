@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -383,3 +384,14 @@ def test_a_bucket_without_a_name_is_no_folder() -> None:
     for open_it in (lambda: S3Dataset(""), lambda: open_dataset("s3://")):
         with pytest.raises(ValueError, match="bucket"):
             open_it()
+
+
+def test_an_empty_path_is_not_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cat").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "cat" / "1.png")
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(ValueError, match="path_or_url: got '', expected a path or a URL; '.' is"):
+        open_dataset("")
