@@ -27,8 +27,7 @@ def status_of(*arguments: str | Path) -> int:
     try:
         return main(list(map(str, arguments)))
     except SystemExit as end:
-        assert isinstance(end.code, int)
-        return end.code
+        return int(str(end.code))
 
 
 def written() -> list[Path]:
@@ -64,4 +63,17 @@ def test_an_empty_place_is_no_working_folder(
 
     said = capsys.readouterr().err
     assert re.search(rf"error: {name}: got ' ?', expected {expected};", said)
+    assert written() == []
+
+
+@pytest.mark.parametrize("verb", ["shard", "lmdb"])
+def test_splits_that_would_be_the_same_samples_are_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    assert status_of(verb, folder, "out", "--splits", "train,val") == 2
+
+    said = capsys.readouterr().err
+    assert "--splits: got train and val, which would be the same 10 samples" in said
+    assert "looked there for train/ and val/ or validation/, or tars called so" in said
+    assert "found cat, dog; give one split" in said
     assert written() == []

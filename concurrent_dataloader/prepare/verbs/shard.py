@@ -49,6 +49,7 @@ from concurrent_dataloader.prepare.verbs._config import (
 from concurrent_dataloader.prepare.verbs._source import (
     SOURCE_KINDS,
     add_source_options,
+    check_apart,
     check_boxes,
     check_source_options,
     is_sample,
@@ -307,6 +308,7 @@ def run(options: argparse.Namespace) -> None:
             part = split if options.splits else None
             source = open_samples(options, options.source, part, must_have_boxes=len(settings) == 1)
             sources[split] = stack.enter_context(contextlib.closing(source))
+        check_apart(options.source, sources)
         check_boxes(options, sources)
         write_strays(options, sources.values())
         labelled = {split: each for split, each in sources.items() if each.classes is not None}
