@@ -77,3 +77,18 @@ def test_splits_that_would_be_the_same_samples_are_refused(
     assert "looked there for train/ and val/ or validation/, or tars called so" in said
     assert "found cat, dog; give one split" in said
     assert written() == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [["shard", "PETS", "out"], ["reshard", "PETS", "out"], ["map", "PETS", "out"]]
+)
+def test_processes_beyond_all_reason_are_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    words = [str(folder) if word == "PETS" else word for word in arguments]
+    function = ["--function", "os:getcwd"] if words[0] == "map" else []
+
+    assert status_of(*words, *function, "--processes", "5000") == 2
+
+    assert "--processes: got 5000, expected 4096 or fewer" in capsys.readouterr().err
+    assert written() == []

@@ -32,6 +32,7 @@ from concurrent_dataloader.prepare.target import ShardTarget
 from concurrent_dataloader.prepare.verbs._common import (
     add_store_options,
     check_at_least,
+    check_processes,
     store_opener,
 )
 from concurrent_dataloader.prepare.verbs._config import (
@@ -289,7 +290,8 @@ def _add_run_options(group: argparse._ArgumentGroup) -> None:
 def run(options: argparse.Namespace) -> None:
     """Pack each split."""
     apply_config(options, KINDS)
-    check_at_least(options, processes=1, readers=1)
+    check_processes(options)
+    check_at_least(options, readers=1)
     check_source_options(options)
     if os.getcwd() not in sys.path:  # where users have their module; an installed command lacks it
         sys.path.append(os.getcwd())
