@@ -291,7 +291,7 @@ def run(options: argparse.Namespace) -> None:
     """Pack each split."""
     apply_config(options, KINDS)
     check_processes(options)
-    check_at_least(options, readers=1)
+    check_at_least(options, readers=1, samples_per_shard=1, maxcount=1)
     check_source_options(options)
     if os.getcwd() not in sys.path:  # where users have their module; an installed command lacks it
         sys.path.append(os.getcwd())
