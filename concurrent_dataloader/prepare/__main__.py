@@ -185,6 +185,8 @@ _PLACES = {"INDEX": "an index file", "PATH": "a database"}
 def _read_place(kind: Callable[[str], Any], expected: str, text: str) -> Any:
     if not text.strip():
         raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
+    if text.lower().rstrip("/") == "s3:":
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a bucket too: s3://bucket")
     return kind(text)
 
 

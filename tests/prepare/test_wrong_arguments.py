@@ -47,6 +47,7 @@ def written() -> list[Path]:
         (["advise", ""], "SOURCE", "a folder or URL"),
         (["map", "", "out", "module:function"], "SHARDS", "a folder or URL"),
         (["distribute", "", "-n", "2"], "SHARDS", "a folder or URL"),
+        (["shard", "s3://", "out"], "SOURCE", "a bucket too: s3://bucket"),
         (["pack", ""], "INDEX", "an index file"),
         (["readspeed", " "], "PATH", "a database"),
     ],
@@ -63,7 +64,7 @@ def test_an_empty_place_is_no_working_folder(
     assert status_of(*words) == 2
 
     said = capsys.readouterr().err
-    assert re.search(rf"error: {name}: got ' ?', expected {expected};", said)
+    assert re.search(rf"error: {name}: got '( |s3://)?', expected {expected};", said)
     assert written() == []
 
 
