@@ -68,9 +68,11 @@ def class_finder(rule: LabelRule) -> Callable[[str], str]:
         try:
             pattern = re.compile(rule.removeprefix("regex:"))
         except re.error as error:
-            raise ValueError(f"label_rule {rule!r}: no regular expression: {error}") from error
+            raise ValueError(f"label_rule: got {rule!r}, no regular expression: {error}") from error
         if not pattern.groups:
-            raise ValueError(f"label_rule {rule!r}: expected a group in parentheses for the class")
+            raise ValueError(
+                f"label_rule: got {rule!r}, expected a group in parentheses for the class"
+            )
         return functools.partial(_by_pattern, pattern)
     finders = {"parent": _parent, "prefix": _prefix, "number": _number}
     if rule not in finders:

@@ -142,7 +142,8 @@ def _open_bucket(
         _check_options(url, "images in a bucket", options)
         return S3Dataset(bucket_name, prefix=prefix, split=_as_split(split), **options)
     given = dict(options)
-    settings = take_store_options(given) | {"credentials": options.get("s3_credential_file")}
+    credentials = options.get("s3_credential_file") or options.get("credentials")
+    settings = take_store_options(given) | {"credentials": credentials}
     store = open_place(url, settings)
     place = look_into(url, store)
     assert place is not None, "buckets can be listed"
@@ -304,7 +305,12 @@ def _open_images(where: str, folder: Any, options: dict[str, Any]) -> IndexedDat
 
 def _check_path_or_url(path_or_url: object) -> str:
     if isinstance(path_or_url, (str, os.PathLike)):
-        return str(os.fspath(cast("str | os.PathLike[str]", path_or_url)))
+        text = str(os.fspath(cast("str | os.PathLike[str]", path_or_url)))
+        if not text.strip():
+            raise ValueError(
+                f"path_or_url: got {text!r}, expected a path or a URL; '.' is the working folder"
+            )
+        return text
     kind = type(path_or_url).__name__
     if isinstance(path_or_url, Dataset):
         raise TypeError(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import errno
+import functools
 import importlib
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, cast
 
 from concurrent_dataloader import __version__, core_files
 from concurrent_dataloader.errors import LoaderError
@@ -32,17 +33,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         core_files.forbid()
     given = list(sys.argv[1:] if arguments is None else arguments)
     verb = given[0] if given else ""
-    options, unknown = _parser(verb).parse_known_args(given)
+    try:
+        parser = _parser(verb)
+    except KeyboardInterrupt:  # while the libraries are imported, which may take seconds
+        print(f"{_PROGRAM}: interrupted", file=sys.stderr)
+        return 130
+    options, unknown = parser.parse_known_args(given)
     if unknown:
-        options.parser.error(f"got {' '.join(unknown)}, which are no arguments of it")
+        options.parser.error(
+            f"got {' '.join(unknown)}, which {verb} does not know, expected its own arguments"
+        )
     try:
         return options.run(options) or 0
     except LoaderError as error:
-        return _fail(str(error))
+        return _fail(_in_options(str(error)))
     except OSError as error:
         return _fail(_describe(error))
     except ValueError as error:
-        message, is_option = _name_argument(str(error), options.names_of_arguments, given)
+        message, is_option = _name_argument(
+            _in_options(str(error)), options.names_of_arguments, given
+        )
         return _fail(message, 2 if is_option else 1)
     except KeyboardInterrupt:
         goes_on = verb in RESUMABLE and getattr(options, "resume", True)
@@ -88,10 +98,37 @@ def _name_argument(
         word = message.partition(" ")[0].rstrip(":,")
         options = {each for names in names_of_arguments.values() for each in names}
         return message, word.startswith("-") and word in options
-    typed = [each for each in names if any(word.split("=")[0] == each for word in given)]
+    typed = [each for each in names if _is_typed(each, given)]
     long = [each for each in names if each.startswith("--")]
     called = (typed or long or names)[0]
     return f"{called}: got {rest}", called.startswith("-")
+
+
+def _is_typed(option: str, given: Sequence[str]) -> bool:
+    return any(word.split("=")[0] == option for word in given)
+
+
+_ADVICE = (
+    ("open the store with anonymous=True", "give --anonymous"),
+    ("open it with anonymous=True", "give --anonymous"),
+    (", or allow more attempts (RetryPolicy.max_attempts)", ", and run the command again"),
+    (
+        "give label_rule, class_map or ground_truth, or let samples of unknown classes be skipped",
+        "give --label-rule, --class-map or --ground-truth, or --on-unknown skip",
+    ),
+    (
+        "choose another label_rule, or let samples of unknown classes be skipped",
+        "choose another --label-rule, or give --on-unknown skip",
+    ),
+    ("by label_rule ", "by --label-rule "),
+)
+"""What the library advises to those who write Python, and the same on the command line."""
+
+
+def _in_options(message: str) -> str:
+    for python, options in _ADVICE:
+        message = message.replace(python, options)
+    return message
 
 
 _REWORDED = (
@@ -123,9 +160,34 @@ def _parser(verb: str) -> argparse.ArgumentParser:
             module = importlib.import_module(f"concurrent_dataloader.prepare.verbs.{name}")
             verb_parser.description = module.DESCRIPTION
             module.add_arguments(verb_parser)
+            _refuse_empty_places(verb_parser)
             names = _names_of_arguments(verb_parser, getattr(module, "CALLED_IN_MESSAGES", {}))
             verb_parser.set_defaults(run=module.run, parser=verb_parser, names_of_arguments=names)
     return parser
+
+
+def _refuse_empty_places(parser: argparse.ArgumentParser) -> None:
+    """Have positional arguments refuse ``""``, as of a variable that is not set.
+
+    It would be the working folder, which is to be called ``.``.
+    """
+    for action in parser._actions:
+        if not action.option_strings:
+            expected = _PLACES.get(str(action.metavar), "a folder or URL")
+            kind = cast("Callable[[str], Any]", action.type or str)
+            action.type = functools.partial(_read_place, kind, expected)
+
+
+_PLACES = {"INDEX": "an index file", "PATH": "a database"}
+"""What an argument is, where it is no folder or URL."""
+
+
+def _read_place(kind: Callable[[str], Any], expected: str, text: str) -> Any:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
+    if text.lower().rstrip("/") == "s3:":
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a bucket too: s3://bucket")
+    return kind(text)
 
 
 def _names_of_arguments(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import multiprocessing
 import os
 import pickle
@@ -18,6 +19,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 S = TypeVar("S")
 T = TypeVar("T")
 R = TypeVar("R")
+
+MAX_PROCESSES = 4096
 
 _ENDED = (
     "a process of --processes ended before its work was done, killed perhaps for want of memory;"
@@ -105,10 +108,20 @@ class _Child:
 class Pool(Generic[S]):
     """Calls functions of a shared value and an item."""
 
-    def __init__(self, shared: S, children: list[_Child], *, works_here: bool) -> None:
+    def __init__(
+        self,
+        shared: S,
+        children: list[_Child],
+        start: Callable[[], _Child] | None,
+        num_children: int,
+        *,
+        works_here: bool,
+    ) -> None:
         """Not for callers: use `open_pool`."""
         self._shared = shared
         self._children = children
+        self._start = start
+        self._num_children = num_children
         self._works_here = works_here
 
     def run(self, call: Callable[[S, T], R], items: Iterable[T]) -> Iterator[R]:
@@ -121,7 +134,10 @@ class Pool(Generic[S]):
         left = collections.deque(items)
         num_due = len(left)
         outcomes: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
-        for child in self._children[: max(0, num_due - self._works_here)]:
+        num_wanted = min(self._num_children, max(0, num_due - self._works_here))
+        while self._start is not None and len(self._children) < num_wanted:
+            self._children.append(self._start())
+        for child in self._children[:num_wanted]:
             child.begin(_Job(call, left, outcomes))
         while num_due:
             if self._works_here and outcomes.empty() and (taken := _take(left)):
@@ -150,24 +166,27 @@ def open_pool(
     *,
     works_here: bool = True,
 ) -> Generator[Pool[S]]:
-    """Start processes, if more than one is asked for, and end them all at the end.
+    """Have processes start as there is work for them, and end them all at the end.
 
     Args:
         shared: Travels once to each process; pickles.
-        num_processes: 1: everything runs in this one.
+        num_processes: At most; no more are started than there are items. 1: everything runs in
+            this one.
         close: Gives back what ``shared`` has opened in this process.
         works_here: Whether this process is one of several, and works while the others start. Not
             for functions of a user, whose crash is to be told.
 
     Raises:
-        ValueError: ``num_processes`` is less than 1.
+        ValueError: ``num_processes`` is less than 1, or more than any machine has use for.
     """
     if num_processes < 1:
         raise ValueError(f"processes: got {num_processes}, expected 1 or more")
+    if num_processes > MAX_PROCESSES:
+        raise ValueError(f"processes: got {num_processes}, expected {MAX_PROCESSES} or fewer")
     with contextlib.ExitStack() as stack:
         stack.callback(close, shared)
         if num_processes == 1:
-            yield Pool(shared, [], works_here=True)
+            yield Pool(shared, [], None, 0, works_here=True)
             return
         # The processes see the end of this pipe when this process ends, however it does.
         theirs, ours = multiprocessing.get_context("spawn").Pipe(duplex=False)
@@ -176,8 +195,9 @@ def open_pool(
         stack.callback(_close_all, children)
         stack.callback(ours.close)
         packed = pickle.dumps(shared)  # here, before anything works with it
-        children += [_Child(packed, theirs) for _ in range(num_processes - works_here)]
-        yield Pool(shared, children, works_here=works_here)
+        start = functools.partial(_Child, packed, theirs)
+        num_children = num_processes - works_here
+        yield Pool(shared, children, start, num_children, works_here=works_here)
 
 
 def _close_all(children: list[_Child]) -> None:

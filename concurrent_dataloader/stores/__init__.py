@@ -262,6 +262,10 @@ def _check_url(url: object) -> str:
     text = os.fspath(url) if isinstance(url, (str, os.PathLike)) else url
     if not isinstance(text, str):
         raise TypeError(f"url: got {url!r}, expected a URL or the path of a folder")
+    if not text.strip():
+        raise ValueError(
+            f"url: got {text!r}, expected a URL or the path of a folder; '.' is the working folder"
+        )
     check_scheme(text)
     return text
 

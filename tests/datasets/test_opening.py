@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -27,6 +28,7 @@ from concurrent_dataloader.errors import (
     LoaderError,
     UnknownClassError,
 )
+from concurrent_dataloader.stores import Credentials
 from concurrent_dataloader.testing import ObjectServer
 from tests.datasets.conftest import IMAGES
 
@@ -342,6 +344,21 @@ def test_no_such_bucket_and_a_wrong_secret_are_errors_of_the_listing(
     assert SECRET not in str(caught.value)
 
 
+def test_open_dataset_looks_into_a_bucket_with_the_credentials_that_it_is_given(
+    object_server: ObjectServer, bucket: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    keys = Credentials(object_server.access_key, object_server.secret_key)
+
+    dataset = open_dataset(
+        "s3://photos/data", credentials=keys, endpoint_url=bucket["endpoint_url"]
+    )
+
+    assert isinstance(dataset, S3Dataset)
+    assert sorted(dataset.key(position) for position in range(len(dataset))) == sorted(IMAGES)
+
+
 def test_a_prefix_without_images_is_an_error(open_bucket: Callable[..., S3Dataset]) -> None:
     with pytest.raises(IndexFormatError, match="s3://photos/empty: no image"):
         open_bucket(prefix="empty")
@@ -373,3 +390,14 @@ def test_a_bucket_without_a_name_is_no_folder() -> None:
 def test_a_bucket_with_more_than_its_name_is_told_apart(bucket: str) -> None:
     with pytest.raises(ValueError, match="name of the bucket only: 'photos', and prefix='train'"):
         S3Dataset(bucket)
+
+
+def test_an_empty_path_is_not_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cat").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "cat" / "1.png")
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(ValueError, match="path_or_url: got '', expected a path"):
+        open_dataset("")

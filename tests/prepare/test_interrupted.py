@@ -156,3 +156,23 @@ def test_a_copy_that_is_killed_has_whole_objects_only_and_is_finished_by_the_nex
     assert main(command) == 0
     assert contents(target) == PHOTOS
     assert f", {len(begun)} there already, 0 failed" in capsys.readouterr().out
+
+
+def test_ctrl_c_while_libraries_are_imported_is_one_line() -> None:
+    code = """
+import os, runpy, signal, sys
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "concurrent_dataloader.prepare.shard":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+sys.argv = ["concurrent-dataloader", "shard", "photos", "out"]
+runpy.run_module("concurrent_dataloader.prepare", run_name="__main__", alter_sys=True)
+"""
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 130
+    assert done.stderr == "concurrent-dataloader: interrupted\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +169,10 @@ def test_what_was_opened_here_is_given_back() -> None:
 def test_less_than_one_process_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^processes: got 0, expected 1"), open_pool(1, 0):
         pass
+
+
+def test_no_more_processes_are_started_than_there_are_items() -> None:
+    with open_pool(0, 50) as pool:
+        assert sorted(pool.run(square, range(3))) == [0, 1, 4]
+
+        assert sum(thread.name == "pool" for thread in threading.enumerate()) == 2

@@ -307,3 +307,9 @@ def test_a_package_that_is_missing_is_named_with_the_command(package: str, use: 
 def test_an_unknown_word_for_verify_is_an_error() -> None:
     with pytest.raises(ValueError, match="verify: got 'md5', expected 'checksum' or 'length'"):
         open_store("s3://bucket", verify="md5")  # pyright: ignore[reportArgumentType]: wrong
+
+
+@pytest.mark.parametrize("url", ["", " "])
+def test_an_empty_url_is_not_the_working_folder(url: str) -> None:
+    with pytest.raises(ValueError, match=f"url: got '{url}', expected a URL or the path of a"):
+        open_store(url)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, get_args
 
+from concurrent_dataloader.prepare.pool import MAX_PROCESSES
 from concurrent_dataloader.stores import Client, WritableStore, open_writable_store
 
 _PLAIN_PROGRESS_OBJECTS = 20_000
@@ -76,6 +77,17 @@ def check_at_least(options: argparse.Namespace, **least: int) -> None:
         value = getattr(options, name)
         if value is not None and value < smallest:
             raise ValueError(f"{name}: got {value}, expected {smallest} or more")
+
+
+def check_processes(options: argparse.Namespace) -> None:
+    """Raise for a number of processes that cannot be, before anything is looked at.
+
+    Raises:
+        ValueError: It is less than 1, or beyond all reason.
+    """
+    check_at_least(options, processes=1)
+    if options.processes > MAX_PROCESSES:
+        raise ValueError(f"processes: got {options.processes}, expected {MAX_PROCESSES} or fewer")
 
 
 def check_output_files(options: argparse.Namespace, *names: str) -> None:

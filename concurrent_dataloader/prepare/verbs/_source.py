@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from concurrent_dataloader.prepare.sources import (
     SampleTable,
     open_source,
 )
+from concurrent_dataloader.prepare.sources.layouts import split_folders
 from concurrent_dataloader.prepare.verbs._common import (
     check_at_least,
     check_output_files,
@@ -230,6 +232,37 @@ def open_samples(
         verify_archives=options.verify_archives,
         **store_settings(options),
     )
+
+
+def check_apart(text: str, sources: Mapping[str, SampleTable]) -> None:
+    """Raise if two splits are the same samples, as of a source without parts.
+
+    Args:
+        text: What the user calls the source.
+        sources: The samples of each split.
+
+    Raises:
+        ValueError: They are.
+    """
+    for (one, first), (other, second) in itertools.combinations(sources.items(), 2):
+        if first.where != second.where or len(first) != len(second):
+            continue
+        if all(first.name(number) == second.name(number) for number in range(len(first))):
+            names = {first.name(number).partition("/")[0] for number in range(len(first))}
+            there = ", ".join(sorted(names)[:_NUM_SHOWN])
+            more = f" and {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else ""
+            folders = [
+                " or ".join(f"{name}/" for name in split_folders(one_of_them))
+                for one_of_them in (one, other)
+            ]
+            raise ValueError(
+                f"--splits: got {one} and {other}, which would be the same {len(first)} samples of"
+                f" {text}: looked there for {folders[0]} and {folders[1]}, or tars called so, and"
+                f" found {there}{more}; give one split, or sort the samples into such folders"
+            )
+
+
+_NUM_SHOWN = 4
 
 
 def write_strays(options: argparse.Namespace, sources: Iterable[SampleTable]) -> None:

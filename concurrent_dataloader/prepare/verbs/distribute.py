@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 
 from concurrent_dataloader.distribution import Part
 from concurrent_dataloader.errors import KeyNotFoundError
@@ -39,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="N",
-        help="number of instances, 2 or more; several side by side may be asked for (required)",
+        help="number of instances, 2 or more, and no more than there are samples (else a warning);"
+        " several side by side may be asked for (required)",
     )
     parser.add_argument(
         "--split",
@@ -83,6 +85,13 @@ def _distribute(location: str, split: str, count: int, open_root: OpenRoot) -> N
         f"{location}: {split} for {count} instances: {whole} whole shards and a part each"
         f"{'' if written else ', already there'}"
     )
+    num_empty = sum(not part.num_samples for part in manifest.parts)
+    if not whole and num_empty:
+        print(
+            f"warning: {location}: {num_empty} of {count} instances have no sample, since {split}"
+            f" has only {count - num_empty}; give -n {count - num_empty} or fewer",
+            file=sys.stderr,
+        )
 
 
 def _check(location: str, work: list[tuple[str, int]], open_root: OpenRoot) -> int:

@@ -7,6 +7,7 @@ import functools
 import os
 from pathlib import Path
 
+from concurrent_dataloader.files import is_written_as_it_stands
 from concurrent_dataloader.index import PACK_ABOVE_KEYS, packed_path
 from concurrent_dataloader.label_rules import check_label_rule
 from concurrent_dataloader.labels import Classes, LabelSpace
@@ -173,16 +174,23 @@ def _check(options: argparse.Namespace) -> None:
     for flag, path in outputs.items():
         if path is not None and path.is_dir():
             raise ValueError(f"{flag}: {path} is a folder, expected the name of a file")
-    if options.classes_output is not None:
-        if options.classes_output.absolute() == options.output.absolute():
-            raise ValueError(
-                f"--classes-output: got {options.classes_output}, which --output is too; "
-                "expected another file"
-            )
-        check_label_rule(options.label_rule)
-    for url in (options.upload, options.classes_upload):
+    if options.classes_output is not None and (
+        options.classes_output.absolute() == options.output.absolute()
+    ):
+        raise ValueError(
+            f"--classes-output: got {options.classes_output}, which --output is too; "
+            "expected another file"
+        )
+    check_label_rule(options.label_rule)
+    uploads = {"--upload": options.upload, "--classes-upload": options.classes_upload}
+    for (flag, url), (output, path) in zip(uploads.items(), outputs.items(), strict=True):
         if url is not None:
             check_object_url(url)
+            if is_written_as_it_stands(path):
+                raise ValueError(
+                    f"{flag}: got {output} {path}, which is no file that could be read again;"
+                    " write a file, or leave it out"
+                )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -263,19 +271,21 @@ def _index_objects(options: argparse.Namespace) -> None:
             relative=options.relative,
             on_progress=on_progress,
         )
+    classes, classes_output = None, options.classes_output
+    if classes_output is not None:  # before anything is written, since it may fail
+        classes = Classes.from_keys(index.keys(), label_rule=options.label_rule)
     index.save_json(options.output)
     print(f"{options.output}: {len(index)} samples")
-    if len(index) > PACK_ABOVE_KEYS:
+    if len(index) > PACK_ABOVE_KEYS and not is_written_as_it_stands(options.output):
         packed = packed_path(options.output)
         index.save_packed(packed, json_path=options.output)
         print(f"{packed}: packed")
     if options.upload is not None:
         upload(options.output, options.upload, open_root)
         print(f"{options.upload}: uploaded")
-    if options.classes_output is not None:
-        classes = Classes.from_keys(index.keys(), label_rule=options.label_rule)
-        classes.save_json(options.classes_output)
-        print(f"{options.classes_output}: {classes.count} classes")
+    if classes is not None and classes_output is not None:
+        classes.save_json(classes_output)
+        print(f"{classes_output}: {classes.count} classes")
         if options.classes_upload is not None:
-            upload(options.classes_output, options.classes_upload, open_root)
+            upload(classes_output, options.classes_upload, open_root)
             print(f"{options.classes_upload}: uploaded")

@@ -35,6 +35,7 @@ from concurrent_dataloader.prepare.verbs._config import (
 from concurrent_dataloader.prepare.verbs._source import (
     SOURCE_KINDS,
     add_source_options,
+    check_apart,
     check_source_options,
     is_sample,
     open_samples,
@@ -162,6 +163,7 @@ def run(options: argparse.Namespace) -> None:
         for split in paths:
             source = open_samples(options, options.source, split)
             sources[split] = stack.enter_context(contextlib.closing(source))
+        check_apart(options.source, sources)
         write_strays(options, sources.values())
         check_same_classes(sources)
         for split, path in paths.items():

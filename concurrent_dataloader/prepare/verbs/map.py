@@ -13,7 +13,7 @@ from concurrent_dataloader.prepare.shard_set import OpenRoot
 from concurrent_dataloader.prepare.verbs._bar import show_progress
 from concurrent_dataloader.prepare.verbs._common import (
     add_store_options,
-    check_at_least,
+    check_processes,
     store_opener,
 )
 from concurrent_dataloader.prepare.verbs.distribute import splits_there
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Map each split."""
-    check_at_least(options, processes=1)
+    check_processes(options)
     open_root = store_opener(options)
     if os.getcwd() not in sys.path:  # where users have their module; an installed command lacks it
         sys.path.append(os.getcwd())

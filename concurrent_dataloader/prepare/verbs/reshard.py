@@ -17,6 +17,7 @@ from concurrent_dataloader.prepare.verbs._bar import show_progress
 from concurrent_dataloader.prepare.verbs._common import (
     add_store_options,
     check_at_least,
+    check_processes,
     store_opener,
 )
 from concurrent_dataloader.prepare.verbs._config import parse_size
@@ -108,7 +109,8 @@ def parse_slice(text: str) -> tuple[int, int | None]:
 
 def run(options: argparse.Namespace) -> None:
     """Write each split."""
-    check_at_least(options, processes=1, maxcount=1, maxsize=1, shards=1)
+    check_processes(options)
+    check_at_least(options, maxcount=1, maxsize=1, shards=1)
     settings = _settings(options)
     open_root = store_opener(options)
     found = {source: splits_there(source, open_root) for source in options.sources}

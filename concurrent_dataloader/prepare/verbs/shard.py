@@ -32,6 +32,7 @@ from concurrent_dataloader.prepare.target import ShardTarget
 from concurrent_dataloader.prepare.verbs._common import (
     add_store_options,
     check_at_least,
+    check_processes,
     store_opener,
 )
 from concurrent_dataloader.prepare.verbs._config import (
@@ -49,6 +50,7 @@ from concurrent_dataloader.prepare.verbs._config import (
 from concurrent_dataloader.prepare.verbs._source import (
     SOURCE_KINDS,
     add_source_options,
+    check_apart,
     check_boxes,
     check_source_options,
     is_sample,
@@ -288,7 +290,8 @@ def _add_run_options(group: argparse._ArgumentGroup) -> None:
 def run(options: argparse.Namespace) -> None:
     """Pack each split."""
     apply_config(options, KINDS)
-    check_at_least(options, processes=1, readers=1)
+    check_processes(options)
+    check_at_least(options, readers=1, samples_per_shard=1, maxcount=1)
     check_source_options(options)
     if os.getcwd() not in sys.path:  # where users have their module; an installed command lacks it
         sys.path.append(os.getcwd())
@@ -307,6 +310,7 @@ def run(options: argparse.Namespace) -> None:
             part = split if options.splits else None
             source = open_samples(options, options.source, part, must_have_boxes=len(settings) == 1)
             sources[split] = stack.enter_context(contextlib.closing(source))
+        check_apart(options.source, sources)
         check_boxes(options, sources)
         write_strays(options, sources.values())
         labelled = {split: each for split, each in sources.items() if each.classes is not None}
