@@ -351,8 +351,7 @@ def run(local_rank: int, args: Args) -> None:
             raise SystemExit(2) from error
         stack.enter_context(job.log or contextlib.nullcontext())
         stack.enter_context(report.data_errors_in_a_line(args))
-        settings = {name: str(value) for name, value in vars(args).items()}
-        write_record(job.log, "settings", **settings)
+        write_record(job.log, "settings", **{name: str(v) for name, v in vars(args).items()})
         if job.train_loader is None:
             if place.rank == 0 and not (args.resume or args.pretrained):
                 print("warning: neither --resume nor --pretrained: the weights are random")
@@ -369,10 +368,10 @@ def run_epoch(job: Job, loader: Loader, epoch: int) -> tuple[int, Result, Result
     """Train for one epoch, validate if there is something to do it with, and save."""
     trained = train_epoch(job, loader, epoch)
     tested = None if job.val_loader is None else validate(job, job.val_loader)
-    is_best = tested is not None and tested.acc1 > job.best_acc1
-    job.best_acc1 = max(0.0 if tested is None else tested.acc1, job.best_acc1)
+    acc1 = 0.0 if tested is None else tested.acc1
+    is_best, job.best_acc1 = acc1 > job.best_acc1, max(acc1, job.best_acc1)
     save(job, epoch + 1, is_best=is_best)
-    val = None if tested is None else tested._asdict()
+    val = tested and tested._asdict()
     write_record(job.log, "epoch", epoch=epoch, train=trained._asdict(), val=val)
     return epoch, trained, tested
 

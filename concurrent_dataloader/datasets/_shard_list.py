@@ -307,7 +307,8 @@ def _match_index(index: ShardIndex, shards: ShardList) -> ShardTable:
         expected = index.shards[number].size_bytes
         if size is not None and size != expected:
             raise IndexFormatError(
-                f"{where}: got {size} bytes, expected {expected}, as its index says; {how}"
+                f"{where}: got {size} bytes, expected {expected}, as its index says; fetch it "
+                f"again, {how}"
             )
         found.append(number)
     if not index_is_in_order(index):

@@ -9,6 +9,7 @@ import multiprocessing
 import pickle
 import random
 import threading
+import weakref
 from collections.abc import Generator
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
@@ -20,7 +21,12 @@ from typing_extensions import override
 from concurrent_dataloader import DataLoader
 from concurrent_dataloader.datasets import StagedDataset
 from concurrent_dataloader.errors import CredentialsError, ExpiredCredentialsError
-from concurrent_dataloader.stores import Credentials, CredentialsChain, open_store
+from concurrent_dataloader.stores import (
+    Credentials,
+    CredentialsChain,
+    credentials_chain,
+    open_store,
+)
 from concurrent_dataloader.stores.credentials_chain import (
     Lasting,
     _Found,
@@ -72,6 +78,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     @override
     def log_message(self, format: str, *args: Any) -> None:
         del format, args
+
+
+@pytest.fixture(autouse=True)
+def _no_chains_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    living = weakref.WeakValueDictionary[int, CredentialsChain]()
+    monkeypatch.setattr(credentials_chain, "_living", living)
 
 
 @pytest.fixture(scope="module")
