@@ -109,6 +109,7 @@ def _is_typed(option: str, given: Sequence[str]) -> bool:
 
 
 _ADVICE = (
+    ("or, for a public bucket, anonymous=True (--anonymous of commands)", "or give --anonymous"),
     ("open the store with anonymous=True", "give --anonymous"),
     ("open it with anonymous=True", "give --anonymous"),
     (", or allow more attempts (RetryPolicy.max_attempts)", ", and run the command again"),

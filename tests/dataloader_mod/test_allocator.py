@@ -10,7 +10,7 @@ import torch
 
 from concurrent_dataloader import DataLoader
 
-_NUM_BLOCKS = 64
+_NUM_BLOCKS = 256  # more than glibc would keep by itself at most: 64 MiB
 _BLOCK_BYTES = 600_000  # of 147 pages
 
 

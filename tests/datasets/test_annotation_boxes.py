@@ -203,7 +203,7 @@ def test_shards_without_boxes_take_annotations(
     [
         ("threaded", "fork"),
         ("asyncio", "fork"),
-        pytest.param("threaded", "spawn", marks=pytest.mark.slow),
+        pytest.param("threaded", "spawn", marks=pytest.mark.grid),
     ],
 )
 def test_annotations_are_read_with_their_images_and_once_for_all_workers_and_epochs(

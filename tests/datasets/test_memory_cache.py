@@ -71,7 +71,7 @@ def read_epoch(loader_class: Any, dataset: Dataset[Any], epoch: int, **settings:
     [
         *((ratio, None) for ratio in (0.0, 0.1, 0.5, 1.0)),
         *((ratio, "fork") for ratio in (0.0, 0.5, 1.0)),
-        pytest.param(0.5, "spawn", marks=pytest.mark.slow),
+        pytest.param(0.5, "spawn", marks=pytest.mark.grid),
     ],
 )
 def test_what_is_kept_is_read_once_by_all_and_batches_stay_torchs_g11(

@@ -95,7 +95,13 @@ def run_on_terminal(command: list[str], monkeypatch: pytest.MonkeyPatch) -> tupl
 
 
 @pytest.mark.usefixtures("work")
-@pytest.mark.parametrize("name", BARS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if number < 4 else pytest.param(name, marks=pytest.mark.grid)
+        for number, name in enumerate(BARS)
+    ],
+)
 def test_a_terminal_shows_a_bar_that_comes_to_its_end(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

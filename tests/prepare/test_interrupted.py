@@ -108,7 +108,13 @@ def stop_in_the_middle(
     return process.returncode, said
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if number < 3 else pytest.param(name, marks=pytest.mark.grid)
+        for number, name in enumerate(CASES)
+    ],
+)
 def test_ctrl_c_ends_a_command_that_waits_for_a_store_and_leaves_no_final_name(
     server: ObjectServer, tmp_path: Path, name: str
 ) -> None:
@@ -136,7 +142,13 @@ def test_ctrl_c_ends_a_command_that_waits_for_a_store_and_leaves_no_final_name(
     assert contents(out) == whole
 
 
-@pytest.mark.parametrize("name", COPIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if number < 1 else pytest.param(name, marks=pytest.mark.grid)
+        for number, name in enumerate(COPIES)
+    ],
+)
 def test_a_copy_that_is_killed_has_whole_objects_only_and_is_finished_by_the_next(
     server: ObjectServer, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -56,7 +56,11 @@ def remote(server: ObjectServer, **settings: Any) -> Store:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("start_method", "fetch_impl"),
-    [("fork", "threaded"), ("fork", "asyncio"), ("spawn", "threaded")],
+    [
+        ("fork", "threaded"),
+        ("fork", "asyncio"),
+        pytest.param("spawn", "threaded", marks=pytest.mark.grid),
+    ],
 )
 def test_the_second_epoch_makes_no_request(
     object_server: ObjectServer, folder: Path, start_method: str, fetch_impl: Any
