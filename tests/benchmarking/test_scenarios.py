@@ -20,10 +20,20 @@ ALL_CASES = [
     if name not in ("loader_epoch", "in_flight") or case not in SAME_AS_5MS
 ]
 
+# The longest, which run by `-m grid`; the others of their scenarios share most of their code.
+LONG_CASES = {("in_flight", "5ms"), ("shard_write", "memory"), ("store_get", "clients")}
+
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "case"), ALL_CASES, ids=[f"{n}-{c}" for n, c in ALL_CASES])
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        pytest.param(*each, marks=[pytest.mark.grid] if each in LONG_CASES else [])
+        for each in ALL_CASES
+    ],
+    ids=[f"{n}-{c}" for n, c in ALL_CASES],
+)
 def test_the_scenario_runs_and_its_rows_are_whole(name: str, case: str) -> None:
     scenario = scenarios.open_scenario(name)
 
