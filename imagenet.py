@@ -7,9 +7,8 @@
     torchrun --nproc-per-node 8 imagenet.py s3://imagenet --amp bf16 --channels-last
 
 The flags of PyTorch's ImageNet example keep their names, meanings and defaults. ``--loader torch``
-runs the same job with torch's own loader: the losses are the same, the time is not. The file is
-read from top to bottom: settings, data, model, optimiser, one epoch, validation, checkpoint, main.
-What a trainer needs besides is in ``concurrent_dataloader/training/``.
+runs the same job with torch's own loader: the losses are the same, the time is not. It is read from
+top to bottom, by its headings; the rest of a trainer is in ``concurrent_dataloader/training/``.
 """
 
 from __future__ import annotations

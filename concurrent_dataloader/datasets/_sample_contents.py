@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import ModuleType
 from typing import Any, NamedTuple
 
 from typing_extensions import Buffer
 
 from concurrent_dataloader.boxes import parse_boxes
 from concurrent_dataloader.datasets.fields import FieldDecoder
-from concurrent_dataloader.errors import (
-    MissingDependencyError,
-    SampleDecodeError,
-    ShardFormatError,
-)
+from concurrent_dataloader.errors import SampleDecodeError, ShardFormatError
+from concurrent_dataloader.formats.example import parse_example
 from concurrent_dataloader.formats.fields import LABEL_FIELD, Box, find_field, is_label_field
 from concurrent_dataloader.formats.tar import parse_sample, split_name
+from concurrent_dataloader.formats.tfrecord import parse_image_example, parse_record
 
 
 class SampleName(NamedTuple):
@@ -98,15 +95,14 @@ class SampleContents(NamedTuple):
             SampleDecodeError: A field is not what its name says, or none is there.
             ShardFormatError: It is no record, or a CRC does not fit.
         """
-        tfrecord = import_tfrecord()
-        payload = tfrecord.parse_record(raw, "record", start=start)
+        payload = parse_record(raw, "record", start=start)
         # The label is that of the index; what the record counts from matters to who made it only.
-        example = tfrecord.parse_image_example(payload, label_base=0, num_classes=None)
+        example = parse_image_example(payload, label_base=0, num_classes=None)
         image = example.encoded
         if self.fields is None:
             decoded = self.decoder.decode_image(name.field, image)
             return BoxedImage(decoded, example.boxes) if self.has_boxes else decoded
-        contents: dict[str, Any] = dict(tfrecord.parse_example(payload))
+        contents: dict[str, Any] = dict(parse_example(payload))
         contents |= dict.fromkeys((name.field, "jpg", "jpeg", "png", "img"), image)
 
         def decode_field(field: str, content: Any) -> Any:
@@ -137,18 +133,3 @@ class SampleContents(NamedTuple):
             else:
                 values.append(decode(name, contents[name]))
         return PickedFields(tuple(names), tuple(values))
-
-
-def import_tfrecord() -> ModuleType:
-    """Import what reads records.
-
-    Raises:
-        MissingDependencyError: What it needs is not installed.
-    """
-    try:
-        from concurrent_dataloader.formats import tfrecord
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"TFRecord: {error}; install it with `pip install google-crc32c`"
-        ) from error
-    return tfrecord

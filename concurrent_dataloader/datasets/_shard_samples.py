@@ -24,6 +24,11 @@ from concurrent_dataloader.datasets._split import Segment
 from concurrent_dataloader.datasets.contract import BytesKind, SampleLocation
 from concurrent_dataloader.errors import ShardFormatError
 from concurrent_dataloader.formats.tar import Sample, parse_sample, read_samples
+from concurrent_dataloader.formats.tfrecord import (
+    iter_records,
+    parse_image_example,
+    parse_record,
+)
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.shard_names import find_kind
 from concurrent_dataloader.stores.base import Store
@@ -116,8 +121,6 @@ class ShardList:
         where = self.describe(shard)
         if not self.is_records(shard):
             return parse_sample(raw, where)
-        from concurrent_dataloader.formats.tfrecord import parse_record
-
         return _sample_of_record(parse_record(raw, where), ByteRange(0, 0), where)
 
     def checked(self, shard: int, place: int | None, sample: Sample) -> Sample:
@@ -193,16 +196,12 @@ def each_place(segment: Segment, num_read: int) -> Iterator[int]:
 
 
 def _iter_record_samples(file: Any, where: str, offset: int) -> Iterator[Sample]:
-    from concurrent_dataloader.formats.tfrecord import iter_records
-
     for record in iter_records(file, where, start=offset):
         yield _sample_of_record(record.payload, record.byte_range, where)
 
 
 def _sample_of_record(payload: Buffer, extent: ByteRange, where: str) -> Sample:
     """Give a record the fields that it would have in a tar; the class as the record counts it."""
-    from concurrent_dataloader.formats.tfrecord import parse_image_example
-
     example = parse_image_example(
         payload, label_base=0, num_classes=None, where=f"{where} at {extent.start}"
     )

@@ -15,7 +15,6 @@ from concurrent_dataloader.datasets._sample_contents import (
     PickedFields,
     SampleContents,
     SampleName,
-    import_tfrecord,
 )
 from concurrent_dataloader.datasets._shard_labels import choose_labels, find_space, renumber
 from concurrent_dataloader.datasets.baked import Transform, match_baked, skip_baked
@@ -140,8 +139,6 @@ class ShardDataset(IndexedDataset):
             raise ValueError(f"max_gap_bytes: got {max_gap_bytes}, expected 0 or more")
         if max_request_bytes < 1:
             raise ValueError(f"max_request_bytes: got {max_request_bytes}, expected 1 or more")
-        if index.kind == "tfrecord":
-            import_tfrecord()
         if isinstance(fields, str) or (fields is not None and not fields):
             raise ValueError(f"fields: got {fields!r}, expected a tuple such as ('jpg;png', 'cls')")
         if not all(map(split_alternatives, fields or ())):

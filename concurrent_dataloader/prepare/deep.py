@@ -30,6 +30,7 @@ from concurrent_dataloader.formats.tar import (
     read_members,
     read_samples,
 )
+from concurrent_dataloader.formats.tfrecord import find_records
 from concurrent_dataloader.prepare.checksums import Finding
 from concurrent_dataloader.prepare.parallel import call_concurrently
 from concurrent_dataloader.prepare.samples import (
@@ -40,7 +41,6 @@ from concurrent_dataloader.prepare.samples import (
     Seen,
     check_sample,
     one_line,
-    open_tfrecord,
     parse_record,
     parse_tar_fields,
     see_sample,
@@ -97,14 +97,12 @@ def check_shard(
 
     Raises:
         StoreError: It cannot be read.
-        MissingDependencyError: A package that TFRecord or tensors need is not installed.
+        MissingDependencyError: A package that tensors need is not installed.
     """
     result = ShardResult(info.key, [], [], 0)
     num_unchecked = 0
     with _open_shard(store, info) as file:
         kind: SampleKind = "tfrecord" if find_kind(info.key) == "tfrecord" else "tar"
-        if kind == "tfrecord":
-            open_tfrecord()
         if index is not None:
             samples = _indexed_samples(file, info, rules, index)
         elif kind == "tar":
@@ -187,7 +185,7 @@ def _tar_samples(file: BinaryIO, info: ObjectInfo) -> Iterator[_Item]:
 def _tfrecord_samples(file: BinaryIO, info: ObjectInfo, rules: Rules) -> Iterator[_Item]:
     stop = 0
     try:
-        for number, extent in enumerate(open_tfrecord().find_records(file, info.key)):
+        for number, extent in enumerate(find_records(file, info.key)):
             stop = extent.stop
             name = f"record {number}"
             try:
@@ -243,7 +241,7 @@ def count_samples(
         try:
             with _open_shard(store, info, _HEADER_BYTES) as file:
                 if find_kind(info.key) == "tfrecord":
-                    return info.key, sum(1 for _ in open_tfrecord().find_records(file, info.key))
+                    return info.key, sum(1 for _ in find_records(file, info.key))
                 members = check_members(read_members(file, info.key), info.key)
                 samples = group_members(members, info.key)
                 return info.key, sum(1 for _ in samples)

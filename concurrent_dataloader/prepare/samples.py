@@ -7,7 +7,7 @@ import hashlib
 import io
 import math
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import orjson
@@ -17,11 +17,11 @@ from typing_extensions import Buffer
 from concurrent_dataloader.errors import (
     IndexFormatError,
     LoaderError,
-    MissingDependencyError,
     SampleDecodeError,
     ShardFormatError,
     UnknownClassError,
 )
+from concurrent_dataloader.formats import tfrecord
 from concurrent_dataloader.formats.crc32c import crc32c
 from concurrent_dataloader.formats.fields import (
     ANY_FIELD,
@@ -171,7 +171,6 @@ def parse_record(raw: Buffer, rules: Rules, where: str, start: int) -> ParsedSam
     Raises:
         ShardFormatError: It is damaged, or no image record, or its class is out of range.
     """
-    tfrecord = open_tfrecord()
     payload = tfrecord.parse_record(raw, where, start=start)
     example = tfrecord.parse_image_example(
         payload, label_base=rules.label_base, num_classes=rules.num_classes, where=where
@@ -215,21 +214,6 @@ def _check_payload(parsed: ParsedSample, rules: Rules) -> bool:
     if not is_usual or is_image_file(parsed.image):
         decode_image(parsed.image)
     return True
-
-
-def open_tfrecord() -> Any:
-    """Import the format, which needs an optional package.
-
-    Raises:
-        MissingDependencyError: It is not installed.
-    """
-    try:
-        from concurrent_dataloader.formats import tfrecord
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"TFRecord: {error}; install it with `pip install google-crc32c`"
-        ) from error
-    return tfrecord
 
 
 def see_sample(parsed: ParsedSample) -> Seen:
@@ -292,7 +276,7 @@ def _check_rest(store: SizedStore, sample: BadSample, rules: Rules) -> None:
             for found in read_samples(file, where, offset=start):
                 check_sample(parse_tar_fields(found.fields, found.key, where), rules)
             return
-        for record in open_tfrecord().iter_records(file, where, start=start):
+        for record in tfrecord.iter_records(file, where, start=start):
             first, stop = record.byte_range
             file.seek(first)
             check_sample(parse_record(file.read(stop - first), rules, where, first), rules)

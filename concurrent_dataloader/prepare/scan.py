@@ -14,13 +14,12 @@ import io
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
 from concurrent_dataloader.errors import (
     KeyNotFoundError,
-    MissingDependencyError,
     SampleDecodeError,
     ShardFormatError,
 )
@@ -41,6 +40,13 @@ from concurrent_dataloader.formats.tar import (
     read_members,
     split_name,
 )
+from concurrent_dataloader.formats.tfrecord import (
+    ImageExample,
+    ReadableFile,
+    Record,
+    iter_records,
+    parse_image_example,
+)
 from concurrent_dataloader.labels import LabelSpace, imagenet_classes
 from concurrent_dataloader.prepare.index import is_folder
 from concurrent_dataloader.prepare.parallel import call_concurrently
@@ -55,9 +61,6 @@ from concurrent_dataloader.shard_index import (
 from concurrent_dataloader.shard_names import ShardSet, Source, find_kind, locate_shards
 from concurrent_dataloader.stores.base import Store, WritableStore
 from concurrent_dataloader.stores.ranged_file import RangedFile
-
-if TYPE_CHECKING:
-    from concurrent_dataloader.formats.tfrecord import ImageExample, ReadableFile, Record
 
 OpenStore = Callable[[str], Store]
 """Opens the store at a folder, or at ``s3://bucket/prefix``."""
@@ -361,14 +364,7 @@ def iter_record_samples(file: ReadableFile, where: str, shard_name: str) -> Iter
 
     Raises:
         ShardFormatError: It is damaged, or holds no images.
-        MissingDependencyError: A package that TFRecord needs is not installed.
     """
-    try:
-        from concurrent_dataloader.formats.tfrecord import iter_records, parse_image_example
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"TFRecord: {error}; install it with `pip install google-crc32c`"
-        ) from error
     for number, record in enumerate(iter_records(file, where)):
         example = parse_image_example(
             record.payload, label_base=0, num_classes=None, where=f"{where}, record {number}"

@@ -12,6 +12,7 @@ import orjson
 from numpy.typing import NDArray
 from typing_extensions import Buffer
 
+from concurrent_dataloader.formats import tfrecord
 from concurrent_dataloader.formats.crc32c import CrcTable, crc32c
 from concurrent_dataloader.formats.fields import LABEL_FIELD
 from concurrent_dataloader.formats.tar_writer import TarWriter, count_sample_bytes
@@ -157,10 +158,8 @@ class _TFRecordShardWriter:
     """Records of ``tf.train.Example`` as TensorFlow's builder of ImageNet lays them out."""
 
     def __init__(self, file: HashedFile, recipe: Recipe) -> None:
-        from concurrent_dataloader.formats.tfrecord import TFRecordWriter
-
         self._checked = _CheckedFile(file)
-        self._writer = TFRecordWriter(self._checked)
+        self._writer = tfrecord.TFRecordWriter(self._checked)
         self._classes = recipe.source.classes
 
     def write(self, sample: _Sample) -> _Place:
@@ -175,8 +174,6 @@ class _TFRecordShardWriter:
 
 
 def _serialize(sample: _Sample, content: bytes, classes: Sequence[str] | None) -> bytes:
-    from concurrent_dataloader.formats import tfrecord
-
     class_name = None if sample.label is None or classes is None else classes[sample.label]
     is_synset = class_name is not None and _SYNSET.fullmatch(class_name) is not None
     example = tfrecord.ImageExample(
