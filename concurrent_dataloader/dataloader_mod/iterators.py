@@ -25,6 +25,7 @@ from concurrent_dataloader.dataloader_mod.failures import (
     count_samples,
 )
 from concurrent_dataloader.dataloader_mod.fetched import Batch, FetchedDataset
+from concurrent_dataloader.dataloader_mod.held_signals import HeldSignals
 from concurrent_dataloader.dataloader_mod.loans import forget_worker
 from concurrent_dataloader.dataloader_mod.lookahead import BatchTaken
 from concurrent_dataloader.dataloader_mod.orphan import (
@@ -86,8 +87,14 @@ class WorkersIter(torch_internals.MultiProcessingIter):
             )
         self._settings = settings
         self._sockets = SocketFolder()
+        self._held_signals = HeldSignals()
+        # torch's constructor sets it at the end, and looks at it also if it does not come so far.
+        self._workers_status = [True] * loader.num_workers
         prepare_for_workers()
-        super().__init__(_LoaderView(loader, settings, self._sockets))
+        try:
+            super().__init__(_LoaderView(loader, settings, self._sockets, self._held_signals))
+        finally:
+            self._held_signals.heed()
         itself = weakref.ref(self)
         watch_senders(
             self._worker_result_queue,
@@ -174,6 +181,7 @@ class WorkersIter(torch_internals.MultiProcessingIter):
             del error  # else error and frame hold each other, and with them the workers
 
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
+        self._held_signals.heed()  # all workers are known to torch
         self._worker_of_task.clear()
         self._sampler_after.clear()
         base_seed = self._settings.base_seed
@@ -203,7 +211,7 @@ class WorkersIter(torch_internals.MultiProcessingIter):
 
     def _shutdown_workers(self) -> None:
         # A child that was forked meanwhile has a copy of this, and must leave the workers alone.
-        if self.__dict__.get("_pid") == os.getpid():
+        if self.__dict__.get("_pid") == os.getpid() and "_workers" in self.__dict__:
             super()._shutdown_workers()
             self._sockets.remove()
             for worker in self._workers:
@@ -228,12 +236,16 @@ class _LoaderView:
     """A loader as torch's iterator over workers is to see it; the user's own stays as it is."""
 
     def __init__(
-        self, loader: DataLoader[Any], settings: FetchSettings, sockets: SocketFolder
+        self,
+        loader: DataLoader[Any],
+        settings: FetchSettings,
+        sockets: SocketFolder,
+        held_signals: HeldSignals,
     ) -> None:
         self._loader = loader
         context = loader.multiprocessing_context
         self.multiprocessing_context = _WorkerContext(
-            torch.multiprocessing if context is None else context, settings, sockets
+            torch.multiprocessing if context is None else context, settings, sockets, held_signals
         )
         self.prefetch_factor = loader.prefetch_factor
         if self.prefetch_factor:  # 0 is an error, and torch's to raise
@@ -250,16 +262,36 @@ class _LoaderView:
 class _WorkerContext:
     """A multiprocessing context whose processes run our loop in place of torch's."""
 
-    def __init__(self, context: Any, settings: FetchSettings, sockets: SocketFolder) -> None:
+    def __init__(
+        self,
+        context: Any,
+        settings: FetchSettings,
+        sockets: SocketFolder,
+        held_signals: HeldSignals,
+    ) -> None:
         self._context = context
         self._loop = functools.partial(_worker_loop, settings=settings, sockets=sockets)
+        self._held_signals = held_signals
 
     def Process(self, *, target: Any, args: tuple[Any, ...]) -> Any:  # noqa: N802 - its name there
         del target
-        return self._context.Process(target=self._loop, args=args)
+        self._held_signals.heed()  # the workers before this one are known to torch
+        if self._context.get_start_method() != "fork":
+            return self._context.Process(target=self._loop, args=args)
+        # Heeded when torch asks for the next worker, or has the last one.
+        self._held_signals.hold()
+        loop = functools.partial(_run_forked, self._held_signals, self._loop)
+        return self._context.Process(target=loop, args=args)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
+
+
+def _run_forked(
+    held_signals: HeldSignals, loop: Callable[..., None], *args: Any, **kwargs: Any
+) -> None:
+    held_signals.forget()
+    loop(*args, **kwargs)
 
 
 class PlainMainProcessIter(torch_internals.SingleProcessIter):
