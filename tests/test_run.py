@@ -138,7 +138,7 @@ def test_all_tests_are_shared_out_and_chosen_ones_run_in_one_process(verb: str, 
 
     whole, chosen = (run(verb, *words, VENV=str(venv)) for words in ((), ("-k", "a b")))
 
-    assert whole.stdout.endswith("-m pytest --numprocesses 2 --dist worksteal\n"), whole.stderr
+    assert whole.stdout.endswith("-m pytest --numprocesses 3 --dist worksteal\n"), whole.stderr
     assert chosen.stdout.endswith("-m pytest -k a b\n"), chosen.stderr
 
 

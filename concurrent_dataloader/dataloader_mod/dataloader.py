@@ -101,7 +101,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             dataset that has none; ``"vanilla"`` is torch's own loader.
         num_fetch_workers: Samples in flight per worker, up to 4096, and as many requests of stores
             of `open_store`; None: up to 256, as many as turn out to be of use; without such a store
-            up to 128.
+            up to 128, fewer where they compute instead of waiting.
         batch_pool: Batches begun ahead of the one being assembled, per worker, up to 4096; 0 is
             off; None: so many that twice as many samples are begun as may be in flight, and at
             least two.

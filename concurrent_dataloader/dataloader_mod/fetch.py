@@ -6,10 +6,12 @@ import asyncio
 import collections
 import concurrent.futures
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
+from concurrent_dataloader.dataloader_mod.thread_limit import ThreadLimit, count_cores
 from concurrent_dataloader.stores import in_flight
 from concurrent_dataloader.threads import FutureThreads
 
@@ -53,10 +55,12 @@ class ThreadedFetcher:
 
         Args:
             fetch: Called for each sample.
-            num_fetch_workers: Samples in flight, as long as no store says what is of use.
+            num_fetch_workers: Samples in flight, as long as no store says what is of use; fewer
+                where they turn out to compute, unless the number is fixed.
             max_fetch_workers: To how many stores may raise it; None: they have no say.
         """
         self._fetch = fetch
+        self._limit = ThreadLimit(num_fetch_workers, count_cores(), time.perf_counter())
         self._callers = in_flight.Callers(num_fetch_workers, max_fetch_workers)
         self._threads = FutureThreads(self._callers, "fetch")
         self._callers.grow = self._threads.grow
@@ -72,7 +76,14 @@ class ThreadedFetcher:
 
     def _fetch_one(self, position: Any) -> Any:
         in_flight.callers.set(self._callers)
-        return self._fetch(position)
+        if not self._callers.is_alone:
+            return self._fetch(position)
+        begun_s = time.thread_time()
+        try:
+            return self._fetch(position)
+        finally:
+            self._limit.end(time.thread_time() - begun_s, time.perf_counter())
+            self._callers.set_number(self._limit.limit)
 
     def close(self) -> None:
         """Cancel what waits, end the threads."""

@@ -383,7 +383,7 @@ class Callers:
         """Make a fetcher's.
 
         Args:
-            number: How many there may be as long as no gate is known.
+            number: How many there may be as long as no gate is known; see `set_number`.
             maximum: How many gates may let there be; None: the number is fixed, no gate counts.
         """
         self._number = number
@@ -410,6 +410,17 @@ class Callers:
         with self._lock:
             let_through = sum(gate.limit for gate in self._gates)
             return max(1, min(maximum, let_through) + self._num_resting)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether nobody says how many are of use: neither a person nor a gate."""
+        return self._maximum is not None and not self._gates
+
+    def set_number(self, number: int) -> None:
+        """Have so many of them from now on, as long as no gate is known."""
+        is_more, self._number = number > self._number, number
+        if is_more:
+            self.grow()
 
     def close(self) -> None:
         """Grow no more, and forget who would have; else the two would hold each other."""

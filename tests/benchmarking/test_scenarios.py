@@ -21,7 +21,14 @@ ALL_CASES = [
 ]
 
 # The longest, which run by `-m grid`; the others of their scenarios share most of their code.
-LONG_CASES = {("in_flight", "5ms"), ("shard_write", "memory"), ("store_get", "clients")}
+LONG_CASES = {
+    ("in_flight", "5ms"),
+    ("outage", "refused"),
+    ("outage", "reset"),
+    ("shard_write", "memory"),
+    ("soak", "fresh"),
+    ("store_get", "clients"),
+}
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
