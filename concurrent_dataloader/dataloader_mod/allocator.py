@@ -1,6 +1,6 @@
-"""The C library's allocator in a worker: what it keeps of freed memory, and when it gives it back.
+"""A worker's memory: what it keeps of freed one, when it gives it back, and what it copies.
 
-Only glibc is told, which is the C library of most Linux systems; elsewhere nothing is done.
+Of allocators only glibc is told, which is the C library of most Linux systems.
 
 Source:
     mallopt(3) and malloc_trim(3) of the Linux man-pages; the numbers of the parameters are those of
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -19,6 +20,17 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 512 << 20  # the tensors of a batch: 38 MB for 64 photographs
 _MMAP_BYTES = 32 << 20  # the largest to which glibc would come by itself
 _VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+
+
+def settle_memory(environment: Mapping[str, str] = os.environ) -> None:
+    """Do what a worker's memory needs when it begins.
+
+    Frees are as in `keep_freed_memory`. And what is there already is kept out of each collection of
+    garbage, which writes to all objects that it looks at: a forked worker would copy those of its
+    parent, some 80 MB of torch alone. Cycles that a parent has not collected yet stay for good.
+    """
+    keep_freed_memory(environment)
+    gc.freeze()
 
 
 def keep_freed_memory(environment: Mapping[str, str] = os.environ) -> None:

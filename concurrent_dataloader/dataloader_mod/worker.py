@@ -18,7 +18,7 @@ from typing import Any
 
 from concurrent_dataloader import core_files
 from concurrent_dataloader.dataloader_mod import torch_internals
-from concurrent_dataloader.dataloader_mod.allocator import keep_freed_memory
+from concurrent_dataloader.dataloader_mod.allocator import settle_memory
 from concurrent_dataloader.dataloader_mod.dataset_state import WorkerWatch, make_watch
 from concurrent_dataloader.dataloader_mod.error_policy import make_failure_log, report_through
 from concurrent_dataloader.dataloader_mod.fetched import FetchedDataset
@@ -85,7 +85,7 @@ def _worker_loop(
     fetched: FetchedDataset | None = None
     watch: WorkerWatch | None = None
     if settings.fetch_impl != "vanilla":
-        keep_freed_memory()
+        settle_memory()
         pool = SlotPool(
             settings.prefetch_factor + _NUM_BATCHES_HELD,
             settings.prefetch_factor + _MAX_BATCHES_HELD,

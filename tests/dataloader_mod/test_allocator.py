@@ -1,6 +1,8 @@
-"""What a worker keeps of the memory that it freed."""
+"""What memory a worker has: what it keeps of freed one, and what it copies of its parent's."""
 
 import functools
+import gc
+import re
 import resource
 import sys
 from pathlib import Path
@@ -51,3 +53,29 @@ def test_what_the_environment_says_of_the_allocator_stays(
     monkeypatch.setenv(name, value)
 
     assert count_page_faults_per_block(tmp_path) > 100
+
+
+def read_private_bytes() -> int:
+    """Memory that no other process has."""
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return 1024 * sum(map(int, re.findall(r"^Private_\w+: +(\d+) kB", text, re.MULTILINE)))
+
+
+def write_growth(file: Path, _: int) -> None:
+    """Collect garbage, and write how much memory became this process's own by that."""
+    before = read_private_bytes()
+    gc.collect()
+    file.write_text(str(read_private_bytes() - before))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_collection_in_a_worker_copies_nothing_of_its_parent(tmp_path: Path) -> None:
+    of_parent = [[number] for number in range(300_000)]  # 26 MB that a collection looks at
+    file = tmp_path / "growth"
+    data = torch.utils.data.TensorDataset(torch.zeros(4))
+    write = functools.partial(write_growth, file)
+
+    list(DataLoader(data, num_workers=1, worker_init_fn=write, multiprocessing_context="fork"))
+
+    assert int(file.read_text()) < 5e6
+    del of_parent
