@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import hashlib
+import io
 import itertools
 import random
 import warnings
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import google_crc32c
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from concurrent_dataloader.datasets import StreamedShards, shards_of_instance
 from concurrent_dataloader.datasets.instances import InstanceShard, InstanceShards
@@ -22,9 +25,13 @@ from concurrent_dataloader.errors import ChecksumError, IndexFormatError, ShardF
 from concurrent_dataloader.prepare.__main__ import main
 from concurrent_dataloader.prepare.distribute import check_distribution, distribute
 from concurrent_dataloader.prepare.metadata import Metadata
+from concurrent_dataloader.prepare.shard import write_shards
+from concurrent_dataloader.prepare.shard_settings import ShardSettings
+from concurrent_dataloader.prepare.steps import Preparation
 from concurrent_dataloader.shard_index import ShardIndex
 from concurrent_dataloader.stores import Credentials, open_writable_store
 from concurrent_dataloader.testing import ObjectServer
+from tests.prepare.memory_source import MemorySource
 from tests.prepare.shard_sets import (
     Samples,
     digests,
@@ -90,6 +97,33 @@ def test_pixels_of_a_part_are_those_of_the_shard_g01_g02(folder: Path) -> None:
     copied = b"".join(part.read_bytes()[:-1024] for part in parts)
     whole = [(folder / f"train-{shard:06d}.tar").read_bytes()[:-1024] for shard in (8, 9)]
     assert copied == b"".join(whole)
+
+
+def test_tensors_of_a_part_are_those_of_the_shard_g01(tmp_path: Path) -> None:
+    """The older system wrote a Python object's text where a tensor had been."""
+    folder = tmp_path / "shards"
+    images: dict[str, bytes] = {}
+    for width in range(8, 18):
+        file = io.BytesIO()
+        Image.new("RGB", (width, 8)).save(file, "PNG")
+        images[f"a/{width}.png"] = file.getvalue()
+    as_tensors = ShardSettings(max_count=3, preparation=Preparation(payload="tensor"))
+    write_shards(MemorySource(images), folder, as_tensors)
+
+    distribute(str(folder), 2)
+
+    own = [shards_of_instance(str(folder), instance, 2) for instance in range(2)]
+    found = [member for each in own for member in read_all(folder, each)]
+    whole = [
+        member for path in sorted(folder.glob("*.tar")) for member in members(path.read_bytes())
+    ]
+    assert sorted(found) == sorted(whole)
+    widths = [
+        torch.load(io.BytesIO(raw), weights_only=True).shape[2]
+        for name, raw in found
+        if name.endswith(".pth")
+    ]
+    assert sorted(widths) == list(range(8, 18))
 
 
 def test_the_shards_and_their_checksum_stay_as_they_were_g03(folder: Path) -> None:

@@ -240,6 +240,18 @@ def test_no_shard_exceeds_the_size_but_one_of_a_single_sample(tmp_path: Path) ->
         first += shard.num_samples
 
 
+def test_row_97_count_and_size_both_end_shards_of_one_run(tmp_path: Path) -> None:
+    small = {f"n00/{number:02d}.JPEG": bytes(10) for number in range(12)}
+    large = {f"n01/{number:02d}.JPEG": bytes(3_000) for number in range(6)}
+    settings = ShardSettings(max_count=5, max_bytes=12_000, seed=None)
+
+    shards = write_shards(MemorySource(small | large), tmp_path, settings).shards or ()
+
+    # A small sample takes 2 KiB in a tar, a large one 4.5; the end of a tar 1.
+    assert [shard.num_samples for shard in shards] == [5, 5, 3, 2, 2, 1]
+    assert all(shard.size_bytes <= 12_000 for shard in shards)
+
+
 def parse_size(fields: dict[str, bytes]) -> int:
     return sum(512 + len(content) + -len(content) % 512 for content in fields.values())
 
