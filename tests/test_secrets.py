@@ -103,6 +103,11 @@ def write_credentials(path: pathlib.Path, server: ObjectServer, **changes: str) 
     return path
 
 
+def keep_sample(_: str, fields: dict[str, bytes]) -> dict[str, bytes]:
+    """What ``map`` calls."""
+    return fields
+
+
 def run(commands: list[list[str]], **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {name: text for name, text in os.environ.items() if not name.startswith("AWS_")}
     return subprocess.run(
@@ -132,12 +137,21 @@ def test_no_secret_in_what_commands_and_training_print_and_write(
     broken.write_text(credentials.read_text()[:-1])
     by_file = [f"--credentials={credentials}"] if source == "file" else []
     for_trainer = [f"--s3-credential-file={credentials}"] if source == "file" else []
+    for_target = [f"--target-credentials={credentials}"] if source == "file" else []
+    keep = ["--split=train", "--function=tests.test_secrets:keep_sample"]
     commands = [
         ["index", "s3://bucket/train", f"--output={output / 'index.json'}", *by_file],
         ["copy", "s3://bucket/train", str(output / "copy"), *by_file],
         ["validate", "s3://bucket", f"--index={output / 'index.json'}", *by_file],
         ["shard", "s3://bucket", str(output / "shards"), "--splits=train,val", *by_file],
         ["train", "s3://bucket", *small_job(output / "run"), "--epochs=1", *for_trainer],
+        ["copy", str(output / "shards"), "s3://bucket/shards", *for_target],
+        ["advise", "s3://bucket/train", *by_file],
+        ["reshard", "s3://bucket/shards", str(output / "resharded"), "--split=train", *by_file],
+        ["map", "s3://bucket/shards", str(output / "mapped"), *keep, *by_file],
+        ["distribute", "s3://bucket/shards", "-n2", "--split=train", *by_file],
+        ["lmdb", "s3://bucket", str(output / "databases"), "--splits=train,val", *by_file],
+        ["folders", "s3://bucket/train", str(output / "folders"), *by_file],
     ]
     failing = [
         ["index", "s3://bucket/none", f"--output={output / 'none.json'}", *by_file],

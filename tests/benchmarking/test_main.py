@@ -1,10 +1,12 @@
 import pathlib
+from typing import Any
 
 import pytest
 
 from benchmarking import scenarios
 from benchmarking.__main__ import main
-from benchmarking.results import read_rows
+from benchmarking.results import Bar, read_rows
+from benchmarking.scenarios import index_load
 
 pytest.importorskip("skimage", reason="the photographs ship with scikit-image")
 pytest.importorskip("sklearn", reason="the photographs ship with scikit-learn")
@@ -39,6 +41,20 @@ def test_bars_leave_a_table_beside_the_rows(tmp_path: pathlib.Path) -> None:
     table = output.with_suffix(".md").read_text()
     assert "| index_load | load of 20,000 packed keys |" in table
     assert "| ≤ 0.2 s | reached |" in table
+
+
+def test_a_bar_that_is_missed_ends_it_with_status_1(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = ["index_load", "--quick", "--only", "load", f"--output={tmp_path / 'results.jsonl'}"]
+    assert main(load) == 0
+
+    def bar_at_nothing(**given: Any) -> Bar:
+        return Bar(**{**given, "bound": 0.0})
+
+    monkeypatch.setattr(index_load, "Bar", bar_at_nothing)
+
+    assert main(load) == 1
 
 
 def test_a_case_that_is_not_there_is_named(
