@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import sys
 import weakref
@@ -54,6 +55,16 @@ _MIN_GRACE_S, _MAX_GRACE_S = 1.0, 10.0
 
 _CLOSED = "the loader was closed; iterate over it anew"
 
+_queues_in_use: dict[int, list[Any]] = {}
+"""The queues of each iterator whose workers run, by its `WorkersIter._number`.
+
+Where an iterator is garbage in a cycle, such as that of an error and the frame that keeps it, the
+collector would finalise the connections of its queues, which closes their files, and then the
+iterator, which sends by them and has them closed again: by then the numbers may be another's.
+"""
+
+_numbers = itertools.count()
+
 
 class WorkersIter(torch_internals.MultiProcessingIter):
     """torch's iterator over workers, with our loop in them and more index lists sent ahead."""
@@ -87,12 +98,15 @@ class WorkersIter(torch_internals.MultiProcessingIter):
             )
         self._settings = settings
         self._sockets = SocketFolder()
+        self._number = next(_numbers)
         self._held_signals = HeldSignals()
         # torch's constructor sets it at the end, and looks at it also if it does not come so far.
         self._workers_status = [True] * loader.num_workers
         prepare_for_workers()
+        view = _LoaderView(loader, settings, self._sockets, self._held_signals)
+        _queues_in_use[self._number] = view.multiprocessing_context.queues
         try:
-            super().__init__(_LoaderView(loader, settings, self._sockets, self._held_signals))
+            super().__init__(view)
         finally:
             self._held_signals.heed()
         itself = weakref.ref(self)
@@ -211,11 +225,14 @@ class WorkersIter(torch_internals.MultiProcessingIter):
 
     def _shutdown_workers(self) -> None:
         # A child that was forked meanwhile has a copy of this, and must leave the workers alone.
-        if self.__dict__.get("_pid") == os.getpid() and "_workers" in self.__dict__:
+        if self.__dict__.get("_pid") != os.getpid():
+            return
+        if "_workers" in self.__dict__:  # else torch's constructor did not come so far
             super()._shutdown_workers()
             self._sockets.remove()
             for worker in self._workers:
                 forget_worker(worker.pid)
+        _queues_in_use.pop(self.__dict__.get("_number", -1), None)
 
     def _next_data(self) -> Any:
         if self._shutdown and not self._is_finished:
@@ -272,6 +289,12 @@ class _WorkerContext:
         self._context = context
         self._loop = functools.partial(_worker_loop, settings=settings, sockets=sockets)
         self._held_signals = held_signals
+        self.queues: list[Any] = []
+
+    def Queue(self) -> Any:  # noqa: N802 - its name there
+        queue = self._context.Queue()
+        self.queues.append(queue)
+        return queue
 
     def Process(self, *, target: Any, args: tuple[Any, ...]) -> Any:  # noqa: N802 - its name there
         del target

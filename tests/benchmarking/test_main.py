@@ -1,5 +1,4 @@
 import pathlib
-from typing import Any
 
 import pytest
 
@@ -49,10 +48,8 @@ def test_a_bar_that_is_missed_ends_it_with_status_1(
     load = ["index_load", "--quick", "--only", "load", f"--output={tmp_path / 'results.jsonl'}"]
     assert main(load) == 0
 
-    def bar_at_nothing(**given: Any) -> Bar:
-        return Bar(**{**given, "bound": 0.0})
-
-    monkeypatch.setattr(index_load, "Bar", bar_at_nothing)
+    bar_at_nothing = Bar(figure="load_s", bound=0.0, direction="at most")
+    monkeypatch.setattr(index_load, "Bar", lambda **_: bar_at_nothing)
 
     assert main(load) == 1
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -48,3 +50,56 @@ def test_a_loader_goes_without_the_garbage_collector(
         assert [end() for end in ends] == [None, None]
     finally:
         gc.enable()
+
+
+PROGRAM = """
+import errno, gc, os, threading
+
+num_closed_twice = 0
+real_close = os.close
+
+def close(file):
+    global num_closed_twice
+    try:
+        real_close(file)
+    except OSError as error:
+        num_closed_twice += error.errno == errno.EBADF
+        raise
+
+os.close = close  # before multiprocessing takes it
+
+import torch
+from concurrent_dataloader import DataLoader
+
+threading.excepthook = lambda _: None  # of threads that send by what is closed
+data = torch.utils.data.TensorDataset(torch.arange(4))
+
+def leave_in_a_cycle():
+    cycle = [iter(DataLoader(data, 4, num_workers=2))]
+    # The second worker has been sent nothing, so no thread holds its queue's connections. Those
+    # that a variable holds at a collection come before those that a list holds in the next one.
+    queue = cycle[0]._index_queues[1]
+    reader, writer = queue._reader, queue._writer
+    del queue
+    gc.collect()
+    cycle.append(cycle)
+
+gc.disable()
+for _ in range(3):
+    leave_in_a_cycle()
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name.startswith("QueueFeeder"):
+            thread.join()
+print(num_closed_twice)
+"""
+
+
+@pytest.mark.slow
+def test_an_iterator_that_the_garbage_collector_finds_closes_each_file_once() -> None:
+    """Closed again, its number may be another's by then: of a file of the user's own."""
+    process = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=90, check=False
+    )
+
+    assert (process.stdout, process.stderr) == ("0\n", "")
