@@ -38,22 +38,34 @@ class HeldSignals:
                 signal.signal(number, self._note)
 
     def heed(self) -> None:
-        """Run handlers again, at first for what was noted; raises what they raise."""
-        handlers = self._put_back()
-        received, self._received = self._received, []
-        for number in received:
-            handlers[number](number, None)
+        """Run handlers again, at first for what was noted; raises what they raise.
+
+        All are put back and all that was noted is heeded, also where a handler raises meanwhile.
+        """
+        handlers, self._handlers = self._handlers, {}
+        try:
+            _call_each(signal.signal, list(handlers.items()))
+        finally:
+            received, self._received = self._received, []
+            _call_each(lambda number: handlers[number](number, None), [(n,) for n in received])
 
     def forget(self) -> None:
         """Run handlers again, but not for what was noted: in a fork, whose parent heeds it."""
-        self._put_back()
+        handlers, self._handlers = self._handlers, {}
+        _call_each(signal.signal, list(handlers.items()))
         self._received = []
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self._received.append(number)
 
-    def _put_back(self) -> dict[int, Callable[[int, FrameType | None], Any]]:
-        handlers, self._handlers = self._handlers, {}
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        return handlers
+
+def _call_each(call: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> None:
+    """Call it with each of them, with the rest too where it raises.
+
+    Not by `contextlib.ExitStack`, whose errors hold their own frames, and so a loader's iterator.
+    """
+    if arguments:
+        try:
+            call(*arguments[0])
+        finally:
+            _call_each(call, arguments[1:])

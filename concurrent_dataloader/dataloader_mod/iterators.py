@@ -106,9 +106,13 @@ class WorkersIter(torch_internals.MultiProcessingIter):
         view = _LoaderView(loader, settings, self._sockets, self._held_signals)
         _queues_in_use[self._number] = view.multiprocessing_context.queues
         try:
-            super().__init__(view)
-        finally:
-            self._held_signals.heed()
+            try:
+                super().__init__(view)
+            finally:
+                self._held_signals.heed()
+        except BaseException:
+            self._shutdown_workers()  # not only when the error has gone, which may be kept
+            raise
         itself = weakref.ref(self)
         watch_senders(
             self._worker_result_queue,

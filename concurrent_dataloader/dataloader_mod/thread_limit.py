@@ -2,7 +2,7 @@
 
 Threads that wait for a disk or a network cost little, and many of them hide the latency. Threads
 that decode and compute wait for the cores and for the interpreter's lock, and take each other's
-caches: 128 of them cost a tenth more CPU for each image than four do (benchmarking:
+caches, so that many of them cost more CPU for each image than a few do (benchmarking:
 ``loader_epoch --only plain``). Which they are is seen by their CPU time, and by what fewer bring.
 """
 
@@ -32,7 +32,7 @@ class ThreadLimit:
     _MIN_CALLS = 64
     _MIN_ROUND_S = 0.5
     _MINIMUM = 8
-    """As cheap as two (benchmarking: ``loader_epoch --only plain``), and hides seven waits."""
+    """Few enough to be cheap, and enough to hide some waiting."""
 
     _FACTOR = 4
     _BUSY = 0.5

@@ -98,6 +98,20 @@ def test_a_handler_of_the_programs_own_is_run_once_for_each_signal(held: HeldSig
         signal.signal(signal.SIGTERM, before)
 
 
+def test_each_signal_is_heeded_though_the_first_handler_raises(held: HeldSignals) -> None:
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        held.hold()
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            held.heed()
+        assert received == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_a_fork_forgets_what_its_parent_heeds(held: HeldSignals) -> None:
     held.hold()
     signal.raise_signal(signal.SIGINT)
