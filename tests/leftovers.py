@@ -114,7 +114,12 @@ def find_shared_memory(
 
 
 def _find_files(folder: str | os.PathLike[str]) -> set[str]:
-    return {f"file {path}" for path in pathlib.Path(folder).rglob("*")}
+    # Not `rglob`, for which a folder that goes meanwhile is an error.
+    return {
+        f"file {os.path.join(parent, name)}"
+        for parent, folders, files in os.walk(folder)
+        for name in (*folders, *files)
+    }
 
 
 def stretch(seconds: float) -> float:
@@ -201,11 +206,12 @@ class Script:
         """Tell Python's own folder for the socket of a fork server, left if its user was killed."""
         path = pathlib.Path(file.removeprefix("file "))
         folder = path if path.parent == self.folder else path.parent
-        return (
-            self.process.poll() == -signal.SIGKILL
-            and folder.name.startswith("pymp-")
-            and len(list(folder.iterdir())) == 1
-        )
+        if self.process.poll() != -signal.SIGKILL or not folder.name.startswith("pymp-"):
+            return False
+        try:
+            return len(os.listdir(folder)) == 1
+        except FileNotFoundError:  # gone since it was found
+            return False
 
     def _find_processes(self) -> list[psutil.Process]:
         found: list[psutil.Process] = []
