@@ -223,8 +223,8 @@ def test_what_a_killed_process_left_is_removed_when_the_folder_is_opened(folder:
 
 
 def begin_in_a_thread(folder: Path, sender: Connection) -> None:
-    threading.Thread(target=begin, args=(folder, sender), daemon=True).start()
     with contextlib.suppress(KeyboardInterrupt):
+        threading.Thread(target=begin, args=(folder, sender), daemon=True).start()
         threading.Event().wait()
 
 
