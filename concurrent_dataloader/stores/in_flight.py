@@ -59,9 +59,9 @@ class InFlightLimit:
       at most, and not below 16; taken back if less comes by fewer, since then it was not they that
       waited for each other;
     - else, if all that were allowed were used: twice as many as long as throughput rises by a
-      tenth; the doubling that brings no more is taken back. From then on a quarter more is tried
-      for some rounds now and then, and kept if throughput follows: beyond what hides the latency,
-      requests cost the client and the store more, and bring nothing;
+      tenth; the doubling that brings no more in two rounds is taken back. From then on a quarter
+      more is tried for some rounds now and then, and kept if throughput follows: beyond what hides
+      the latency, requests cost the client and the store more, and bring nothing;
     - but for a minute after a refusal, one more, or a twentieth, a round; two more, four, and so on
       as long as no round brings a refusal, since a store that refused all for a second takes as
       many as before.
@@ -91,6 +91,9 @@ class InFlightLimit:
         self._is_doubling = True
         self._proved = self._limit
         """What the last doubling that brought more came to."""
+        self._proved_throughput = 0.0
+        self._is_doubted = False
+        """Whether a round of the doubling that is tried brought no more."""
         self._trial = _Trial()
         self._fall = _Fall()
         self._careful_until_s = -math.inf
@@ -178,17 +181,25 @@ class InFlightLimit:
                 self._trial = _Trial()
             self._set(fewer)
         elif self._is_used_up:
-            if self._is_doubling and rises:
-                self._proved = self._limit
-                self._set(self._limit * 2)
-            elif self._is_doubling:
-                self._is_doubling = False
-                self._set(self._proved)
+            if self._is_doubling:
+                self._go_on_doubling(throughput)
             elif is_careful:
                 self._set(self._limit + max(self._careful_step, self._limit * 0.05))
                 self._careful_step *= 2
             else:
                 self._set(self._trial.next(self._limit, throughput))
+
+    def _go_on_doubling(self, throughput: float) -> None:
+        if throughput > self._proved_throughput * self._RISE:
+            self._proved, self._proved_throughput = self._limit, throughput
+            self._is_doubted = False
+            self._set(self._limit * 2)
+        elif not self._is_doubted:
+            # Connections and threads that have just been made may have cost the difference.
+            self._is_doubted = True
+        else:
+            self._is_doubling = False
+            self._set(self._proved)
 
     def _cut(self, factor: float) -> None:
         self._is_doubling = False

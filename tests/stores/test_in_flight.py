@@ -134,6 +134,24 @@ def test_it_comes_to_what_hides_the_latency(needed: int) -> None:
     assert simulation.num_answered[0] / 40 > 0.9 * needed / 0.1
 
 
+def test_what_new_connections_cost_does_not_end_the_doubling() -> None:
+    """As seen with raw objects at 100 ms: 256 brought no more than 128 for the first half second,
+    and were tried again some seconds later."""
+    num_connections = 128
+
+    def answer(now_s: float, num_under_way: int) -> Answer:
+        nonlocal num_connections
+        del now_s
+        is_new = num_under_way > num_connections
+        num_connections = max(num_connections, num_under_way)
+        return 0.7 if is_new else 0.1, "answered"
+
+    simulation = Simulation(answer, [64])
+    simulation.run(2.0)
+
+    assert simulation.limits[0].limit == 256
+
+
 def test_more_are_tried_later_when_the_network_has_become_slower() -> None:
     near, far = store_of_capacity(2000.0, 0.03), store_of_capacity(2000.0, 0.1)
     simulation = Simulation(lambda now_s, n: (near if now_s < 20 else far)(now_s, n), [32])
