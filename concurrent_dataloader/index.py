@@ -267,6 +267,7 @@ class Index:
             sample_seed: Seed of the sample, 0 to 2**32 - 1; the head when None.
 
         Raises:
+            TypeError: One of them is no whole number.
             ValueError: ``n`` is less than 1, or the seed is out of range.
         """
         chosen = choose_positions(len(self), n, sample_seed)
@@ -366,6 +367,9 @@ def choose_positions(
     Raises:
         ValueError: As in `Index.limit`.
     """
+    for name, value in (("limit", n), ("sample_seed", sample_seed)):
+        if value is not None and not hasattr(value, "__index__"):
+            raise TypeError(f"{name}: got {value!r}, expected a whole number, or None")
     if n is not None and n < 1:
         raise ValueError(f"limit: got {n}, expected 1 or more, or None for all")
     if sample_seed is not None and not 0 <= sample_seed < 2**32:

@@ -412,6 +412,11 @@ class TestParts:
         with pytest.raises(ValueError, match=f"limit: got {n}, expected 1 or more"):
             Index.from_keys(KEYS).limit(n)
 
+    @pytest.mark.parametrize("n", ["5", 2.0])
+    def test_a_limit_that_is_no_number_is_refused(self, n: Any) -> None:
+        with pytest.raises(TypeError, match=r"limit: got .*, expected a whole number, or None"):
+            Index.from_keys(KEYS).limit(n)
+
     def test_a_seeded_sample_has_many_classes_where_the_head_has_few(self) -> None:  # I-33
         index = Index.from_keys([f"{i // 100:03d}/{i:05d}" for i in range(10_000)])
 

@@ -9,6 +9,7 @@ Source:
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import gc
@@ -31,6 +32,9 @@ def settle_memory(environment: Mapping[str, str] = os.environ) -> None:
     """
     keep_freed_memory(environment)
     gc.freeze()
+    # Python's last collection is to find them: libraries (nanobind's) complain of what it leaves.
+    # Workers that were forked end without it.
+    atexit.register(gc.unfreeze)
 
 
 def keep_freed_memory(environment: Mapping[str, str] = os.environ) -> None:

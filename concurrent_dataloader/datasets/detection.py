@@ -253,6 +253,10 @@ def choose_database(place: Place, split: str | None, where: str) -> str:
     names = place.databases
     if names == ["data.mdb"] or (len(names) == 1 and split in (None, find_split(names[0]))):
         return "" if names == ["data.mdb"] else names[0]
+    if not names:
+        raise FileNotFoundError(
+            f"{where}: holds no LMDB database; write one with `concurrent-dataloader lmdb`"
+        )
     wanted = split or "train"
     fitting = [name for name in names if find_split(name) == wanted]
     if not fitting:

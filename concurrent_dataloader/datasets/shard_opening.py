@@ -32,6 +32,8 @@ from concurrent_dataloader.errors import (
 from concurrent_dataloader.labels import Classes
 from concurrent_dataloader.shard_index import ShardIndex
 from concurrent_dataloader.shard_names import (
+    UNFINISHED,
+    check_finished,
     find_kind,
     find_split,
     has_glob,
@@ -163,6 +165,8 @@ def _find_index(
     key = choose_index(place.indexes, split)
     if key is not None:
         return key
+    if isinstance(store, WritableStore):  # else indexes of parts of sets would be advised
+        check_finished((info.key for info in itertools.islice(store.list(UNFINISHED), 1)), root)
     folder = split or next((name for name in SPLITS if name in place.folders), None)
     if not place.indexes and folder in place.folders:
         inner = f"{root.rstrip('/')}/{folder}"

@@ -310,17 +310,21 @@ def _read_hdf5_layout(known: KnownBytes, dataset_name: str, where: str) -> Array
     file = _SparseFile(known)
     try:
         with h5py.File(file, "r") as opened:
-            link = opened.get(dataset_name, getlink=True)
-            dataset = opened.get(dataset_name)
+            # Nothing of another file is read: its path would be the writer's to choose.
+            leads_elsewhere = _leads_elsewhere(opened, dataset_name)
+            dataset: Any = None if leads_elsewhere else opened.get(dataset_name)
             if not isinstance(dataset, h5py.Dataset):
                 names = ", ".join(map(repr, sorted(opened)))
-                elsewhere = " (it is a link to another file)" if _is_external(link) else ""
+                elsewhere = " (it is a link to another file)" if leads_elsewhere else ""
                 raise ShardFormatError(
                     f"{where}: no dataset {dataset_name!r}{elsewhere}, expected one in this file; "
                     f"its names are {names or 'none'}"
                 )
-            # Nothing of another file is read: its path would be the writer's to choose.
-            is_foreign = bool(dataset.external) or dataset.is_virtual
+            is_foreign = (
+                bool(dataset.external)
+                or dataset.is_virtual
+                or _file_number(dataset) != _file_number(opened)  # by a link to a link
+            )
             if is_foreign or not dataset.shape or dataset.dtype.hasobject:
                 raise ShardFormatError(
                     f"{where}: dataset {dataset_name!r}: got {dataset.dtype} {dataset.shape}"
@@ -339,8 +343,17 @@ def _read_hdf5_layout(known: KnownBytes, dataset_name: str, where: str) -> Array
     return layout
 
 
-def _is_external(link: Any) -> bool:
-    return isinstance(link, _h5py().ExternalLink)
+def _leads_elsewhere(opened: Any, name: str) -> bool:
+    """Whether a name, or a group on its way, is a link to another file. HDF5 1.14 follows those."""
+    parts = name.strip("/").split("/")
+    ways = ("/".join(parts[:num]) for num in range(1, len(parts) + 1))
+    external = _h5py().ExternalLink
+    return any(isinstance(opened.get(way, getlink=True), external) for way in ways)
+
+
+def _file_number(place: Any) -> int:
+    """Tell open files apart, whatever they are called."""
+    return _h5py().h5o.get_info(place.id).fileno
 
 
 def _find_pieces(dataset: Any) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:

@@ -146,6 +146,12 @@ def find_data_file(path: Path) -> Path:
     """
     data_path = path / "data.mdb" if path.is_dir() else path
     if not data_path.exists():
+        inside = sorted(each.name for each in path.glob("*.lmdb"))
+        if inside:
+            raise FileNotFoundError(
+                f"{path}: a folder of {len(inside)} LMDB databases, expected one; give {inside[0]} "
+                "in it, or another one"
+            )
         raise FileNotFoundError(
             f"{path}: no such LMDB database; write one with `concurrent-dataloader lmdb`"
         )

@@ -81,9 +81,10 @@ def advise(amount: Amount, num_ranks: int = 1, num_workers: int = 1) -> Advice:
     most = num_bytes // MIN_SHARD_BYTES // readers
     per_reader = max(1, fewest, min(_WANTED_PER_READER, most))
     num_shards = per_reader * readers
+    named = f"{readers} readers ({num_ranks} ranks x {max(1, num_workers)} workers)"
     reasons = [
-        f"{readers} readers ({num_ranks} ranks x {max(1, num_workers)} workers) with"
-        f" {per_reader} {'shards' if per_reader > 1 else 'shard'} each: none idles, none is skipped"
+        f"{named} with {per_reader} {'shards' if per_reader > 1 else 'shard'} each: none idles,"
+        " none is skipped"
     ]
     if most >= 1:
         reasons.append(
@@ -106,6 +107,8 @@ def advise(amount: Amount, num_ranks: int = 1, num_workers: int = 1) -> Advice:
         return Advice(num_shards, math.ceil(num_bytes / num_shards), None, None, tuple(reasons))
     max_count = math.ceil(num_samples / num_shards)
     num_filled = math.ceil(num_samples / max_count)
+    if num_filled < readers:
+        reasons[0] = f"{named} are more than the shards that {num_samples} samples fill"
     if num_filled < num_shards:
         reasons.append(
             f"{num_filled} shards instead of {num_shards}: with {max_count} samples each,"

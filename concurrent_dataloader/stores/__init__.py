@@ -245,6 +245,8 @@ def _import_adapter(client: str) -> Any:
     module, name = _ADAPTERS[client]
     try:
         return getattr(importlib.import_module(module), name)
+    except MissingDependencyError:
+        raise
     except ImportError as error:
         raise MissingDependencyError(
             f"client {client!r}: {error}; install it with `pip install {client}`"

@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any
 
+import aiobotocore
 import aiohttp
 import botocore.exceptions
 from aiobotocore.config import AioConfig
@@ -15,7 +16,12 @@ from aiobotocore.httpsession import AIOHTTPSession
 from aiobotocore.session import AioSession
 from typing_extensions import Buffer, override
 
-from concurrent_dataloader.errors import BodyMismatchError, DeadlineError, LoaderError
+from concurrent_dataloader.errors import (
+    BodyMismatchError,
+    DeadlineError,
+    LoaderError,
+    MissingDependencyError,
+)
 from concurrent_dataloader.ranges import ByteRange
 from concurrent_dataloader.stores._aiohttp import ask_once
 from concurrent_dataloader.stores._answers import broken_connection, check_body
@@ -33,6 +39,28 @@ from concurrent_dataloader.stores.address import ClientOptions, S3Address, check
 from concurrent_dataloader.stores.base import AwaitingStore, ObjectInfo, PerLoop
 from concurrent_dataloader.stores.credentials import CredentialsSource
 from concurrent_dataloader.stores.credentials_chain import CredentialsChain
+
+_OLDEST = (3, 9)
+
+
+def check_version(version: str) -> None:
+    """Refuse releases that take the certificate of any host for that of the store.
+
+    They leave the comparison to aiohttp, which leaves it to the context of TLS, where botocore has
+    switched it off; behind a proxy they compare nothing at all.
+
+    Raises:
+        MissingDependencyError: It is older than 3.9.
+    """
+    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
+        raise MissingDependencyError(
+            f"client 'aiobotocore': got aiobotocore {version}, which takes the certificates of "
+            "other hosts for those of the store, expected 3.9 or later; install it with "
+            "`pip install 'aiobotocore>=3.9'`, or use another client"
+        )
+
+
+check_version(aiobotocore.__version__)
 
 
 class AiobotocoreStore(AwaitingStore):

@@ -2,8 +2,10 @@
 
 import functools
 import gc
+import os
 import re
 import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from concurrent_dataloader import DataLoader
+from tests.leftovers import REPOSITORY
 
 _NUM_BLOCKS = 256  # more than glibc would keep by itself at most: 64 MiB
 _BLOCK_BYTES = 600_000  # of 147 pages
@@ -79,3 +82,35 @@ def test_a_collection_in_a_worker_copies_nothing_of_its_parent(tmp_path: Path) -
 
     assert int(file.read_text()) < 5e6
     del of_parent
+
+
+SCRIPT_WITH_A_CYCLE = """
+import os
+import torch
+from concurrent_dataloader import DataLoader
+from tests.leftovers import REPOSITORY
+
+class Loud:
+    def __init__(self):
+        self.itself = self
+    def __del__(self):
+        os.write(1, f"freed in {__name__}\\n".encode())
+
+loud = Loud()
+if __name__ == "__main__":
+    data = torch.utils.data.TensorDataset(torch.zeros(4))
+    list(DataLoader(data, num_workers=2, multiprocessing_context="spawn"))
+"""
+
+
+def test_what_a_spawned_worker_began_with_is_freed_at_its_end(tmp_path: Path) -> None:
+    """Libraries complain of what is not; nanobind did, of triton's objects."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT_WITH_A_CYCLE)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+
+    ended = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=100
+    )
+
+    assert ended.stdout.count("freed in __mp_main__") == 2, ended.stderr

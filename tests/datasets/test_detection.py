@@ -15,8 +15,14 @@ from concurrent_dataloader.datasets import (
     ShardDataset,
     open_dataset,
 )
+from concurrent_dataloader.datasets.detection import open_lmdb_split
 from concurrent_dataloader.datasets.lmdb import LmdbDataset
-from concurrent_dataloader.errors import IndexFormatError, KeyNotFoundError, MissingSplitError
+from concurrent_dataloader.errors import (
+    IndexFormatError,
+    KeyNotFoundError,
+    MissingSplitError,
+    ShardFormatError,
+)
 from concurrent_dataloader.formats.tfrecord import TFRecordWriter
 from concurrent_dataloader.prepare.__main__ import main as pack
 from concurrent_dataloader.shard_index import Shard, ShardIndexBuilder
@@ -146,11 +152,31 @@ def test_databases_are_found_by_their_split(tmp_path: Path) -> None:
     assert [len(dataset) for dataset in opened] == [3, 1, 2, 1]
     assert {type(dataset) for dataset in opened} == {LmdbDataset}
     assert opened[0][1][0].mode == "RGB"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty: holds no LMDB database; write one with"):
+        open_lmdb_split(tmp_path / "empty", "train", {})
     with pytest.raises(FileNotFoundError, match="no database of split 'test' among ILSVRC-train"):
         open_dataset(tmp_path, split="test")
 
 
 # Nothing, or too much
+
+
+def test_shards_of_a_run_that_has_not_ended_are_not_to_be_indexed(
+    tmp_path: Path, object_server: ObjectServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".unfinished-train").mkdir()
+    (tmp_path / ".unfinished-train" / "plan.json").write_text("{}")
+    (tmp_path / "train-000000.tar").write_bytes(b"")
+    names = ["train-000000.tar", ".unfinished-train/plan.json"]
+    object_server.put_objects("bucket", dict.fromkeys(names, b"{}"))
+    for name, value in object_server.environment().items():
+        monkeypatch.setenv(name, value)
+
+    with pytest.raises(ShardFormatError, match="holds an unfinished run of split 'train'"):
+        open_dataset(tmp_path)
+    with pytest.raises(ShardFormatError, match="holds an unfinished run of split 'train'"):
+        open_dataset("s3://bucket")
 
 
 @pytest.mark.parametrize(

@@ -108,4 +108,4 @@ def strip_crcs(path: Path) -> None:
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}
     del arrays["crc32c"]
-    np.savez(path, allow_pickle=False, **arrays)
+    np.savez(path, **arrays)

@@ -72,6 +72,8 @@ def test_fewer_shards_than_readers_are_told_of() -> None:
 
     assert (advice.num_shards, advice.max_count, advice.last_count) == (5, 2, 2)
     assert any("5 shards instead of 8" in reason for reason in advice.reasons)
+    assert not any("none idles" in reason for reason in advice.reasons)
+    assert advice.reasons[0].endswith("are more than the shards that 10 samples fill")
 
 
 @pytest.mark.parametrize(

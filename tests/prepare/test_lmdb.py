@@ -522,6 +522,15 @@ def test_the_read_speed_is_told_for_both_orders(
     assert re.fullmatch(r"sequential is [\d.]+ times as fast as random", lines[2])
 
 
+def test_the_folder_of_a_database_is_told_from_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "x.lmdb", order="list")
+
+    assert run("readspeed", tmp_path) == 1
+    assert "a folder of 1 LMDB databases, expected one; give x.lmdb" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan"])
 def test_no_time_to_measure_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], seconds: str
