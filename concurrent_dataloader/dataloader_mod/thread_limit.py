@@ -22,8 +22,9 @@ class ThreadLimit:
 
     - threads that are on a core for less than half of the time that this process may use one wait
       for something else, or have nothing to do: four times as many, up to the maximum;
-    - else a quarter as many, taken back if the cores are less busy by them; then nothing is tried
-      for some rounds, more of them each time. What is done in a round's time says less: it is
+    - else a quarter as many, taken back if the cores are less busy by them, at once or, since a
+      round may mislead, in the mean of later ones; then nothing is tried for some rounds, more of
+      them each time. What is done in a round's time says less: it is
       shared with other workers, and differs by a tenth from round to round.
 
     Called from any thread.
@@ -63,6 +64,8 @@ class ThreadLimit:
         """What was allowed before fewer were tried; None while nothing is tried."""
         self._usual: float | None = None
         """How busy the cores were, as far back as threads computed."""
+        self._most: float | None = None
+        """How busy they were before the first of the falls that stand; None while none does."""
         self._wait = 0
         self._next_wait = self._FIRST_WAIT
         self._num_settling = maximum
@@ -102,15 +105,22 @@ class ThreadLimit:
         before, self._before = self._before, None
         usual = busy if self._usual is None else self._usual
         if before is not None:
-            if busy < usual * self._KEPT:
-                self._wait = self._next_wait
-                self._next_wait = min(2 * self._next_wait, self._MAX_WAIT)
+            if busy < (self._most or usual) * self._KEPT:
+                self._rest()
                 return before
-            self._next_wait = self._FIRST_WAIT
+            self._most = self._most or usual
         if busy < self._is_busy_from:
-            self._usual = None
+            self._usual = self._most = None
+            self._next_wait = self._FIRST_WAIT
             return min(self._FACTOR * self._limit, self._maximum)
         self._usual = self._MEMORY * usual + (1.0 - self._MEMORY) * busy
+        if self._most is not None and self._usual < self._most * self._KEPT:
+            self._rest()
+            self._usual = None
+            more = min(self._FACTOR * self._limit, self._maximum)
+            if more == self._maximum:
+                self._most = None
+            return more
         if self._wait > 0:
             self._wait -= 1
             return self._limit
@@ -118,6 +128,11 @@ class ThreadLimit:
             return self._limit
         self._before = self._limit
         return max(self._limit // self._FACTOR, self._minimum)
+
+    def _rest(self) -> None:
+        """Try nothing for some rounds, and for more of them the next time."""
+        self._wait = self._next_wait
+        self._next_wait = min(2 * self._next_wait, self._MAX_WAIT)
 
 
 def count_cores() -> float:

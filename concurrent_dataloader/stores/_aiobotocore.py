@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any
@@ -52,7 +53,8 @@ def check_version(version: str) -> None:
     Raises:
         MissingDependencyError: It is older than 3.9.
     """
-    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
+    numbers = re.match(r"(\d+)\.(\d+)", version)  # 3.9.0, 3.9rc1
+    if numbers is not None and (int(numbers[1]), int(numbers[2])) < _OLDEST:
         raise MissingDependencyError(
             f"client 'aiobotocore': got aiobotocore {version}, which takes the certificates of "
             "other hosts for those of the store, expected 3.9 or later; install it with "

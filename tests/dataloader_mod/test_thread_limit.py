@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from concurrent_dataloader.dataloader_mod.fetch import ThreadedFetcher
@@ -60,6 +60,7 @@ def test_many_threads_wait() -> None:
     cpu_s=st.floats(0.0002, 0.02),
     seed=st.integers(0, 1000),
 )
+@example(wait_s=0.36328125, cpu_s=0.01, seed=31)  # one round of a fall misled
 def test_as_much_is_done_as_by_all_threads(wait_s: float, cpu_s: float, seed: int) -> None:
     machine = Machine(seed=seed)
     limits = machine.run(120.0, wait_s, cpu_s)

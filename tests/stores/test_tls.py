@@ -88,6 +88,7 @@ def test_an_authority_of_the_environment_is_trusted(
 
 def test_releases_of_aiobotocore_that_take_such_certificates_are_refused() -> None:
     check_version("3.9.0")
+    check_version("3.9rc1")
     check_version("4.0.dev1")
     for version in ("2.25.0", "3.8.0"):
         with pytest.raises(
